@@ -1,0 +1,48 @@
+"""Settings of one engine, read from `DUALPATH_*` environment variables."""
+
+from __future__ import annotations
+
+from functools import cache
+from typing import Annotated
+
+from pydantic import Field
+from pydantic_settings import BaseSettings, SettingsConfigDict
+
+from scheduler_svc.protocol import PLAN_TIMEOUT_S
+
+Positive = Annotated[float, Field(gt=0)]
+
+
+class Settings(BaseSettings):
+    model_config = SettingsConfigDict(env_prefix="DUALPATH_", extra="ignore")
+
+    enabled: bool = False
+    """Off (the default) registers no hook at all: SGLang runs as upstream."""
+    engine_id: str = ""
+    """Unique in the cluster, e.g. `prefill-0`."""
+    scheduler: str = "tcp://127.0.0.1:5557"
+    """ZeroMQ address of the global scheduler."""
+    host: str = "127.0.0.1"
+    """This engine's address on the compute network: page server and forwarding listen here."""
+    protocol: str = "tcp"
+    """Mooncake transport of the forwarding engine: `tcp` or `rdma`."""
+    device: str = ""
+    """RDMA device of the forwarding engine, on the compute network."""
+    otlp_endpoint: str | None = None
+    plan_timeout_s: Positive = PLAN_TIMEOUT_S
+    """Without a plan for this long both engines act as the prefill path."""
+    peer_timeout_s: Positive = 3.0
+    """A DE that says nothing about a room for this long is given up; its pages are read elsewhere."""
+    lease_s: Positive = 30.0
+    """A DE keeps pages pinned for a PE this long after the last sign of progress."""
+    subscribe_timeout_s: Positive = 3.0
+    """A DE waits this long for the planned PE to ask for its pages before it stops holding them."""
+
+
+@cache
+def settings() -> Settings:
+    """The process's settings.  Raises pydantic.ValidationError naming variable and value."""
+    loaded = Settings()
+    if loaded.enabled and not loaded.engine_id:
+        raise ValueError("DUALPATH_ENGINE_ID is empty: give this engine a name unique in the cluster")
+    return loaded

@@ -1,0 +1,273 @@
+"""The DE's side of a request.
+
+A request comes here when it enters SGLang's `DecodePreallocQueue`, before any device memory is
+reserved for it.  It is reported with the pages this DE holds, gets its plan, offers the PE what
+the PE misses, and starts its share of the storage read.  It may be admitted (patch 0001) once
+its share has landed in the host tree: SGLang then finds it as an ordinary host hit, promises it
+to the PE as `decode_prefix_len`, and restores it.
+
+Everything runs on SGLang's scheduler thread except `on_plan` (control channel), `take`
+(prefetch I/O thread) and the callbacks of loads and rooms, which only fill queues.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections import deque
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Callable
+
+from dualpath_sgl.host_tree import HostPrefix, held_on_host
+from dualpath_sgl.layout import page_blocks
+from dualpath_sgl.page_load import PageLoad
+from dualpath_sgl.tracing import record_lane, traceparent_of
+from scheduler_svc.protocol import Done, Load, Outcome, Plan, Report, Role
+
+if TYPE_CHECKING:
+    from sglang.srt.disaggregation.decode import DecodePreallocQueue, DecodeRequest
+    from sglang.srt.managers.schedule_batch import Req
+    from sglang.srt.mem_cache.hybrid_cache.hybrid_cache_controller import (
+        HybridCacheController,
+        PrefetchOperation,
+    )
+
+    from dualpath_sgl.runtime import Runtime
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass
+class _Request:
+    req: Req
+    room: int
+    traceparent: str | None
+    reported_s: float
+    plan: Plan | None = None
+    settled: bool = False
+    """The plan is carried out or given up: SGLang may admit the request."""
+    loading: bool = False
+    first_page: int = 0
+    """Where this DE's storage read begins."""
+    load: PageLoad | None = None
+    fallback_reason: str | None = None
+
+
+class DecodeSide:
+    def __init__(self, runtime: Runtime) -> None:
+        self._runtime = runtime
+        self._requests: dict[str, _Request] = {}
+        self._plans: dict[int, Plan] = {}
+        self._unlocks: deque[Callable[[], None]] = deque()
+
+    # -- called by hooks ----------------------------------------------------------------------
+
+    def add(self, queue: DecodePreallocQueue, req: Req) -> None:
+        """A request entered the queue: report what this DE holds of its prompt."""
+        if req.rid in self._requests:
+            return
+        held = held_on_host(queue.tree_cache, req)
+        request = _Request(req, req.bootstrap_room, traceparent_of(req), time.monotonic())
+        self._requests[req.rid] = request
+        self._runtime.control.send(
+            Report(
+                room=request.room,
+                engine_id=self._runtime.settings.engine_id,
+                role=Role.DECODE,
+                rank=self._runtime.rank,
+                prompt_tokens=len(req.origin_input_ids),
+                local_pages=held.tokens // self._runtime.page_size,
+                traceparent=request.traceparent,
+            )
+        )
+
+    def admits(self, decode_req: DecodeRequest) -> bool:
+        """Whether SGLang may reserve device memory now; a dictionary look-up."""
+        request = self._requests.get(decode_req.req.rid)
+        return request is None or request.settled
+
+    def tick(self, queue: DecodePreallocQueue) -> None:
+        """Advance every queued request; called once per scheduler iteration, never waits."""
+        while self._unlocks:
+            self._unlocks.popleft()()
+        if not self._requests:
+            return
+        queued = {decode_req.req.rid for decode_req in queue.queue}
+        for rid, request in list(self._requests.items()):
+            if rid not in queued:
+                self._leave(queue, request)
+            elif not request.settled:
+                self._advance(queue, request)
+
+    def reset(self) -> None:
+        """SGLang drops its whole cache (it is idle): nothing may be served or unlocked after."""
+        self._runtime.server.close_all()
+        self._unlocks.clear()
+        self._requests.clear()
+        self._plans.clear()
+
+    # -- one request --------------------------------------------------------------------------
+
+    def _advance(self, queue: DecodePreallocQueue, request: _Request) -> None:
+        if request.loading:
+            handle = request.req.cache_request_handle
+            if queue.tree_cache.check_prefetch_progress(handle):
+                queue.tree_cache.pop_prefetch_loaded_tokens(handle)
+                self._settle(request)
+            return
+        request.plan = self._plans.pop(request.room, None)
+        if request.plan is not None:
+            self._carry_out(queue, request, request.plan)
+        elif not self._runtime.control.connected:
+            self._settle(request, "scheduler away")
+        elif time.monotonic() > request.reported_s + self._runtime.settings.plan_timeout_s:
+            self._settle(request, "no plan in time")
+
+    def _carry_out(self, queue: DecodePreallocQueue, request: _Request, plan: Plan) -> None:
+        page_size, server = self._runtime.page_size, self._runtime.server
+        held = held_on_host(queue.tree_cache, request.req)
+        held_pages = held.tokens // page_size
+        if plan.split_page <= plan.prefill_local_pages and plan.split_page <= held_pages:
+            self._settle(request)  # the PE needs nothing and nothing is to be read
+            return
+        offers = plan.prefill_local_pages < plan.split_page
+        if offers:
+            server.open(request.room, plan.prefill_local_pages)
+            self._offer_held(queue, request, held, plan)
+        if held_pages >= plan.split_page:
+            server.end(request.room)
+            self._settle(request)
+            return
+        request.first_page = held_pages
+        if self._start_read(queue, request, held, plan.split_page):
+            request.loading = True
+        else:
+            server.end(request.room, "decode engine cannot prefetch")
+            self._settle(request, "prefetch refused")
+
+    def _offer_held(
+        self, queue: DecodePreallocQueue, request: _Request, held: HostPrefix, plan: Plan
+    ) -> None:
+        """Pin and publish pages `[L_P, min(L_D, x))`, which need no storage read at all."""
+        page_size = self._runtime.page_size
+        first = plan.prefill_local_pages * page_size
+        end = min(held.tokens, plan.split_page * page_size)
+        if first >= end:
+            return
+        unlock = held.lock(queue.tree_cache)
+        pages, sizes = page_blocks(self._runtime.pool, held.host_indices()[first:end])
+        self._runtime.server.publish(
+            request.room, pages, sizes, unpin=lambda: self._unlocks.append(unlock)
+        )
+
+    def _start_read(
+        self, queue: DecodePreallocQueue, request: _Request, held: HostPrefix, split_page: int
+    ) -> bool:
+        """Start SGLang's prefetch of pages `[L_D, x)`; False when SGLang declines it."""
+        if held.tokens != held.matched_tokens:
+            return False  # the deepest matched node has no host copy yet: nothing to append to
+        req, tree = request.req, queue.tree_cache
+        end = split_page * self._runtime.page_size
+        pass_keys = tree.hicache_storage_pass_prefix_keys
+        tree.prefetch_from_storage(
+            req.cache_request_handle,
+            held.node,
+            req.origin_input_ids[held.tokens : end],
+            tree.get_last_hash_value(held.node),
+            tree.get_prefix_hash_values(held.node) if pass_keys else None,
+            matched_prefix_tokens=req.origin_input_ids[: held.tokens],
+            extra_key=req.extra_key,
+            cache_salt=req.cache_salt,
+            storage_hit_end=end,
+        )
+        return tree.has_ongoing_prefetch(req.cache_request_handle)
+
+    def _settle(self, request: _Request, fallback_reason: str | None = None) -> None:
+        request.settled = True
+        request.fallback_reason = request.fallback_reason or fallback_reason
+        if fallback_reason is not None:
+            logger.info("DualPath: room %d goes on without a DE read: %s", request.room, fallback_reason)
+        self._report_done(request, Outcome.FALLBACK if request.fallback_reason else Outcome.OK)
+
+    def _leave(self, queue: DecodePreallocQueue, request: _Request) -> None:
+        """The request was admitted, or aborted while it waited here."""
+        del self._requests[request.req.rid]
+        self._plans.pop(request.room, None)
+        if request.settled:
+            return
+        from sglang.srt.mem_cache.base_prefix_cache import CacheRequestOutcome
+
+        # First nobody may count on the pages, then SGLang may free them.
+        self._runtime.server.close(request.room)
+        queue.tree_cache.finish(request.req.cache_request_handle, CacheRequestOutcome.ABORT)
+        self._report_done(request, Outcome.ABORTED)
+
+    def _report_done(self, request: _Request, outcome: Outcome) -> None:
+        clocks = request.load.clocks if request.load is not None else []
+        self._runtime.control.send(
+            Done(
+                room=request.room,
+                engine_id=self._runtime.settings.engine_id,
+                role=Role.DECODE,
+                rank=self._runtime.rank,
+                outcome=outcome,
+                fallback_reason=request.fallback_reason,
+                loaded_pages=request.load.prefix if request.load is not None else 0,
+                lanes=tuple(clock.record() for clock in clocks),
+            )
+        )
+        attributes = {"dualpath.room": request.room, "dualpath.side": "decode"}
+        if request.plan is not None:
+            attributes |= {
+                "dualpath.path": request.plan.path.value,
+                "dualpath.split.pages": request.plan.split_page,
+            }
+        for clock in clocks:
+            record_lane(self._runtime.tracer, clock, request.traceparent, attributes)
+
+    # -- other threads ------------------------------------------------------------------------
+
+    def on_plan(self, plan: Plan) -> None:
+        self._plans[plan.room] = plan
+
+    def take(self, controller: HybridCacheController, operation: PrefetchOperation) -> None:
+        """The prefetch has host memory: read it, publishing pages as they land."""
+        request = self._requests.get(operation.request_id)
+        if request is None or not request.loading:
+            self._runtime.load_from_store(controller, operation)
+            return
+        request.load = load = PageLoad(
+            controller,
+            operation,
+            first_page=request.first_page,
+            page_bytes=self._runtime.page_bytes,
+            on_prefix=lambda load, before: self._publish(request, load, before),
+            on_lanes_done=lambda load: self._end(request, load),
+            hold=lambda acknowledge: self._runtime.server.when_closed(request.room, acknowledge),
+        )
+        self._runtime.store_lane.submit(load, 0, load.pages)
+        load.close_part()
+
+    def tick_io(self) -> None:
+        """Nothing waits for the I/O thread on a DE."""
+
+    def _publish(self, request: _Request, load: PageLoad, before: int) -> None:
+        skip = max(0, request.plan.prefill_local_pages - load.first_page)
+        first = max(before, skip)
+        if first < load.prefix:
+            pages, sizes = page_blocks(self._runtime.pool, load.host_indices(first, load.prefix))
+            self._runtime.server.publish(request.room, pages, sizes)
+
+    def _end(self, request: _Request, load: PageLoad) -> None:
+        whole = load.first_page + load.prefix >= request.plan.split_page
+        if not whole:
+            request.fallback_reason = "storage read fell short"
+        self._runtime.server.end(request.room, None if whole else "storage read fell short")
+
+    def load(self) -> Load:
+        requests = list(self._requests.values())
+        return Load(
+            sequences=len(requests),
+            tokens=sum(len(request.req.origin_input_ids) for request in requests),
+            **self._runtime.storage_load(),
+        )

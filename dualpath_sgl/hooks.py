@@ -1,0 +1,182 @@
+"""Where DualPath meets SGLang 0.5.23: one hook per method, registered only when it is enabled.
+
+Each hook does nothing until the engine's runtime exists and leaves health checks and warm-up
+requests (fake bootstrap hosts) alone.
+"""
+
+from __future__ import annotations
+
+from queue import Empty
+from typing import TYPE_CHECKING, Any, Callable
+
+from dualpath_sgl import runtime
+from dualpath_sgl.decode import DecodeSide
+from dualpath_sgl.prefill import PrefillSide
+
+if TYPE_CHECKING:
+    from sglang.srt.managers.schedule_batch import Req
+
+IO_POLL_S = 0.02
+"""How long the prefetch I/O thread sleeps when no operation arrives."""
+
+
+def _prefill() -> PrefillSide | None:
+    current = runtime.current()
+    side = current.side if current is not None else None
+    return side if isinstance(side, PrefillSide) else None
+
+
+def _decode() -> DecodeSide | None:
+    current = runtime.current()
+    side = current.side if current is not None else None
+    return side if isinstance(side, DecodeSide) else None
+
+
+def _is_real(req: Req) -> bool:
+    from sglang.srt.disaggregation.utils import _is_fake_transfer
+
+    return req.bootstrap_room is not None and not _is_fake_transfer(req)
+
+
+# -- PE: arrival ---------------------------------------------------------------------------------
+
+
+def around_prefetch_kvcache(original: Callable, scheduler: Any, req: Req, *args: Any, **kwargs: Any):
+    side = _prefill()
+    if side is None or not _is_real(req):
+        return original(scheduler, req, *args, **kwargs)
+    side.begin(req)
+    result = original(scheduler, req, *args, **kwargs)
+    if not scheduler.tree_cache.has_ongoing_prefetch(req.cache_request_handle):
+        side.not_registered(req.rid, req.storage_prefetch_last_match_len or 0)
+    return result
+
+
+def before_submit_prefetch(
+    _controller: Any,
+    handle: Any,
+    _key: Any,
+    _last_hash: Any,
+    _prefix_keys: Any,
+    matched_prefix_tokens: Any,
+    *_args: Any,
+    **_kwargs: Any,
+) -> None:
+    side = _prefill()
+    if side is not None:
+        side.matched(handle.rid, len(matched_prefix_tokens or ()))
+
+
+def after_sync_prefetch_hit_query(
+    hit_tokens: int, _controller: Any, operation: Any, _local_hit_tokens: int
+) -> None:
+    side = _prefill()
+    if side is not None:
+        side.hits_known(operation, hit_tokens)
+
+
+def after_finish(_result: None, _tree: Any, handle: Any, _outcome: Any) -> None:
+    side = _prefill()
+    if side is not None:
+        side.forget(handle.rid)
+
+
+# -- both: the prefetch I/O thread becomes a dispatcher to the lanes ---------------------------------
+
+
+def around_prefetch_io(original: Callable, controller: Any) -> None:
+    current = runtime.current()
+    if current is None:
+        return original(controller)
+    current.controller = controller
+    while not controller.storage_stop_event.is_set():
+        try:
+            operation = controller.prefetch_buffer.get(timeout=IO_POLL_S)
+        except Empty:
+            operation = None
+        if operation is not None:
+            current.side.take(controller, operation)
+        current.side.tick_io()
+    return None
+
+
+# -- DE ------------------------------------------------------------------------------------------
+
+
+def after_prealloc_queue_init(_result: None, queue: Any, *_args: Any, **_kwargs: Any) -> None:
+    side = _decode()
+    if side is not None:
+        queue.admission_gate = side.admits
+
+
+def after_prealloc_add(
+    _result: None, queue: Any, req: Req, is_retracted: bool = False, is_rebootstrap: bool = False
+) -> None:
+    side = _decode()
+    if side is None or is_retracted or is_rebootstrap or not _is_real(req):
+        return
+    if any(decode_req.req is req for decode_req in reversed(queue.queue)):
+        side.add(queue, req)
+
+
+def before_pop_preallocated(queue: Any, *_args: Any, **_kwargs: Any) -> None:
+    side = _decode()
+    if side is not None:
+        side.tick(queue)
+
+
+def around_query_storage_hit_length(original: Callable, tree: Any, *args: Any, **kwargs: Any) -> int:
+    # The planned share is in the host tree by now; any other page comes from the PE.
+    return 0 if _decode() is not None else original(tree, *args, **kwargs)
+
+
+def before_tree_reset(_tree: Any) -> None:
+    side = _decode()
+    if side is not None:
+        side.reset()
+
+
+_AROUND, _BEFORE, _AFTER = "around", "before", "after"
+_SRT = "sglang.srt."
+_CONTROLLER = _SRT + "mem_cache.hybrid_cache.hybrid_cache_controller.HybridCacheController."
+_TREE = _SRT + "mem_cache.unified_radix_cache.UnifiedRadixCache."
+_PREALLOC = _SRT + "disaggregation.decode.DecodePreallocQueue."
+
+HOOKS: tuple[tuple[str, Callable, str], ...] = (
+    (_SRT + "managers.scheduler.Scheduler._prefetch_kvcache", around_prefetch_kvcache, _AROUND),
+    (_CONTROLLER + "submit_prefetch", before_submit_prefetch, _BEFORE),
+    (_CONTROLLER + "_sync_prefetch_hit_query", after_sync_prefetch_hit_query, _AFTER),
+    (_SRT + "mem_cache.base_prefix_cache.BasePrefixCache.finish", after_finish, _AFTER),
+    (_SRT + "managers.cache_controller.HiCacheController.prefetch_io_aux_func", around_prefetch_io, _AROUND),
+    (_PREALLOC + "__init__", after_prealloc_queue_init, _AFTER),
+    (_PREALLOC + "add", after_prealloc_add, _AFTER),
+    (_PREALLOC + "pop_preallocated", before_pop_preallocated, _BEFORE),
+    (_TREE + "query_storage_hit_length", around_query_storage_hit_length, _AROUND),
+    (_TREE + "reset", before_tree_reset, _BEFORE),
+)
+
+
+def register() -> None:
+    """Hand every hook to SGLang; it applies them after all plugins have run."""
+    from sglang.srt.plugins.hook_registry import HookRegistry, HookType
+
+    for target, hook, kind in HOOKS:
+        HookRegistry.register(target, hook, HookType(kind))
+
+
+def assert_applied() -> None:
+    """SGLang only logs a hook that could not be applied; DualPath must not run without one.
+
+    Raises RuntimeError naming the missing targets or the missing patch.
+    """
+    from sglang.srt.disaggregation.decode import DecodePreallocQueue
+    from sglang.srt.plugins.hook_registry import HookRegistry
+
+    missing = [target for target, _, _ in HOOKS if target not in HookRegistry._patched]
+    if missing:
+        raise RuntimeError(
+            f"DualPath hooks were not applied to {', '.join(missing)}; is this SGLang 0.5.23 and "
+            "does SGLANG_PLUGINS admit 'dualpath'?"
+        )
+    if not hasattr(DecodePreallocQueue, "admission_gate"):
+        raise RuntimeError("SGLang is not patched for DualPath: run `dualpath patch apply`")

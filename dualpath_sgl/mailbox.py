@@ -1,0 +1,32 @@
+"""A queue into a thread that sleeps in a ZeroMQ poll."""
+
+from __future__ import annotations
+
+import os
+from queue import Empty, SimpleQueue
+from typing import Generic, Iterator, TypeVar
+
+T = TypeVar("T")
+
+
+class Mailbox(Generic[T]):
+    """Any thread may `put`; the owner polls `fd` for reading and then iterates `drain()`."""
+
+    def __init__(self) -> None:
+        self._items: SimpleQueue[T] = SimpleQueue()
+        self.fd = os.eventfd(0, os.EFD_NONBLOCK)
+
+    def put(self, item: T) -> None:
+        self._items.put(item)
+        os.eventfd_write(self.fd, 1)
+
+    def drain(self) -> Iterator[T]:
+        try:
+            os.eventfd_read(self.fd)
+        except BlockingIOError:
+            pass
+        while True:
+            try:
+                yield self._items.get_nowait()
+            except Empty:
+                return

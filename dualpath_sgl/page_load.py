@@ -1,0 +1,152 @@
+"""One SGLang prefetch operation on its way into the host pool, filled by one or two lanes.
+
+SGLang counts a prefetch by its contiguous prefix, so pages may land in any order but only the
+prefix is acknowledged.  The final acknowledgement hands the pages to SGLang's scheduler thread;
+it is given only after every lane has let go of the operation's memory.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from typing import TYPE_CHECKING, Callable
+
+from scheduler_svc.protocol import LaneRecord
+
+if TYPE_CHECKING:
+    import torch
+    from sglang.srt.mem_cache.hybrid_cache.hybrid_cache_controller import (
+        HybridCacheController,
+        PrefetchOperation,
+    )
+
+logger = logging.getLogger(__name__)
+
+
+class LaneClock:
+    """When one lane worked on one load; becomes its `LaneRecord`."""
+
+    def __init__(self, lane: str, first_page: int) -> None:
+        self.lane = lane
+        self.first_page = first_page
+        self.end_page = first_page
+        self.bytes = 0
+        self.queued_ns = time.time_ns()
+        self.begun_ns = 0
+        self.ended_ns = 0
+
+    def begin(self) -> None:
+        self.begun_ns = self.begun_ns or time.time_ns()
+
+    def moved(self, pages: int, byte_count: int) -> None:
+        self.end_page += pages
+        self.bytes += byte_count
+        self.ended_ns = time.time_ns()
+
+    def record(self) -> LaneRecord:
+        begun = self.begun_ns or time.time_ns()
+        return LaneRecord(
+            lane=self.lane,
+            first_page=self.first_page,
+            end_page=self.end_page,
+            bytes=self.bytes,
+            queue_s=max(0, begun - self.queued_ns) / 1e9,
+            busy_s=max(0, self.ended_ns - begun) / 1e9,
+        )
+
+
+class PageLoad:
+    """Pages `[0, pages)` of one operation; page 0 is prompt page `first_page`.
+
+    Lanes work between `open_part` and `close_part` and call `land` for pages that are whole.
+    `hold`, when given, receives the closing step and may call it later: a DE does so to keep
+    owning pages that a PE still reads.
+    """
+
+    def __init__(
+        self,
+        controller: HybridCacheController,
+        operation: PrefetchOperation,
+        *,
+        first_page: int,
+        page_bytes: int,
+        on_prefix: Callable[[PageLoad, int], None] | None = None,
+        on_lanes_done: Callable[[PageLoad], None] | None = None,
+        hold: Callable[[Callable[[], None]], None] | None = None,
+    ) -> None:
+        self.controller = controller
+        self.operation = operation
+        self.first_page = first_page
+        self.page_bytes = page_bytes
+        self.pages = len(operation.hash_value)
+        self.prefix = 0
+        """Pages landed without a gap."""
+        self.clocks: list[LaneClock] = []
+        self._landed = bytearray(self.pages)
+        self._open_parts = 1  # whoever submits parts closes this one after the last
+        self._lock = threading.Lock()
+        self._on_prefix = on_prefix
+        self._on_lanes_done = on_lanes_done
+        self._hold = hold
+
+    @property
+    def cancelled(self) -> bool:
+        """SGLang wants no more pages (abort or prefetch time-out)."""
+        return self.operation.is_terminated()
+
+    def host_indices(self, first: int, end: int) -> torch.Tensor:
+        page_size = self.controller.page_size
+        return self.operation.host_indices[first * page_size : end * page_size]
+
+    def open_part(self, lane: str, first: int) -> LaneClock:
+        with self._lock:
+            self._open_parts += 1
+            clock = LaneClock(lane, self.first_page + first)
+            self.clocks.append(clock)
+            return clock
+
+    def land(self, first: int, end: int) -> None:
+        """Pages `[first, end)` are whole in the host pool."""
+        from sglang.srt.managers.cache_controller import PrefetchAck
+
+        with self._lock:
+            self._landed[first:end] = b"\x01" * (end - first)
+            before = self.prefix
+            gap = self._landed.find(0, before)
+            self.prefix = self.pages if gap < 0 else gap
+            if self.prefix == before:
+                return
+            self.controller.prefetch_sync_queue.put(
+                PrefetchAck(
+                    rid=self.operation.request_id,
+                    completed_tokens=self.prefix * self.controller.page_size,
+                    operation=self.operation,
+                )
+            )
+            if self._on_prefix is not None:
+                self._on_prefix(self, before)
+
+    def close_part(self) -> None:
+        """A lane has let go; the last one to do so ends the load."""
+        with self._lock:
+            self._open_parts -= 1
+            if self._open_parts:
+                return
+        if self._on_lanes_done is not None:
+            self._on_lanes_done(self)
+        if self._hold is None:
+            self._acknowledge()
+        else:
+            self._hold(self._acknowledge)
+
+    def _acknowledge(self) -> None:
+        from sglang.srt.managers.cache_controller import PrefetchAck
+
+        try:
+            self.controller._page_transfer_sidecar(self.operation, self.prefix)
+        except Exception:
+            logger.exception("Sidecar prefetch failed for request %s", self.operation.request_id)
+        self.controller.prefetch_sync_queue.put(
+            PrefetchAck(rid=self.operation.request_id, operation=self.operation, completed_req=True)
+        )

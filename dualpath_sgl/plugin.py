@@ -1,0 +1,17 @@
+"""SGLang general plugin (entry point `sglang.srt.plugins`): registers DualPath's hooks."""
+
+from __future__ import annotations
+
+activated = False
+"""Whether `activate` ran to its end in this process (the launcher checks)."""
+
+
+def activate() -> None:
+    global activated
+    from dualpath_sgl.config import settings
+
+    if settings().enabled:
+        from dualpath_sgl import hooks
+
+        hooks.register()
+    activated = True

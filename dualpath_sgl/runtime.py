@@ -1,0 +1,137 @@
+"""Everything one engine rank runs for DualPath, built when SGLang attaches the storage backend."""
+
+from __future__ import annotations
+
+import logging
+from typing import TYPE_CHECKING, Any
+
+from dualpath_sgl import layout
+from dualpath_sgl.config import Settings
+from dualpath_sgl.control import ControlChannel
+from dualpath_sgl.decode import DecodeSide
+from dualpath_sgl.forward import Forwarder
+from dualpath_sgl.page_load import PageLoad
+from dualpath_sgl.page_server import PageServer
+from dualpath_sgl.prefill import PrefillSide
+from dualpath_sgl.store_lane import StoreLane
+from scheduler_svc.protocol import Engine, Role
+from scheduler_svc.tracing import init_tracing
+
+if TYPE_CHECKING:
+    from sglang.srt.mem_cache.hicache_storage import HiCacheStorageConfig
+    from sglang.srt.mem_cache.hybrid_cache.hybrid_cache_controller import (
+        HybridCacheController,
+        PrefetchOperation,
+    )
+
+logger = logging.getLogger(__name__)
+
+
+class Runtime:
+    """One per SGLang scheduler process.  `controller` is bound when its I/O thread starts."""
+
+    controller: HybridCacheController
+
+    def __init__(self, settings: Settings, config: HiCacheStorageConfig, pool: Any) -> None:
+        from sglang.srt.runtime_context import get_disagg, get_server_args
+
+        self.settings = settings
+        self.pool = pool
+        self.page_size = pool.page_size
+        self.page_bytes = layout.page_bytes(pool)
+        self.rank = config.tp_rank
+        self.role = _role(get_disagg().disaggregation_mode)
+        self.fingerprint = layout.fingerprint(pool, config.model_name, config.tp_size)
+        self.tracer = init_tracing(
+            settings.engine_id, settings.otlp_endpoint, {"dualpath.rank": config.tp_rank}
+        )
+        self.forwarder = Forwarder(settings.host, settings.protocol, settings.device, _buffers(pool))
+        self.store_lane = StoreLane()
+        self.server: PageServer | None = None
+        if self.role is Role.DECODE:
+            self.server = PageServer(
+                settings.host,
+                self.forwarder.session,
+                self.fingerprint,
+                settings.lease_s,
+                settings.subscribe_timeout_s,
+            )
+            self.side: PrefillSide | DecodeSide = DecodeSide(self)
+        else:
+            self.side = PrefillSide(self)
+        args = get_server_args()
+        self.control = ControlChannel(
+            settings.scheduler,
+            Engine(
+                engine_id=settings.engine_id,
+                role=self.role,
+                rank=self.rank,
+                tp_size=config.tp_size,
+                url=f"http://{args.host}:{args.port}",
+                bootstrap_port=(
+                    args.disaggregation_bootstrap_port if self.role is Role.PREFILL else None
+                ),
+                page_endpoint=self.server.endpoint if self.server else None,
+                fingerprint=self.fingerprint,
+                page_size=self.page_size,
+                page_bytes=self.page_bytes,
+            ),
+            self.side.load,
+            self.side.on_plan,
+        )
+
+    def start(self) -> None:
+        self.store_lane.start()
+        if self.server is not None:
+            self.server.start()
+        self.control.start()
+        logger.info("DualPath: %s rank %d runs, layout %s", self.role, self.rank, self.fingerprint)
+
+    def load_from_store(
+        self, controller: HybridCacheController, operation: PrefetchOperation
+    ) -> None:
+        """An operation without a plan of its own: read it as upstream does."""
+        load = PageLoad(controller, operation, first_page=0, page_bytes=self.page_bytes)
+        self.store_lane.submit(load, 0, load.pages)
+        load.close_part()
+
+    def storage_load(self) -> dict[str, float | int]:
+        """The storage part of `protocol.Load`."""
+        return {
+            "read_queue_bytes": max(0, self.store_lane.queue_bytes),
+            "read_rate_bytes_per_s": self.store_lane.rate_bytes_per_s,
+            "host_free_pages": self.pool.available_size() // self.page_size,
+        }
+
+
+def _role(mode: str) -> Role:
+    try:
+        return Role(mode)
+    except ValueError:
+        raise ValueError(
+            f"--disaggregation-mode is {mode!r}: DualPath needs 'prefill' or 'decode'; "
+            "unset DUALPATH_ENABLED to run this server without DualPath"
+        ) from None
+
+
+def _buffers(pool: Any) -> list[Any]:
+    """The tensors behind a host pool, each registered once for forwarding."""
+    accessor = getattr(pool, "get_hybrid_pool_buffer", None)
+    return accessor() if accessor is not None else [pool.kv_buffer]
+
+
+_current: Runtime | None = None
+
+
+def start(settings: Settings, config: HiCacheStorageConfig, pool: Any) -> Runtime:
+    """Build and start the process's runtime.  Raises when one runs already."""
+    global _current
+    if _current is not None:
+        raise RuntimeError("DualPath runs already in this process")
+    _current = Runtime(settings, config, pool)
+    _current.start()
+    return _current
+
+
+def current() -> Runtime | None:
+    return _current

@@ -1,0 +1,44 @@
+"""The HiCache storage backend of an engine under DualPath: Mooncake Store plus the two lanes.
+
+Named in `--hicache-storage-backend-extra-config` (backend `dynamic`).  Keys, layout and every
+read and write are SGLang's own `MooncakeStore`; what this class adds is the life of the engine's
+DualPath runtime, which needs the host pool that is registered here.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from sglang.srt.mem_cache.hicache_storage import HiCacheStorageConfig
+from sglang.srt.mem_cache.storage.mooncake_store.mooncake_store import MooncakeStore
+
+from dualpath_sgl import runtime
+from dualpath_sgl.config import settings
+from dualpath_sgl.hooks import assert_applied
+
+SUPPORTED_LAYOUT = "page_first_direct"
+
+
+class DualPathStorage(MooncakeStore):
+    def __init__(self, storage_config: HiCacheStorageConfig, _kwargs: dict[str, Any]) -> None:
+        """Connect to the store.
+
+        Raises RuntimeError when DualPath is off or its hooks did not apply, and whatever
+        MooncakeStore raises.
+        """
+        if not settings().enabled:
+            raise RuntimeError(
+                "storage backend 'dualpath' needs DUALPATH_ENABLED=1; without it use "
+                "--hicache-storage-backend mooncake"
+            )
+        assert_applied()
+        super().__init__(storage_config)
+
+    def register_mem_pool_host(self, mem_pool_host: Any) -> None:
+        if mem_pool_host.layout != SUPPORTED_LAYOUT:
+            raise ValueError(
+                f"--hicache-mem-layout is {mem_pool_host.layout!r}: DualPath needs "
+                f"{SUPPORTED_LAYOUT!r}, in which a page is one contiguous region"
+            )
+        super().register_mem_pool_host(mem_pool_host)
+        runtime.start(settings(), self.storage_config, mem_pool_host)

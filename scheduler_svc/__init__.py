@@ -1,0 +1,1 @@
+"""The DualPath global scheduler: a ZeroMQ service that chooses engines and load paths."""

@@ -1,0 +1,292 @@
+"""Wire models between the scheduler and its peers (engine ranks, routers, tools).
+
+One ZeroMQ frame holds one JSON object whose `type` names the model.  Peers use a DEALER
+socket, the scheduler a ROUTER socket, so the scheduler can push a `Plan` to an engine at
+any time.  The life of one request:
+
+    router  -> Place          scheduler -> Placement          (only routers that place)
+    PE rank -> Report         scheduler -> Plan, to every rank of PE and DE that reported
+    DE rank -> Report
+    both    -> Done                                           (no answer)
+
+Page positions are absolute: page `i` holds tokens `[i*page_size, (i+1)*page_size)` of the
+prompt.  Ranges are half open.  DESIGN terms: `local_pages` is L_P or L_D, `hit_pages` is K,
+`split_page` is x.
+"""
+
+from __future__ import annotations
+
+from enum import StrEnum
+from typing import Annotated, Literal, Union
+
+from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError, model_validator
+
+MAX_MESSAGE_BYTES = 256 * 1024
+"""A longer frame is answered with an error; one several times as long the socket drops together
+with its connection (`ZMQ_MAXMSGSIZE`)."""
+
+PLAN_TIMEOUT_S = 1.0
+"""An engine that has no plan this long after its report goes on with the prefill path."""
+
+Name = Annotated[str, Field(min_length=1, max_length=256)]
+Count = Annotated[int, Field(ge=0, le=2**53)]
+Room = Annotated[int, Field(ge=0, lt=2**63)]
+Rank = Annotated[int, Field(ge=0, lt=4096)]
+Seconds = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+
+
+class Role(StrEnum):
+    PREFILL = "prefill"
+    DECODE = "decode"
+
+
+class Path(StrEnum):
+    """Where the PE gets the pages it misses."""
+
+    NONE = "none"
+    """Nothing to load: no stored page beyond what the PE holds."""
+    PREFILL = "prefill"
+    """Every page read from storage is read by the PE."""
+    DECODE = "decode"
+    """Every page read from storage is read by the DE and forwarded."""
+    SPLIT = "split"
+    """Both read a part."""
+
+
+class Outcome(StrEnum):
+    OK = "ok"
+    FALLBACK = "fallback"
+    """The request went on, but not as planned; `fallback_reason` says why."""
+    ABORTED = "aborted"
+
+
+class Wire(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class Engine(Wire):
+    """One rank of one engine, as it describes itself."""
+
+    engine_id: Name
+    role: Role
+    rank: Rank = 0
+    tp_size: Annotated[int, Field(ge=1, le=4096)] = 1
+    url: Name
+    """HTTP address of the SGLang server, e.g. `http://127.0.0.1:30000`."""
+    bootstrap_port: Annotated[int, Field(ge=1, le=65535)] | None = None
+    page_endpoint: Name | None = None
+    """ZeroMQ address of this DE rank's page server; None on a PE."""
+    fingerprint: Name
+    """Names model, dtype, layers, heads, page size and layout; pages move only between equals."""
+    page_size: Annotated[int, Field(ge=1, le=2**20)]
+    """Tokens in a page."""
+    page_bytes: Annotated[int, Field(ge=1, le=2**40)]
+    """Bytes of one page on this rank, all layers, K and V."""
+
+
+class Load(Wire):
+    """What an engine rank has to do right now (paper section 6: seq_e, tok_e, read_q)."""
+
+    sequences: Count = 0
+    tokens: Count = 0
+    read_queue_bytes: Count = 0
+    """Bytes planned to be read from storage by this rank and not yet read."""
+    read_rate_bytes_per_s: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 0.0
+    """Measured drain rate of the storage lane; 0 while unknown."""
+    host_free_pages: Count = 0
+    device_free_tokens: Count = 0
+
+
+class Heartbeat(Wire):
+    """Sent every second and on connect; registers the engine and refreshes its load."""
+
+    type: Literal["heartbeat"] = "heartbeat"
+    engine: Engine
+    load: Load = Load()
+
+
+class Place(Wire):
+    """A router asks for a pair of engines."""
+
+    type: Literal["place"] = "place"
+    request_id: Name
+    session_id: Name | None = None
+    prompt_tokens: Count
+    traceparent: Annotated[str, Field(max_length=128)] | None = None
+
+
+class Placement(Wire):
+    type: Literal["placement"] = "placement"
+    request_id: Name
+    room: Room
+    prefill: Engine
+    decode: Engine
+
+
+class Report(Wire):
+    """An engine rank has matched a request against its own caches."""
+
+    type: Literal["report"] = "report"
+    room: Room
+    engine_id: Name
+    role: Role
+    rank: Rank = 0
+    prompt_tokens: Count
+    local_pages: Count
+    """L_P (PE) or L_D (DE): pages held from the start of the prompt without a gap."""
+    hit_pages: Count | None = None
+    """K, only from a PE: stored prefix in pages, at least `local_pages`."""
+    traceparent: Annotated[str, Field(max_length=128)] | None = None
+
+    @model_validator(mode="after")
+    def _hit_belongs_to_prefill(self) -> Report:
+        if (self.role is Role.PREFILL) != (self.hit_pages is not None):
+            raise ValueError("hit_pages must be given by a prefill engine and only by it")
+        if self.hit_pages is not None and self.hit_pages < self.local_pages:
+            raise ValueError(f"hit_pages {self.hit_pages} is less than local_pages {self.local_pages}")
+        return self
+
+
+class Plan(Wire):
+    """The one plan of a room: PE gets `[L_P, split_page)` from the DE, `[split_page, K)` from the store."""
+
+    type: Literal["plan"] = "plan"
+    room: Room
+    path: Path
+    prefill_id: Name
+    decode_id: Name
+    prefill_local_pages: Count
+    decode_local_pages: Count
+    hit_pages: Count
+    split_page: Count
+    """x.  The DE reads `[L_D, x)` from the store; x <= L_D means it reads nothing.  Policies keep
+    x at or above `min(L_D, K)`; x = 0 below that means that nothing may be forwarded, not even
+    what the DE holds (layouts differ, page servers are missing or the plan came too late)."""
+    decode_endpoints: tuple[Name, ...] = ()
+    """Page server of every DE rank, in rank order."""
+    policy: Name
+    reason: Annotated[str, Field(max_length=1024)]
+    """Queue lengths and rates that led to `split_page`, for people and spans."""
+
+
+class LaneRecord(Wire):
+    """What one lane did for one request."""
+
+    lane: Literal["store", "peer"]
+    first_page: Count
+    end_page: Count
+    """Pages `[first_page, end_page)` arrived whole through this lane."""
+    bytes: Count
+    queue_s: Seconds
+    """From being handed to the lane until its first transfer began."""
+    busy_s: Seconds
+    """From the first transfer's begin to the last one's end."""
+
+    @model_validator(mode="after")
+    def _range_is_forward(self) -> LaneRecord:
+        if self.end_page < self.first_page:
+            raise ValueError(f"end_page {self.end_page} is before first_page {self.first_page}")
+        return self
+
+
+class Done(Wire):
+    """A rank has finished its part of a room; closes the room when both sides said so."""
+
+    type: Literal["done"] = "done"
+    room: Room
+    engine_id: Name
+    role: Role
+    rank: Rank = 0
+    outcome: Outcome
+    fallback_reason: Annotated[str, Field(max_length=256)] | None = None
+    loaded_pages: Count = 0
+    """Pages added to the rank's host pool for this request."""
+    lanes: tuple[LaneRecord, ...] = ()
+
+
+class StatusRequest(Wire):
+    type: Literal["status_request"] = "status_request"
+
+
+class EngineStatus(Wire):
+    engine: Engine
+    load: Load
+    age_s: Seconds
+    """Since the last heartbeat."""
+    store_read_bytes: Count = 0
+    forwarded_bytes: Count = 0
+    """Read out of a peer's host pool (counted on the PE)."""
+    loaded_pages: Count = 0
+
+
+class Status(Wire):
+    type: Literal["status"] = "status"
+    policy: Name
+    uptime_s: Seconds
+    engines: tuple[EngineStatus, ...]
+    rooms_open: Count
+    rooms_closed: Count
+    paths: dict[Path, Count]
+    """Rooms per planned path."""
+    fallbacks: dict[str, Count]
+    """Rooms per fallback reason."""
+    duplicate_store_pages: Count
+    """Pages of one room that both engines read from the store (must stay 0)."""
+    errors: Count
+    """Messages answered with an error."""
+
+
+class ErrorCode(StrEnum):
+    MALFORMED = "malformed"
+    """Not a known message, or a field is wrong."""
+    CONFLICT = "conflict"
+    """Contradicts what was already decided for the room or said by the engine."""
+    UNKNOWN_ENGINE = "unknown_engine"
+    """The engine has sent no heartbeat (or it expired): heartbeat, then repeat."""
+    NO_ENGINE = "no_engine"
+    """No live engine of the wanted role."""
+    INTERNAL = "internal"
+    """A fault in the scheduler while it handled this message; the message changed nothing."""
+
+
+class Error(Wire):
+    type: Literal["error"] = "error"
+    code: ErrorCode
+    message: str
+    """Names the field, the value and the remedy."""
+    room: Room | None = None
+    request_id: str | None = None
+
+
+Request = Annotated[
+    Union[Heartbeat, Place, Report, Done, StatusRequest], Field(discriminator="type")
+]
+Reply = Annotated[Union[Placement, Plan, Status, Error], Field(discriminator="type")]
+
+_request = TypeAdapter(Request)
+_reply = TypeAdapter(Reply)
+
+
+def encode(message: Wire) -> bytes:
+    return message.model_dump_json(exclude_none=True).encode()
+
+
+def decode_request(frame: bytes) -> Request:
+    """Parse what a peer sent.  Raises ValueError naming field, value and problem."""
+    return _decode(_request, frame)
+
+
+def decode_reply(frame: bytes) -> Reply:
+    """Parse what the scheduler sent.  Raises ValueError naming field, value and problem."""
+    return _decode(_reply, frame)
+
+
+def _decode(adapter: TypeAdapter, frame: bytes):
+    if len(frame) > MAX_MESSAGE_BYTES:
+        raise ValueError(f"message of {len(frame)} bytes exceeds {MAX_MESSAGE_BYTES}")
+    try:
+        return adapter.validate_json(frame)
+    except ValidationError as error:
+        first = error.errors(include_url=False, include_context=False)[0]
+        field = ".".join(str(part) for part in first["loc"]) or "message"
+        raise ValueError(f"{field}: {first['msg']}, got {str(first.get('input'))[:120]!r}") from None
