@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, Callable
 from dualpath_sgl.host_tree import HostPrefix, held_on_host
 from dualpath_sgl.layout import page_blocks
 from dualpath_sgl.page_load import PageLoad
+from dualpath_sgl.restore import RestoreGuard
 from dualpath_sgl.tracing import record_lane, traceparent_of
 from scheduler_svc.protocol import Done, Load, Outcome, Plan, Report, Role
 
@@ -59,6 +60,7 @@ class DecodeSide:
         self._requests: dict[str, _Request] = {}
         self._plans: dict[int, Plan] = {}
         self._unlocks: deque[Callable[[], None]] = deque()
+        self.restores = RestoreGuard(runtime)
 
     # -- called by hooks ----------------------------------------------------------------------
 
@@ -67,7 +69,7 @@ class DecodeSide:
         if req.rid in self._requests:
             return
         held = held_on_host(queue.tree_cache, req)
-        request = _Request(req, req.bootstrap_room, traceparent_of(req), time.monotonic())
+        request = _Request(req, req.bootstrap_room, traceparent_of(req.time_stats), time.monotonic())
         self._requests[req.rid] = request
         self._runtime.control.send(
             Report(
@@ -103,6 +105,7 @@ class DecodeSide:
         """SGLang drops its whole cache (it is idle): nothing may be served or unlocked after."""
         self._runtime.server.close_all()
         self._unlocks.clear()
+        self.restores.reset()
         self._requests.clear()
         self._plans.clear()
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 from queue import Empty
 from typing import TYPE_CHECKING, Any, Callable
 
-from dualpath_sgl import runtime
+from dualpath_sgl import runtime, stages
 from dualpath_sgl.decode import DecodeSide
 from dualpath_sgl.prefill import PrefillSide
 
@@ -136,11 +136,39 @@ def before_tree_reset(_tree: Any) -> None:
         side.reset()
 
 
+# -- DE: from the promise to the load-back -----------------------------------------------------------
+
+
+def before_start_hicache_prefetch(queue: Any, req: Req, match: Any) -> None:
+    side = _decode()
+    if side is not None:
+        side.restores.promise(queue.tree_cache, req, match)
+
+
+def after_queue_load_back(queued: bool, _queue: Any, request: Any) -> None:
+    side = _decode()
+    if side is not None and queued:
+        side.restores.load_back_queued(request)
+
+
+def before_clean_prefetch_resources(_queue: Any, request: Any) -> None:
+    side = _decode()
+    if side is not None:
+        side.restores.give_up(request)
+
+
+def after_commit_restore(_result: None, _queue: Any, request: Any) -> None:
+    side = _decode()
+    if side is not None:
+        side.restores.restored(request)
+
+
 _AROUND, _BEFORE, _AFTER = "around", "before", "after"
 _SRT = "sglang.srt."
 _CONTROLLER = _SRT + "mem_cache.hybrid_cache.hybrid_cache_controller.HybridCacheController."
 _TREE = _SRT + "mem_cache.unified_radix_cache.UnifiedRadixCache."
 _PREALLOC = _SRT + "disaggregation.decode.DecodePreallocQueue."
+_MIXIN = _SRT + "disaggregation.decode_hicache_mixin."
 
 HOOKS: tuple[tuple[str, Callable, str], ...] = (
     (_SRT + "managers.scheduler.Scheduler._prefetch_kvcache", around_prefetch_kvcache, _AROUND),
@@ -153,14 +181,29 @@ HOOKS: tuple[tuple[str, Callable, str], ...] = (
     (_PREALLOC + "pop_preallocated", before_pop_preallocated, _BEFORE),
     (_TREE + "query_storage_hit_length", around_query_storage_hit_length, _AROUND),
     (_TREE + "reset", before_tree_reset, _BEFORE),
+    (_MIXIN + "DecodeHiCachePreallocMixin._start_hicache_prefetch", before_start_hicache_prefetch, _BEFORE),
+    (_MIXIN + "DecodeHiCacheTransferMixin._try_hicache_queue_load_back", after_queue_load_back, _AFTER),
+    (
+        _MIXIN + "DecodeHiCacheTransferMixin._clean_hicache_prefetch_resources",
+        before_clean_prefetch_resources,
+        _BEFORE,
+    ),
+    (
+        _MIXIN + "DecodeHiCacheTransferMixin._commit_hicache_local_restore_to_req",
+        after_commit_restore,
+        _AFTER,
+    ),
 )
 
 
-def register() -> None:
-    """Hand every hook to SGLang; it applies them after all plugins have run."""
+def register(traced: bool) -> None:
+    """Hand every hook to SGLang; it applies them after all plugins have run.
+
+    `traced` adds the spans of SGLang's own stages.
+    """
     from sglang.srt.plugins.hook_registry import HookRegistry, HookType
 
-    for target, hook, kind in HOOKS:
+    for target, hook, kind in HOOKS + (stages.HOOKS if traced else ()):
         HookRegistry.register(target, hook, HookType(kind))
 
 
@@ -172,11 +215,12 @@ def assert_applied() -> None:
     from sglang.srt.disaggregation.decode import DecodePreallocQueue
     from sglang.srt.plugins.hook_registry import HookRegistry
 
-    missing = [target for target, _, _ in HOOKS if target not in HookRegistry._patched]
+    if not HookRegistry._hooks:
+        raise RuntimeError("DualPath's plugin did not run: does SGLANG_PLUGINS admit 'dualpath'?")
+    missing = sorted(set(HookRegistry._hooks) - HookRegistry._patched)
     if missing:
         raise RuntimeError(
-            f"DualPath hooks were not applied to {', '.join(missing)}; is this SGLang 0.5.23 and "
-            "does SGLANG_PLUGINS admit 'dualpath'?"
+            f"hooks were not applied to {', '.join(missing)}; is this SGLang 0.5.23?"
         )
     if not hasattr(DecodePreallocQueue, "admission_gate"):
         raise RuntimeError("SGLang is not patched for DualPath: run `dualpath patch apply`")

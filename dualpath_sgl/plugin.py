@@ -13,5 +13,5 @@ def activate() -> None:
     if settings().enabled:
         from dualpath_sgl import hooks
 
-        hooks.register()
+        hooks.register(traced=settings().otlp_endpoint is not None)
     activated = True

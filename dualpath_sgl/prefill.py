@@ -44,6 +44,7 @@ class _Request:
     plan: Plan | None = None
     load: PageLoad | None = None
     started: bool = False
+    done: bool = False
     fallback_reason: str | None = None
 
 
@@ -65,7 +66,7 @@ class PrefillSide:
             if req.rid in self._by_rid:
                 return
             request = _Request(
-                req.bootstrap_room, req.rid, len(req.origin_input_ids), traceparent_of(req)
+                req.bootstrap_room, req.rid, len(req.origin_input_ids), traceparent_of(req.time_stats)
             )
             self._by_rid[req.rid] = self._by_room[request.room] = request
 
@@ -114,7 +115,8 @@ class PrefillSide:
     def take(self, controller: HybridCacheController, operation: PrefetchOperation) -> None:
         """An operation has host memory: wait for its plan, or start."""
         request = self._by_rid.get(operation.request_id)
-        if request is None or request.load is not None or operation.pool_transfers:
+        if request is None or request.done or request.load is not None or operation.pool_transfers:
+            # Not this request's first look at the store: its room is planned, or closed, already.
             self._runtime.load_from_store(controller, operation)
             return
         with self._lock:
@@ -228,6 +230,7 @@ class PrefillSide:
         self._runtime.store_lane.submit(load, first, end)
 
     def _done(self, request: _Request) -> None:
+        request.done = True
         load = request.load
         plan = request.plan
         outcome = Outcome.FALLBACK if request.fallback_reason else Outcome.OK

@@ -47,6 +47,7 @@ class Runtime:
         )
         self.forwarder = Forwarder(settings.host, settings.protocol, settings.device, _buffers(pool))
         self.store_lane = StoreLane()
+        self.unplanned_read_bytes = 0
         self.server: PageServer | None = None
         if self.role is Role.DECODE:
             self.server = PageServer(
@@ -91,15 +92,25 @@ class Runtime:
         self, controller: HybridCacheController, operation: PrefetchOperation
     ) -> None:
         """An operation without a plan of its own: read it as upstream does."""
-        load = PageLoad(controller, operation, first_page=0, page_bytes=self.page_bytes)
+        load = PageLoad(
+            controller,
+            operation,
+            first_page=0,
+            page_bytes=self.page_bytes,
+            on_lanes_done=self._count_unplanned,
+        )
         self.store_lane.submit(load, 0, load.pages)
         load.close_part()
+
+    def _count_unplanned(self, load: PageLoad) -> None:
+        self.unplanned_read_bytes += sum(clock.bytes for clock in load.clocks)
 
     def storage_load(self) -> dict[str, float | int]:
         """The storage part of `protocol.Load`."""
         return {
             "read_queue_bytes": max(0, self.store_lane.queue_bytes),
             "read_rate_bytes_per_s": self.store_lane.rate_bytes_per_s,
+            "unplanned_read_bytes": self.unplanned_read_bytes,
             "host_free_pages": self.pool.available_size() // self.page_size,
         }
 

@@ -10,16 +10,16 @@ from opentelemetry.trace import Tracer
 from scheduler_svc.tracing import context_from
 
 if TYPE_CHECKING:
-    from sglang.srt.managers.schedule_batch import Req
+    from sglang.srt.observability.req_time_stats import SchedulerReqTimeStats
 
     from dualpath_sgl.page_load import LaneClock
 
 SPAN_OF_LANE = {"store": "storage.read", "peer": "forward"}
 
 
-def traceparent_of(req: Req) -> str | None:
+def traceparent_of(time_stats: SchedulerReqTimeStats) -> str | None:
     """The W3C traceparent of SGLang's request span; None when SGLang does not trace the request."""
-    trace = req.time_stats.trace_ctx
+    trace = time_stats.trace_ctx
     context = getattr(trace, "root_span_context", None)
     if not trace.tracing_enable or context is None:
         return None

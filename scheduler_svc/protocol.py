@@ -95,6 +95,8 @@ class Load(Wire):
     """Measured drain rate of the storage lane; 0 while unknown."""
     host_free_pages: Count = 0
     device_free_tokens: Count = 0
+    unplanned_read_bytes: Count = 0
+    """Read from storage outside any plan since the rank started (late retries of SGLang)."""
 
 
 class Heartbeat(Wire):
@@ -214,6 +216,7 @@ class EngineStatus(Wire):
     age_s: Seconds
     """Since the last heartbeat."""
     store_read_bytes: Count = 0
+    """Planned and unplanned."""
     forwarded_bytes: Count = 0
     """Read out of a peer's host pool (counted on the PE)."""
     loaded_pages: Count = 0

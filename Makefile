@@ -1,0 +1,59 @@
+# make demo    the whole thing on this machine's CPU: set-up, cluster, agent trace, report
+# make test    every test, the end-to-end ones on a real cluster included
+# make setup   only the virtual environment, the patches and the tiny model
+PYTHON ?= python3.11
+VENV := .venv
+PY := $(VENV)/bin/python
+PIP := $(PY) -m pip --disable-pip-version-check
+TORCH := torch==2.13.0+cpu
+TORCH_INDEX := https://download.pytorch.org/whl/cpu
+
+.PHONY: setup demo test clean
+.DELETE_ON_ERROR:
+
+setup: $(VENV)/.patched $(VENV)/.model
+
+demo: setup
+	$(VENV)/bin/dualpath demo
+
+test: setup
+	$(PY) -m pytest
+
+clean:
+	rm -rf $(VENV) .cache build dist *.egg-info
+
+$(VENV)/.system: launch/system_check.py
+	@command -v $(PYTHON) >/dev/null || { echo "$(PYTHON) not found: install Python 3.11 (apt-get install python3.11" \
+	  "python3.11-venv) or name one: make PYTHON=/path/to/python3.11"; exit 1; }
+	$(PYTHON) -m launch.system_check --install
+	$(PYTHON) -m venv $(VENV)
+	@touch $@
+
+# PyPI's torch is the CUDA build; only the local version +cpu names the CPU one.  A wheel that
+# pip is configured to find (find-links, a mirror) is preferred to PyTorch's own index.
+$(VENV)/.torch: $(VENV)/.system
+	@echo "== $(TORCH)"
+	$(PIP) install --no-deps -q '$(TORCH)' 2>$(VENV)/torch.log || \
+	  $(PIP) install --no-deps --index-url $(TORCH_INDEX) '$(TORCH)' || { cat $(VENV)/torch.log; exit 1; }
+	@touch $@
+
+$(VENV)/.packages: requirements/cpu.txt $(VENV)/.torch
+	@echo "== $$(grep -c == requirements/cpu.txt) pinned packages (about two minutes)"
+	$(PIP) install --no-deps --no-compile -r requirements/cpu.txt
+	@touch $@
+
+$(VENV)/.installed: pyproject.toml dualpath_sgl/cpu_profile/install.py $(VENV)/.packages
+	@echo "== this project, editable"
+	$(PIP) install -q --no-deps --no-build-isolation -e .
+	$(PY) -m dualpath_sgl.cpu_profile.install
+	@touch $@
+
+$(VENV)/.patched: $(wildcard patches/*/*.patch) launch/patching.py $(VENV)/.installed
+	@echo "== patches"
+	$(VENV)/bin/dualpath patch apply
+	@touch $@
+
+$(VENV)/.model: launch/tiny_model.py $(VENV)/.installed
+	@echo "== tiny model"
+	$(PY) -m launch.tiny_model
+	@touch $@

@@ -1,0 +1,46 @@
+"""SGLang plugin (entry point `dualpath_cpu`): what PD over Mooncake and HiCache lack on a CPU.
+
+Does nothing unless `SGLANG_USE_CPU_ENGINE=1`.  SGLang only logs a plugin that raises;
+`launch.engine` therefore checks `activated` in every process of an engine.
+"""
+
+from __future__ import annotations
+
+import functools
+import os
+
+activated = False
+"""True once `activate` has changed this process."""
+
+_COPIES = (
+    "transfer_kv_direct",
+    "transfer_kv_per_layer_direct_pf_lf",
+    "transfer_kv_all_layer_direct_lf_pf",
+)
+
+
+def activate() -> None:
+    global activated
+    if activated or os.getenv("SGLANG_USE_CPU_ENGINE") != "1":
+        return
+    from sgl_kernel import kvcacheio
+    from sglang.srt.disaggregation.mooncake.conn import MooncakeKVSender
+    from sglang.srt.mem_cache.pool_host import mha, mla
+    from sglang.srt.mem_cache.pool_host.base import HostKVCache
+
+    # The alternative copies page indices through pinned memory behind a CUDA event.
+    MooncakeKVSender.supports_host_tensor_indices = False
+    HostKVCache.__init__ = _without_pinning(HostKVCache.__init__)
+    # These modules import the copies only on GPUs, then call them by their own globals.
+    for module in (mha, mla):
+        for name in _COPIES:
+            setattr(module, name, getattr(kvcacheio, name))
+    activated = True
+
+
+def _without_pinning(original):
+    @functools.wraps(original)
+    def __init__(self, *args, **kwargs):
+        original(self, *args, **{**kwargs, "pin_memory": False})
+
+    return __init__

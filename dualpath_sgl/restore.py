@@ -1,0 +1,76 @@
+"""Keeps a DE's promise: host pages it promised to restore stay until they are on the device.
+
+SGLang tells the PE `decode_prefix_len` when the DE reserves device memory, and loads the
+promised host pages back later.  Evicted in between they fail the request.  A host lock from the
+promise to the load-back (which takes its own) closes the gap.
+"""
+
+from __future__ import annotations
+
+import time
+from typing import TYPE_CHECKING, Callable
+
+from dualpath_sgl.host_tree import held_on_host
+from dualpath_sgl.tracing import record_span, traceparent_of
+
+if TYPE_CHECKING:
+    from sglang.srt.disaggregation.decode import DecodeRequest
+    from sglang.srt.disaggregation.decode_hicache_mixin import DecodePrefixMatch
+    from sglang.srt.managers.schedule_batch import Req
+    from sglang.srt.mem_cache.unified_radix_cache import UnifiedRadixCache
+
+    from dualpath_sgl.runtime import Runtime
+
+
+class RestoreGuard:
+    """Runs on SGLang's scheduler thread."""
+
+    def __init__(self, runtime: Runtime) -> None:
+        self._runtime = runtime
+        self._unlocks: dict[int, Callable[[], None]] = {}
+        self._begun_ns: dict[int, int] = {}
+
+    def promise(self, tree: UnifiedRadixCache, req: Req, match: DecodePrefixMatch | None) -> None:
+        """The DE is about to promise `match` to the PE."""
+        if match is not None and match.l2_host_hit_length > 0:
+            self._unlocks[req.bootstrap_room] = held_on_host(tree, req).lock(tree)
+
+    def load_back_queued(self, request: DecodeRequest) -> None:
+        """SGLang's load-back has taken over the pages."""
+        self._unlock(request)
+        self._begun_ns.setdefault(request.req.bootstrap_room, time.time_ns())
+
+    def give_up(self, request: DecodeRequest) -> None:
+        """The request failed or was aborted before its restore."""
+        self._unlock(request)
+        self._begun_ns.pop(request.req.bootstrap_room, None)
+
+    def restored(self, request: DecodeRequest) -> None:
+        begun_ns = self._begun_ns.pop(request.req.bootstrap_room, None)
+        if begun_ns is not None:
+            record_span(
+                self._runtime.tracer,
+                "restore",
+                traceparent_of(request.req.time_stats),
+                begun_ns,
+                time.time_ns(),
+                {
+                    "dualpath.room": request.req.bootstrap_room,
+                    "dualpath.tokens": request.prefix_match.restore_token_count,
+                },
+            )
+
+    def reset(self) -> None:
+        """SGLang drops its whole cache: the locks are gone with it."""
+        self._unlocks.clear()
+        self._begun_ns.clear()
+
+    @property
+    def held(self) -> int:
+        """Promises not yet loaded back."""
+        return len(self._unlocks)
+
+    def _unlock(self, request: DecodeRequest) -> None:
+        unlock = self._unlocks.pop(request.req.bootstrap_room, None)
+        if unlock is not None:
+            unlock()

@@ -1,0 +1,1 @@
+"""Agent workloads, replay, baselines and the reading of traces."""

@@ -1,0 +1,136 @@
+"""The commands `dualpath eval …` and `dualpath trace …`."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from datetime import datetime
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+from rich.markup import escape
+
+from evals import waterfall
+from evals.errors import EvalError
+from evals.subset import write_subset
+
+RESULTS = Path("results")
+DEFAULT_CLUSTER = Path(__file__).parent.parent / "launch" / "clusters" / "cpu-1p1d.yaml"
+USAGE_ERROR = 2
+
+eval_app = typer.Typer(no_args_is_help=True, help="Replay agent traces and compare modes.")
+trace_app = typer.Typer(no_args_is_help=True, help="Look at recorded request traces.")
+console = Console(highlight=False)
+errors = Console(stderr=True, highlight=False, soft_wrap=True)
+
+
+@eval_app.command("run")
+def run(
+    trace: Annotated[
+        Path | None,
+        typer.Option(
+            help="Session file in claude-code-weka form, or a folder of them; none: synthetic sessions."
+        ),
+    ] = None,
+    cluster: Annotated[Path, typer.Option(help="Cluster description (YAML).")] = DEFAULT_CLUSTER,
+    mode: Annotated[
+        str,
+        typer.Option(
+            help="Comma-separated: basic, both, dualpath, or a path policy such as prefill or decode."
+        ),
+    ] = "basic,decode,dualpath",
+    agents: Annotated[
+        int, typer.Option(help="Agents in all; above the number of sessions these are re-used.")
+    ] = 4,
+    concurrency: Annotated[int, typer.Option(help="Requests in flight; agents take turns.")] = 4,
+    turns: Annotated[int | None, typer.Option(help="Requests of each session; default: all.")] = None,
+    max_context: Annotated[
+        int, typer.Option(help="Longest prompt with its answer after scaling, in tokens.")
+    ] = 4096,
+    seed: Annotated[int, typer.Option(help="Of the random tokens and the synthetic sessions.")] = 1,
+    out: Annotated[Path | None, typer.Option(help="Result folder; default: results/<date-time>.")] = None,
+) -> None:
+    """Replay sessions in each mode, compare tokens with a single server, write summary, report and traces."""
+    # Not before: this imports the whole cluster machinery.
+    from evals.run import EvalOptions, evaluate
+    from launch.config import load
+
+    with failures_explained():
+        options = EvalOptions(
+            trace=trace,
+            cluster=load(cluster),
+            modes=tuple(name.strip() for name in mode.split(",") if name.strip()),
+            agents=agents,
+            concurrency=concurrency,
+            turns=turns,
+            max_context_tokens=max_context,
+            seed=seed,
+            out=out or RESULTS / datetime.now().strftime("%Y%m%d-%H%M%S"),
+        )
+        summary = evaluate(options, console)
+    console.print(f"results: {options.out}/report.md, summary.json, traces.json")
+    if not summary.tokens_equal:
+        errors.print("[red]error:[/] tokens differ from the single server's; report.md says where")
+        raise typer.Exit(1)
+
+
+@eval_app.command("trace-subset")
+def trace_subset(
+    files: Annotated[list[Path], typer.Argument(help="Session files in claude-code-weka form.")],
+    out: Annotated[Path, typer.Option(help="Folder to write to.")],
+    requests: Annotated[int, typer.Option(min=1, help="First requests of each session to keep.")],
+) -> None:
+    """Write a small valid trace: the first requests of some sessions, only the fields that are needed."""
+    with failures_explained():
+        for path in write_subset(files, out, requests):
+            console.print(f"{path}  {path.stat().st_size:,} bytes")
+
+
+@trace_app.callback()
+def _several_commands() -> None:
+    # Without a callback typer drops the name of an app's only command.
+    pass
+
+
+@trace_app.command("show")
+def show(
+    trace_id: Annotated[
+        str | None, typer.Argument(metavar="ID", help="Trace id or its unique beginning.")
+    ] = None,
+    file: Annotated[
+        Path | None, typer.Option(help="Jaeger JSON; default: the newest results/*/traces.json.")
+    ] = None,
+    list_all: Annotated[bool, typer.Option("--list", help="List the traces of the file.")] = False,
+) -> None:
+    """Print the waterfall of one trace."""
+    with failures_explained():
+        if not list_all and trace_id is None:
+            raise EvalError("ID is missing; give a trace id or its beginning, or --list to see them")
+        traces = waterfall.read_traces(file or _newest_traces())
+        if list_all:
+            waterfall.list_traces(traces, console)
+        else:
+            waterfall.show(waterfall.find(traces, trace_id), console)
+
+
+@contextmanager
+def failures_explained() -> Iterator[None]:
+    """Turn what a person can put right into one line on stderr and exit status 2."""
+    from launch.config import ConfigError
+    from launch.process import ProcessDied
+    from launch.supervisor import StartTimeout
+
+    try:
+        yield
+    except (EvalError, ConfigError, ProcessDied, StartTimeout) as error:
+        errors.print(f"[red]error:[/] {escape(str(error))}")
+        raise typer.Exit(USAGE_ERROR) from None
+
+
+def _newest_traces() -> Path:
+    found = sorted(RESULTS.glob("*/traces.json"), key=lambda path: path.stat().st_mtime)
+    if not found:
+        raise EvalError(f"no {RESULTS}/*/traces.json here; run an evaluation first or give --file")
+    return found[-1]

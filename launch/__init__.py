@@ -1,0 +1,1 @@
+"""Describes, starts and supervises a whole cluster on one machine."""

@@ -1,0 +1,240 @@
+"""The `dualpath` command: patch packages, run a cluster, look at it, evaluate it."""
+
+from __future__ import annotations
+
+import importlib
+import json
+import signal
+import sys
+import time
+from pathlib import Path
+from typing import Annotated, NoReturn
+
+import psutil
+import typer
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+from launch.config import ClusterConfig, ConfigError, Mode, load
+from launch.patching import PatchError, Report, State, Tree, stacks
+
+DEFAULT_RUN_DIR = Path("runs/current")
+LAZY_COMMANDS = {
+    "eval": ("evals.cli", "eval_app", "Replay agent traces and compare modes."),
+    "trace": ("evals.cli", "trace_app", "Look at recorded request traces."),
+}
+
+console = Console(highlight=False, soft_wrap=True)
+errors = Console(stderr=True, highlight=False, soft_wrap=True)
+
+app = typer.Typer(no_args_is_help=True, add_completion=False, help=__doc__, pretty_exceptions_enable=False)
+patch_app = typer.Typer(no_args_is_help=True, help="Patch the pinned packages, check that, or take it back.")
+app.add_typer(patch_app, name="patch")
+
+RunDir = Annotated[Path, typer.Option("--run-dir", help="Logs and state of the cluster.")]
+Package = Annotated[str | None, typer.Option("--package", help="Only this package, e.g. sglang.")]
+
+
+@app.command()
+def up(
+    config: Annotated[Path, typer.Option("--config", "-c", help="Cluster description (YAML).")],
+    run_dir: RunDir = DEFAULT_RUN_DIR,
+) -> None:
+    """Start a whole cluster on this machine and keep it until Ctrl-C, or until a part of it dies."""
+    from launch.process import ProcessDied
+    from launch.supervisor import Cluster, StartTimeout
+
+    description = _load(config)
+    _refuse_if_not_ready(description)
+    if _alive_processes(run_dir):
+        _fail(f"--run-dir {run_dir}: a cluster runs there; stop it, or name another directory")
+    # Also SIGINT: a shell starts background jobs with it ignored.
+    for stop_signal in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(stop_signal, signal.default_int_handler)
+    cluster = Cluster(description, run_dir)
+    begun_s = time.monotonic()
+    try:
+        cluster.start(lambda text: console.print(f"[dim]{time.monotonic() - begun_s:6.1f} s[/]  {text}"))
+        for engine in cluster.engines:
+            console.print(f"{engine.name}  {engine.url}")
+        console.print(
+            f"router  [bold]{cluster.url}[/]   look: dualpath status --run-dir {run_dir}   stop: Ctrl-C"
+        )
+        cluster.wait()
+    except KeyboardInterrupt:
+        console.print("stopping")
+    except (ProcessDied, StartTimeout, OSError) as error:
+        _fail(str(error))
+    finally:
+        for stop_signal in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(stop_signal, signal.SIG_IGN)  # A second Ctrl-C must not cut the stopping short.
+        cluster.stop()
+
+
+@app.command()
+def status(run_dir: RunDir = DEFAULT_RUN_DIR) -> None:
+    """Show the processes, addresses and scheduler state of a running cluster."""
+    from scheduler_svc.client import SchedulerClient, SchedulerError
+
+    state = _read_state(run_dir)
+    if state is None:
+        _fail(
+            f"--run-dir {run_dir}: no cluster runs there; start one: dualpath up -c FILE --run-dir {run_dir}"
+        )
+    alive = _alive_processes(run_dir)
+    table = Table(
+        "process", "pid", "state", "address", "log", title=f"{state['name']} · mode {state['mode']}"
+    )
+    addresses = {**state["engines"], "router": state["url"], "scheduler": state["scheduler"]}
+    for name, process in state["processes"].items():
+        condition = "running" if name in alive else "[red]ended[/]"
+        table.add_row(name, str(process["pid"]), condition, addresses.get(name) or "", process["log"])
+    console.print(table)
+    if state["scheduler"] is not None:
+        try:
+            with SchedulerClient(state["scheduler"]) as client:
+                _print_scheduler(client.status())
+        except (TimeoutError, SchedulerError) as error:
+            _fail(f"scheduler: {error}; engines go on with the prefill path")
+    if len(alive) < len(state["processes"]):
+        raise typer.Exit(1)
+
+
+@app.command()
+def demo() -> None:
+    """Replay a real agent trace through a small cluster on this machine and write a report."""
+    sys.exit(importlib.import_module("evals.demo").main())
+
+
+@patch_app.command("apply")
+def patch_apply(package: Package = None) -> None:
+    """Apply the patches.  Idempotent; all of them or none."""
+    _for_each_tree(package, lambda tree: tree.apply())
+
+
+@patch_app.command("revert")
+def patch_revert(package: Package = None) -> None:
+    """Bring the packages back to what was installed.  Idempotent."""
+    _for_each_tree(package, lambda tree: tree.revert())
+
+
+@patch_app.command("check")
+def patch_check(package: Package = None) -> None:
+    """Say what is applied; exit status 1 unless everything is."""
+    reports = _for_each_tree(package, lambda tree: tree.check())
+    if any(report.state is not State.APPLIED for report in reports):
+        raise typer.Exit(1)
+
+
+def main() -> None:
+    # The evaluations import much that the other commands do not need.
+    for name, (module, attribute, help_text) in LAZY_COMMANDS.items():
+        if name in sys.argv[1:2]:
+            app.add_typer(getattr(importlib.import_module(module), attribute), name=name, help=help_text)
+        else:
+            app.add_typer(typer.Typer(), name=name, help=help_text)
+    app()
+
+
+def _for_each_tree(package: str | None, act) -> list[Report]:
+    reports = []
+    try:
+        for stack in stacks(package):
+            reports.append(act(Tree(stack)))
+            _print_report(reports[-1])
+    except PatchError as error:
+        _fail(str(error))
+    if not reports:
+        console.print("no patches: nothing to do")
+    return reports
+
+
+def _print_report(report: Report) -> None:
+    change = " (changed now)" if report.changed else ""
+    console.print(
+        f"{report.package} {report.version}: {report.state}{change}: {', '.join(report.patch_names)}"
+    )
+    for name, state in report.files.items():
+        console.print(f"  {state:<24} {name}")
+
+
+def _print_scheduler(found) -> None:
+    table = Table(
+        "engine", "rank", "last seen", "sequences", "tokens", "read queue", "store read", "forwarded"
+    )
+    for status_ in found.engines:
+        engine, load_ = status_.engine, status_.load
+        table.add_row(
+            engine.engine_id,
+            str(engine.rank),
+            f"{status_.age_s:.1f} s ago",
+            str(load_.sequences),
+            str(load_.tokens),
+            f"{load_.read_queue_bytes} B",
+            f"{status_.store_read_bytes} B",
+            f"{status_.forwarded_bytes} B",
+        )
+    console.print(table)
+    paths = ", ".join(f"{path} {count}" for path, count in found.paths.items()) or "none yet"
+    fallbacks = ", ".join(f"{reason} {count}" for reason, count in found.fallbacks.items()) or "none"
+    console.print(
+        f"policy {found.policy} · up {found.uptime_s:.0f} s · rooms open {found.rooms_open}, closed "
+        f"{found.rooms_closed} · paths: {paths} · fallbacks: {fallbacks} · errors {found.errors}"
+    )
+
+
+def _load(path: Path) -> ClusterConfig:
+    try:
+        return load(path)
+    except ConfigError as error:
+        _fail(str(error))
+
+
+def _refuse_if_not_ready(config: ClusterConfig) -> None:
+    from launch.system_check import explain, missing_libraries
+
+    missing = missing_libraries()
+    if missing:
+        _fail(explain(missing))
+    if config.mode is not Mode.DUALPATH:
+        return
+    try:
+        reports = [Tree(stack).check() for stack in stacks()]
+    except PatchError as error:
+        _fail(str(error))
+    for report in reports:
+        if report.state is not State.APPLIED:
+            _fail(
+                f"mode dualpath needs the patches of {report.package} {report.version}, which "
+                f"are {report.state}; run: dualpath patch apply"
+            )
+
+
+def _read_state(run_dir: Path) -> dict | None:
+    from launch.supervisor import STATE_FILE
+
+    path = run_dir / STATE_FILE
+    return json.loads(path.read_text()) if path.exists() else None
+
+
+def _alive_processes(run_dir: Path) -> list[str]:
+    """Names of the recorded processes that run; a process number taken over by a stranger does not count."""
+    alive = []
+    for name, process in (_read_state(run_dir) or {"processes": {}})["processes"].items():
+        try:
+            found = psutil.Process(process["pid"])
+            if found.create_time() == process["started_s"] and found.status() != psutil.STATUS_ZOMBIE:
+                alive.append(name)
+        except psutil.NoSuchProcess:
+            continue
+    return alive
+
+
+def _fail(message: str) -> NoReturn:
+    errors.print(f"[red]error:[/] {escape(message)}")
+    raise typer.Exit(1)
+
+
+if __name__ == "__main__":
+    main()

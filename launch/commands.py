@@ -1,0 +1,249 @@
+"""Command lines and environments of a cluster's processes, from its description and ports.
+
+Pure: nothing is started or read here.  SGLang's flags are those of 0.5.23.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from launch.config import ClusterConfig, Group, Mode
+from scheduler_svc.protocol import Role
+
+OFFLINE_ENV = {"HF_HUB_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
+CPU_ENV = {"SGLANG_USE_CPU_ENGINE": "1", "OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
+MOONCAKE_ENV = {
+    "MOONCAKE_PROTOCOL": "tcp",
+    "MOONCAKE_TE_META_DATA_SERVER": "P2PHANDSHAKE",
+    # Engines own no segment: the store node does, so a dead engine loses no page.
+    "MOONCAKE_GLOBAL_SEGMENT_SIZE": "0",
+    "MC_LOG_LEVEL": "ERROR",
+    # A peer that hangs is given up after 2 s instead of 30 s.
+    "MC_TCP_PROGRESS_TIMEOUT_SEC": "2",
+}
+CPU_FLAGS = (
+    "--device=cpu",
+    "--attention-backend=torch_native",
+    "--dtype=float32",
+    # The overlap schedule creates CUDA events.
+    "--disable-overlap-schedule",
+    # Idle schedulers would spin and share two cores with the busy ones.
+    "--sleep-on-idle",
+)
+CUDA_FLAGS = ("--device=cuda", "--dtype=bfloat16")
+DUALPATH_BACKEND = {
+    "backend_name": "dualpath",
+    "module_path": "dualpath_sgl.storage",
+    "class_name": "DualPathStorage",
+    "interface_v1": 1,
+}
+
+
+@dataclass(frozen=True)
+class Ports:
+    """Ports that the whole cluster shares."""
+
+    master: int
+    master_metrics: int
+    scheduler: int
+    collector: int
+    router: int
+    router_metrics: int
+
+
+@dataclass(frozen=True)
+class EngineSpec:
+    """One SGLang server."""
+
+    name: str
+    role: Role
+    group: Group
+    port: int
+    bootstrap_port: int | None
+    """Only a PE has one."""
+    first_gpu: int
+
+    def url(self, host: str) -> str:
+        return f"http://{host}:{self.port}"
+
+
+def engine_specs(config: ClusterConfig, take_port) -> list[EngineSpec]:
+    """PEs, then DEs; on CUDA each takes the next `tp_size` GPUs.  `take_port()` gives a free port."""
+    specs: list[EngineSpec] = []
+    first_gpu = 0
+    for role, group in ((Role.PREFILL, config.prefill), (Role.DECODE, config.decode)):
+        for index in range(group.count):
+            bootstrap_port = take_port() if role is Role.PREFILL else None
+            specs.append(EngineSpec(f"{role}-{index}", role, group, take_port(), bootstrap_port, first_gpu))
+            first_gpu += group.tp_size
+    return specs
+
+
+def master_command(host: str, ports: Ports) -> list[str]:
+    program = str(Path(sys.executable).parent / "mooncake_master")
+    return [
+        program,
+        f"--rpc_address={host}",
+        f"--rpc_port={ports.master}",
+        f"--metrics_host={host}",
+        f"--metrics_port={ports.master_metrics}",
+    ]
+
+
+def store_command(config: ClusterConfig, ports: Ports) -> list[str]:
+    return _python(
+        "launch.store_node",
+        f"--master={config.host}:{ports.master}",
+        f"--segment-bytes={config.store.segment_bytes}",
+        f"--host={config.host}",
+    )
+
+
+def collector_command(config: ClusterConfig, ports: Ports, spans_path: Path) -> list[str]:
+    forward = config.tracing.otlp_endpoint
+    return _python(
+        "launch.collector",
+        f"--port={ports.collector}",
+        f"--out={spans_path}",
+        *([f"--forward={forward}"] if forward else []),
+    )
+
+
+def scheduler_command(config: ClusterConfig, ports: Ports) -> list[str]:
+    return _python(
+        "scheduler_svc",
+        f"--bind=tcp://{config.host}:{ports.scheduler}",
+        f"--policy={config.scheduler.policy}",
+        *([f"--otlp-endpoint=http://{config.host}:{ports.collector}"] if config.tracing.enabled else []),
+    )
+
+
+def router_command(config: ClusterConfig, ports: Ports, engines: list[EngineSpec]) -> list[str]:
+    workers: list[str] = []
+    for engine in engines:
+        if engine.role is Role.PREFILL:
+            workers += ["--prefill", engine.url(config.host), str(engine.bootstrap_port)]
+        else:
+            workers += ["--decode", engine.url(config.host)]
+    return _python(
+        "sglang_router.launch_router",
+        "--pd-disaggregation",
+        *workers,
+        f"--policy={config.router.policy}",
+        f"--host={config.host}",
+        f"--port={ports.router}",
+        f"--prometheus-host={config.host}",
+        f"--prometheus-port={ports.router_metrics}",
+        # Workers are looked for every second, not every 30.
+        "--worker-startup-check-interval=1",
+    )
+
+
+def engine_command(config: ClusterConfig, engine: EngineSpec, ports: Ports) -> list[str]:
+    flags = [*common_flags(config, engine.group, engine.port), f"--disaggregation-mode={engine.role}"]
+    flags.append("--disaggregation-transfer-backend=mooncake_tcp")
+    if engine.role is Role.PREFILL:
+        flags.append(f"--disaggregation-bootstrap-port={engine.bootstrap_port}")
+    if engine.role is Role.PREFILL or config.mode is not Mode.BASIC:
+        flags += _hicache_flags(config, engine.group)
+    if engine.role is Role.DECODE and config.mode is not Mode.BASIC:
+        flags.append("--disaggregation-decode-enable-radix-cache")
+    if config.device == "cuda" and engine.first_gpu:
+        flags.append(f"--base-gpu-id={engine.first_gpu}")
+    if config.tracing.enabled:
+        flags += [
+            "--enable-trace",
+            f"--otlp-traces-endpoint={config.host}:{ports.collector}",
+            "--trace-modules=request",
+            f"--otlp-service-name={engine.name}",
+        ]
+    return _python("launch.engine", *flags, *engine.group.extra_args)
+
+
+def single_server_command(config: ClusterConfig, port: int) -> list[str]:
+    """A plain server of the same model: no PD, no HiCache, no tracing."""
+    return _python("launch.engine", *common_flags(config, config.prefill, port), *config.prefill.extra_args)
+
+
+def common_flags(config: ClusterConfig, group: Group, port: int) -> list[str]:
+    flags = [
+        f"--model-path={config.model.directory()}",
+        f"--host={config.host}",
+        f"--port={port}",
+        f"--page-size={config.page_size}",
+        f"--tp-size={group.tp_size}",
+        "--grammar-backend=none",
+        "--enable-cache-report",
+        "--enable-metrics",
+        *(CPU_FLAGS if config.device == "cpu" else CUDA_FLAGS),
+    ]
+    if group.max_total_tokens is not None:
+        flags.append(f"--max-total-tokens={group.max_total_tokens}")
+    return flags
+
+
+def engine_environment(
+    config: ClusterConfig, engine: EngineSpec, ports: Ports, base: Mapping[str, str]
+) -> dict[str, str]:
+    environment = {
+        **server_environment(config, engine.group, base),
+        **MOONCAKE_ENV,
+        "MOONCAKE_MASTER": f"{config.host}:{ports.master}",
+        "MOONCAKE_LOCAL_HOSTNAME": config.host,
+    }
+    if config.mode is Mode.DUALPATH:
+        environment |= {
+            "DUALPATH_ENABLED": "1",
+            "DUALPATH_ENGINE_ID": engine.name,
+            "DUALPATH_SCHEDULER": f"tcp://{config.host}:{ports.scheduler}",
+            "DUALPATH_HOST": config.host,
+        }
+        if config.tracing.enabled:
+            environment["DUALPATH_OTLP_ENDPOINT"] = f"http://{config.host}:{ports.collector}"
+    return environment | engine.group.env
+
+
+def server_environment(config: ClusterConfig, group: Group, base: Mapping[str, str]) -> dict[str, str]:
+    """What any SGLang server needs; settings of DualPath and Mooncake in `base` do not leak in."""
+    environment = {
+        key: value for key, value in base.items() if not key.startswith(("DUALPATH_", "MOONCAKE_"))
+    }
+    environment |= OFFLINE_ENV | {"SGLANG_HOST_IP": config.host}
+    if config.host == "127.0.0.1":
+        environment["SGLANG_LOCAL_IP_NIC"] = "lo"
+    if config.device == "cpu":
+        environment |= CPU_ENV
+        if group.tp_size > 1:
+            # Without a binding SGLang wants one NUMA node per rank.
+            environment["SGLANG_CPU_OMP_THREADS_BIND"] = "|".join(str(rank) for rank in range(group.tp_size))
+    return environment
+
+
+def _hicache_flags(config: ClusterConfig, group: Group) -> list[str]:
+    pool = group.host_pool
+    extra = {
+        "prefetch_threshold": config.page_size
+    }  # SGLang's default of 256 tokens would hide short prefixes.
+    if config.mode is Mode.DUALPATH:
+        backend = "dynamic"
+        extra = DUALPATH_BACKEND | extra
+    else:
+        backend = "mooncake"
+    return [
+        "--enable-hierarchical-cache",
+        f"--hicache-ratio={pool.ratio:g}" if pool.ratio is not None else f"--hicache-size={pool.size_gb}",
+        "--hicache-mem-layout=page_first_direct",
+        "--hicache-io-backend=direct",
+        "--hicache-write-policy=write_through",
+        "--hicache-storage-prefetch-policy=wait_complete",
+        f"--hicache-storage-backend={backend}",
+        f"--hicache-storage-backend-extra-config={json.dumps(extra)}",
+    ]
+
+
+def _python(module: str, *arguments: str) -> list[str]:
+    return [sys.executable, "-m", module, *arguments]

@@ -1,0 +1,201 @@
+"""A cluster on one machine, as one YAML file describes it.
+
+Every problem of a file is reported at once, each with field path, value and remedy.
+"""
+
+from __future__ import annotations
+
+import difflib
+import json
+from enum import StrEnum
+from pathlib import Path
+from typing import Annotated, Literal, Union
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+
+from launch.tiny_model import TinyModel, build
+from scheduler_svc.policies import PATH_POLICIES
+
+
+class ConfigError(ValueError):
+    """One line per problem: field, value, remedy."""
+
+
+class Mode(StrEnum):
+    DUALPATH = "dualpath"
+    """PE and DE read the store as the scheduler plans; pages are forwarded from DE to PE."""
+    BASIC = "basic"
+    """Upstream: only the PE has HiCache and reads the store."""
+    BOTH = "both"
+    """Upstream with decode-side L3 prefetch: PE and DE both read the store."""
+
+
+class _Section(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class Tiny(_Section, TinyModel):
+    """The seeded tiny model, built on first use."""
+
+    kind: Literal["tiny"] = "tiny"
+
+    def directory(self) -> Path:
+        return build(TinyModel(**self.model_dump(exclude={"kind"})))
+
+
+class ModelDirectory(_Section):
+    """A model on disk, in Hugging Face form."""
+
+    kind: Literal["directory"]
+    path: Path
+
+    @model_validator(mode="after")
+    def _has_config(self) -> ModelDirectory:
+        if not (self.path / "config.json").is_file():
+            raise ValueError(f"path {str(self.path)!r} holds no config.json: name a model directory")
+        return self
+
+    def directory(self) -> Path:
+        return self.path.resolve()
+
+
+class Store(_Section):
+    segment_bytes: int = Field(1 << 30, ge=16 << 20)
+    """DRAM that the store node contributes; engines contribute none."""
+
+
+class Scheduler(_Section):
+    policy: str = "shorter_queue"
+    """Path policy of `scheduler_svc.policies`."""
+
+    @field_validator("policy")
+    @classmethod
+    def _is_known(cls, policy: str) -> str:
+        if policy not in PATH_POLICIES:
+            raise ValueError(f"choose one of {', '.join(PATH_POLICIES)}")
+        return policy
+
+
+class HostPool(_Section):
+    """Size of an engine's host pool (L2): a multiple of its device pool, or gigabytes per rank."""
+
+    ratio: Annotated[float, Field(gt=1)] | None = None
+    size_gb: Annotated[int, Field(ge=1)] | None = None
+
+    @model_validator(mode="after")
+    def _one_of_both(self) -> HostPool:
+        if (self.ratio is None) == (self.size_gb is None):
+            raise ValueError("exactly one of ratio and size_gb must be given")
+        return self
+
+
+class Group(_Section):
+    """Engines of one role, all alike."""
+
+    count: int = Field(1, ge=1, le=64)
+    tp_size: int = Field(1, ge=1, le=64)
+    max_total_tokens: Annotated[int, Field(ge=256)] | None = None
+    """Device pool (L1) in tokens; None lets SGLang take what memory allows."""
+    host_pool: HostPool = HostPool(ratio=2.0)
+    extra_args: tuple[str, ...] = ()
+    """Appended to SGLang's command line."""
+    env: dict[str, str] = {}
+
+
+class Router(_Section):
+    policy: Literal["random", "round_robin", "cache_aware", "power_of_two"] = "round_robin"
+
+
+class Tracing(_Section):
+    enabled: bool = True
+    otlp_endpoint: Annotated[str, Field(pattern=r"^[^/\s]+:\d+$")] | None = None
+    """`host:port` of an OTLP/gRPC receiver (Jaeger: 4317) that gets a copy of every span."""
+
+
+class ClusterConfig(_Section):
+    name: str = Field(pattern=r"^[a-z0-9][a-z0-9-]*$")
+    device: Literal["cpu", "cuda"]
+    host: str = "127.0.0.1"
+    """Address every part binds to and is reached at."""
+    mode: Mode = Mode.DUALPATH
+    model: Annotated[Union[Tiny, ModelDirectory], Field(discriminator="kind")] = Tiny()
+    page_size: int = Field(16, ge=1, le=1024)
+    """Tokens."""
+    store: Store = Store()
+    scheduler: Scheduler = Scheduler()
+    prefill: Group = Group()
+    decode: Group = Group()
+    router: Router = Router()
+    tracing: Tracing = Tracing()
+
+    @model_validator(mode="after")
+    def _same_layout_on_both_sides(self) -> ClusterConfig:
+        if self.mode is Mode.DUALPATH and self.prefill.tp_size != self.decode.tp_size:
+            raise ValueError(
+                f"decode.tp_size {self.decode.tp_size} differs from prefill.tp_size {self.prefill.tp_size}: "
+                "pages are forwarded only between equal layouts; make them equal, or use mode basic or both"
+            )
+        return self
+
+
+def load(path: Path) -> ClusterConfig:
+    """Read a cluster description.  Raises ConfigError."""
+    try:
+        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ConfigError(f"{path}: {error.strerror}; shipped examples: {_examples()}") from None
+    except yaml.YAMLError as error:
+        raise ConfigError(f"{path}: not YAML: {error}") from None
+    if not isinstance(content, dict):
+        raise ConfigError(f"{path}: must be a mapping of fields, got {type(content).__name__}")
+    try:
+        return ClusterConfig.model_validate(content)
+    except ValidationError as error:
+        problems = [_explain(problem) for problem in error.errors(include_url=False)]
+        raise ConfigError("\n".join(f"{path}: {problem}" for problem in problems)) from None
+
+
+def kv_bytes_per_token(config: ClusterConfig) -> int:
+    """Bytes of KV cache per token, all layers and ranks, from the model's `config.json`."""
+    model = json.loads((config.model.directory() / "config.json").read_text())
+    item_bytes = 4 if config.device == "cpu" else 2
+    if "kv_lora_rank" in model:  # MLA keeps one compressed vector.
+        width = model["kv_lora_rank"] + model["qk_rope_head_dim"]
+    else:
+        head_dim = model.get("head_dim") or model["hidden_size"] // model["num_attention_heads"]
+        width = 2 * model.get("num_key_value_heads", model["num_attention_heads"]) * head_dim
+    return model["num_hidden_layers"] * width * item_bytes
+
+
+def _examples() -> str:
+    return ", ".join(sorted(str(path) for path in (Path(__file__).parent / "clusters").glob("*.yaml")))
+
+
+def _explain(problem: dict) -> str:
+    # The tag of a tagged union ("tiny", "directory") is in the location, but not in the file.
+    parts = list(problem["loc"])
+    if len(parts) > 1 and parts[0] == "model" and parts[1] in ("tiny", "directory"):
+        del parts[1]
+    field = ".".join(str(part) for part in parts) or "file"
+    if problem["type"] == "extra_forbidden":
+        known = _fields(parts[:-1])
+        close = difflib.get_close_matches(str(parts[-1]), known, n=1)
+        hint = f"did you mean {close[0]!r}?" if close else f"known fields: {', '.join(known)}"
+        return f"{field}: unknown field; {hint}"
+    if problem["type"] == "missing":
+        return f"{field}: must be given"
+    message = problem["msg"].removeprefix("Value error, ")
+    if isinstance(problem["input"], dict):
+        return f"{field}: {message}"
+    return f"{field}: got {problem['input']!r}; {message[0].lower()}{message[1:]}"
+
+
+def _fields(path: list) -> list[str]:
+    """Names that may stand at `path` of a cluster description."""
+    sections = {"store": Store, "scheduler": Scheduler, "router": Router, "tracing": Tracing, "model": Tiny}
+    sections |= {"prefill": Group, "decode": Group}
+    model: type[BaseModel] = ClusterConfig
+    if path:
+        model = HostPool if path[-1] == "host_pool" else sections[path[0]]
+    return list(model.model_fields)

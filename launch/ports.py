@@ -1,0 +1,42 @@
+"""Free TCP ports for a cluster's processes."""
+
+from __future__ import annotations
+
+import errno
+import random
+import socket
+
+LOWEST, HIGHEST = 20000, 32000
+"""Below Linux's ephemeral range: no outgoing connection takes a port between here and its bind."""
+
+
+class FreePorts:
+    """Hands out ports that are free on `host`, each once."""
+
+    def __init__(self, host: str):
+        self._host = host
+        self._taken: set[int] = set()
+
+    def take(self) -> int:
+        """Raises OSError when no port is free, or `host` is no address of this machine."""
+        for port in _random.sample(range(LOWEST, HIGHEST), HIGHEST - LOWEST):
+            if port not in self._taken and self._is_free(port):
+                self._taken.add(port)
+                return port
+        raise OSError(f"no free port on {self._host} in {LOWEST}..{HIGHEST}")
+
+    def _is_free(self, port: int) -> bool:
+        with socket.socket() as probe:
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            try:
+                probe.bind((self._host, port))
+            except OSError as error:
+                if error.errno in _BUSY:
+                    return False
+                raise
+        return True
+
+
+_BUSY = {errno.EADDRINUSE, errno.EACCES}
+# Not the shared generator: a caller that seeds it would get the same ports in every process.
+_random = random.SystemRandom()

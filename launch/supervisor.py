@@ -1,0 +1,329 @@
+"""A whole cluster as child processes of this one: start, watch, disturb, stop.
+
+    client -> router -> PEs and DEs -> store node (memory), master (index)
+                            |-> scheduler (mode dualpath), collector (tracing)
+
+Everything logs to `run_dir/logs/<name>.log`; `run_dir/cluster.json` says what runs where.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import socket
+import time
+import urllib.request
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import psutil
+
+from launch import commands
+from launch.commands import Ports
+from launch.config import ClusterConfig, Mode, kv_bytes_per_token
+from launch.ports import FreePorts
+from launch.process import ManagedProcess, ProcessDied, stop_all
+from launch.store_node import READY as STORE_READY
+from scheduler_svc.protocol import Role
+
+STATE_FILE = "cluster.json"
+START_TIMEOUT_S = 600.0
+STOP_GRACE_S = 10.0
+POLL_S = 0.2
+PROBE_TIMEOUT_S = 2.0
+GENERATE_TIMEOUT_S = 60.0
+
+Event = Callable[[str], None]
+Probe = Callable[[], bool]
+
+
+class StartTimeout(RuntimeError):
+    """Processes run, but are not ready; the message names them and their logs."""
+
+
+class Supervisor:
+    """Processes that start together, and stop together however that ends."""
+
+    stop_order: tuple[tuple[str, ...], ...] = ()
+    """Names (or their beginnings) in the order of stopping; the rest stops last."""
+
+    def __init__(self, run_dir: Path):
+        self.run_dir = run_dir.resolve()
+        self.processes: dict[str, ManagedProcess] = {}
+        self._probes: dict[str, Probe] = {}
+        self._killed: set[str] = set()
+        self._on_event: Event = lambda text: None
+
+    def start(self, on_event: Event | None = None) -> None:
+        """Start everything and wait until it serves.  Stops everything again if that fails.
+
+        `on_event` gets one line of text per step.  Raises ProcessDied or StartTimeout.
+        """
+        if self.processes:
+            raise RuntimeError("already started")
+        self._on_event = on_event or self._on_event
+        self.run_dir.mkdir(parents=True, exist_ok=True)
+        try:
+            self._start()
+        except BaseException:
+            self.stop()
+            raise
+
+    def stop(self) -> None:
+        """Stop what was started here, and nothing else.  Idempotent."""
+        remaining = dict(self.processes)
+        for beginnings in (*self.stop_order, ("",)):
+            group = [name for name in remaining if name.startswith(beginnings)]
+            stop_all([remaining.pop(name) for name in group], STOP_GRACE_S)
+        self.processes.clear()
+        self._killed.clear()
+        (self.run_dir / STATE_FILE).unlink(missing_ok=True)
+
+    def __enter__(self):
+        if not self.processes:
+            self.start()
+        return self
+
+    def __exit__(self, *_) -> None:
+        self.stop()
+
+    def check(self) -> None:
+        """Raises ProcessDied for the first process that ended and was not killed by `kill`."""
+        for name, process in self.processes.items():
+            if name not in self._killed and not process.running:
+                raise ProcessDied(process)
+
+    def wait(self) -> None:
+        """Watch until a process ends.  Raises ProcessDied."""
+        while True:
+            self.check()
+            time.sleep(POLL_S)
+
+    def kill(self, name: str, signal_number: int = signal.SIGKILL) -> None:
+        """Send a signal to the named process and its children (a fault, not a shutdown)."""
+        process = self._process(name)
+        if signal_number == signal.SIGKILL:
+            self._killed.add(name)
+        process.send_group(signal_number)
+        while signal_number == signal.SIGKILL and process.running:
+            time.sleep(0.01)
+
+    def restart(self, name: str) -> None:
+        """Stop the named process if it runs, start it again, and wait until it is ready."""
+        process = self._process(name)
+        self._killed.add(name)
+        stop_all([process], STOP_GRACE_S)
+        process.start()
+        self._killed.discard(name)
+        self._write_state()
+        self._await_ready([name])
+
+    def _start(self) -> None:
+        raise NotImplementedError
+
+    def _write_state(self) -> None:
+        """Nothing is written for a supervisor without a state file."""
+
+    def _launch(self, name: str, argv: list[str], env: dict[str, str], ready: Probe) -> None:
+        process = ManagedProcess(name, argv, env, self.run_dir / "logs" / f"{name}.log")
+        process.log_path.unlink(missing_ok=True)
+        self.processes[name] = process
+        self._probes[name] = ready
+        process.start()
+        self._on_event(f"{name} started (log {process.log_path})")
+
+    def _await_ready(self, names: list[str], timeout_s: float = START_TIMEOUT_S) -> None:
+        begun_s = time.monotonic()
+        waiting = list(names)
+        while waiting:
+            self.check()
+            for name in list(waiting):
+                if self._probes[name]():
+                    waiting.remove(name)
+                    self._on_event(f"{name} ready after {time.monotonic() - begun_s:.1f} s")
+            if waiting and time.monotonic() - begun_s > timeout_s:
+                logs = "\n".join(f"{name}:\n{self.processes[name].tail()}" for name in waiting)
+                raise StartTimeout(
+                    f"{', '.join(waiting)} not ready after {timeout_s:g} s; last lines\n{logs}"
+                )
+            if waiting:
+                time.sleep(POLL_S)
+
+    def _process(self, name: str) -> ManagedProcess:
+        if name not in self.processes:
+            raise KeyError(f"no process {name!r}; there are {', '.join(self.processes) or 'none'}")
+        return self.processes[name]
+
+
+@dataclass(frozen=True)
+class EngineHandle:
+    """One running SGLang server."""
+
+    name: str
+    """`prefill-0`, `decode-1`, ..."""
+    role: Role
+    url: str
+    _process: ManagedProcess
+
+    @property
+    def pid(self) -> int | None:
+        """None while it does not run."""
+        return self._process.pid
+
+
+class Cluster(Supervisor):
+    """The cluster that `config` describes.  Entering the context starts it, if it is not started."""
+
+    stop_order = (("router",), ("prefill-", "decode-"), ("scheduler", "store"))
+
+    def __init__(self, config: ClusterConfig, run_dir: Path):
+        super().__init__(run_dir)
+        self.config = config
+        self.kv_bytes_per_token = kv_bytes_per_token(config)
+        free = FreePorts(config.host)
+        self.ports = Ports(**{name: free.take() for name in Ports.__dataclass_fields__})
+        self._specs = commands.engine_specs(config, free.take)
+
+    @property
+    def url(self) -> str:
+        """Base URL of the router, where clients send requests."""
+        return f"http://{self.config.host}:{self.ports.router}"
+
+    @property
+    def scheduler_address(self) -> str:
+        """ZeroMQ address; answered only in mode dualpath."""
+        return f"tcp://{self.config.host}:{self.ports.scheduler}"
+
+    @property
+    def master_metrics_url(self) -> str:
+        return f"http://{self.config.host}:{self.ports.master_metrics}/metrics"
+
+    @property
+    def spans_path(self) -> Path:
+        """OTLP JSON, one export request a line; the collector appends to it."""
+        return self.run_dir / "spans.jsonl"
+
+    @property
+    def engines(self) -> list[EngineHandle]:
+        host = self.config.host
+        return [
+            EngineHandle(spec.name, spec.role, spec.url(host), self._process(spec.name))
+            for spec in self._specs
+        ]
+
+    def flush_caches(self) -> None:
+        """Empty L1 and L2 of every engine; the store keeps its pages.  Raises if an engine is busy."""
+        for engine in self.engines:
+            _post(f"{engine.url}/flush_cache")
+
+    def _start(self) -> None:
+        config, ports = self.config, self.ports
+        base = dict(os.environ)
+        begun_s = time.monotonic()
+        self._launch("master", commands.master_command(config.host, ports), base, self._listens(ports.master))
+        if config.tracing.enabled:
+            argv = commands.collector_command(config, ports, self.spans_path)
+            self._launch("collector", argv, base, self._listens(ports.collector))
+        if config.mode is Mode.DUALPATH:
+            argv = commands.scheduler_command(config, ports)
+            self._launch("scheduler", argv, base, self._listens(ports.scheduler))
+        self._await_ready(["master"])
+        self._launch("store", commands.store_command(config, ports), base, self._store_ready)
+        self._await_ready([name for name in self.processes if name != "master"])
+        # An engine writes a test object into the store early, so the store comes before.
+        for spec in self._specs:
+            argv = commands.engine_command(config, spec, ports)
+            environment = commands.engine_environment(config, spec, ports, base)
+            self._launch(spec.name, argv, environment, _healthy(spec.url(config.host)))
+        self._launch("router", commands.router_command(config, ports, self._specs), base, _healthy(self.url))
+        self._write_state()
+        self._await_ready([*(spec.name for spec in self._specs), "router"])
+        self._await_requests()
+        self._on_event(f"cluster ready after {time.monotonic() - begun_s:.1f} s: {self.url}")
+
+    def _await_requests(self) -> None:
+        """The router is healthy before it knows its workers: send requests until every pair answered."""
+        self._probes["requests"] = self._generates
+        for _ in range(max(self.config.prefill.count, self.config.decode.count)):
+            self._await_ready(["requests"])
+
+    def _generates(self) -> bool:
+        body = {"input_ids": [1, 2, 3, 4], "sampling_params": {"temperature": 0, "max_new_tokens": 2}}
+        try:
+            return "output_ids" in json.loads(_post(f"{self.url}/generate", body))
+        except (OSError, ValueError):
+            return False
+
+    def _store_ready(self) -> bool:
+        return STORE_READY in self._process("store").tail()
+
+    def _listens(self, port: int) -> Probe:
+        def probe() -> bool:
+            with socket.socket() as connection:
+                return connection.connect_ex((self.config.host, port)) == 0
+
+        return probe
+
+    def _write_state(self) -> None:
+        state = {
+            "name": self.config.name,
+            "mode": self.config.mode,
+            "url": self.url,
+            "scheduler": self.scheduler_address if "scheduler" in self.processes else None,
+            "engines": {engine.name: engine.url for engine in self.engines},
+            "processes": {
+                name: {
+                    "pid": process.pid,
+                    "started_s": psutil.Process(process.pid).create_time(),
+                    "log": str(process.log_path),
+                }
+                for name, process in self.processes.items()
+            },
+        }
+        staged = self.run_dir / f".{STATE_FILE}"
+        staged.write_text(json.dumps(state, indent=1))
+        staged.replace(self.run_dir / STATE_FILE)
+
+
+class SingleServer(Supervisor):
+    """One plain SGLang server (no PD, no HiCache) of the cluster's model: the reference for tokens."""
+
+    def __init__(self, config: ClusterConfig, run_dir: Path):
+        super().__init__(run_dir)
+        self.config = config
+        self._port = FreePorts(config.host).take()
+
+    @property
+    def url(self) -> str:
+        return f"http://{self.config.host}:{self._port}"
+
+    def _start(self) -> None:
+        argv = commands.single_server_command(self.config, self._port)
+        environment = commands.server_environment(self.config, self.config.prefill, os.environ)
+        self._launch("single", argv, environment, _healthy(self.url))
+        self._await_ready(["single"])
+
+
+def single_server(config: ClusterConfig, run_dir: Path) -> SingleServer:
+    return SingleServer(config, run_dir)
+
+
+def _healthy(url: str) -> Probe:
+    def probe() -> bool:
+        try:
+            with urllib.request.urlopen(f"{url}/health", timeout=PROBE_TIMEOUT_S) as answer:
+                return answer.status == 200
+        except OSError:
+            return False
+
+    return probe
+
+
+def _post(url: str, body: dict | None = None) -> bytes:
+    """Raises OSError (urllib.error.HTTPError for an HTTP error status)."""
+    data = json.dumps(body or {}).encode()
+    request = urllib.request.Request(url, data, {"Content-Type": "application/json"}, method="POST")
+    with urllib.request.urlopen(request, timeout=GENERATE_TIMEOUT_S) as answer:
+        return answer.read()

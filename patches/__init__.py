@@ -1,0 +1,1 @@
+"""Patch files per pinned package version; `launch.patching` applies them."""

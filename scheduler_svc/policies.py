@@ -1,0 +1,141 @@
+"""Path policies: for one request, which side reads which pages from the store.
+
+A policy sees one `PathRequest` and answers with the split page `x` (DESIGN section 1): the PE
+gets pages `[L_P, x)` from the DE and `[x, K)` from the store; the DE reads `[L_D, x)` from the
+store.  Nothing here does I/O or looks at a clock; the service and the simulator run the same
+objects.  Callers go through `choose_path`, which keeps the bounds every policy must respect.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import NamedTuple, Protocol
+
+from scheduler_svc.protocol import Load
+
+
+@dataclass(frozen=True, slots=True)
+class PathRequest:
+    """What a policy may know about one request."""
+
+    prefill_local_pages: int
+    """L_P."""
+    decode_local_pages: int
+    """L_D; may exceed K."""
+    hit_pages: int
+    """K."""
+    page_bytes: int
+    """Bytes of one page over all ranks of one engine."""
+    prefill: Load
+    decode: Load
+    """Load over all ranks of one engine; `read_queue_bytes` includes what is planned already."""
+
+    @property
+    def least_split(self) -> int:
+        """x of the pure prefill path: what the DE holds is forwarded, never read again."""
+        return min(self.decode_local_pages, self.hit_pages)
+
+
+class PathChoice(NamedTuple):
+    split_page: int
+    """x."""
+    reason: str
+    """The numbers that led to it, for people."""
+
+
+class PathPolicy(Protocol):
+    """A named rule.  State (a counter, say) lives in the object and nowhere else."""
+
+    name: str
+
+    def choose(self, request: PathRequest) -> PathChoice:
+        """Called only when a storage read is needed that either side could make.
+
+        The answer must satisfy `request.least_split <= split_page <= request.hit_pages`.
+        """
+
+
+def choose_path(policy: PathPolicy, request: PathRequest) -> PathChoice:
+    """Ask the policy, unless there is nothing to decide.
+
+    Raises ValueError when the policy answers outside its bounds: a fault in the policy.
+    """
+    least, hit = request.least_split, request.hit_pages
+    if hit <= request.prefill_local_pages:
+        held = request.prefill_local_pages
+        return PathChoice(least, f"nothing to load: {hit} pages stored, prefill holds {held}")
+    if least == hit:
+        return PathChoice(hit, f"no storage read: decode holds all {hit} pages")
+    choice = policy.choose(request)
+    if not least <= choice.split_page <= hit:
+        raise ValueError(f"policy {policy.name} chose page {choice.split_page} outside [{least}, {hit}]")
+    return choice
+
+
+class PrefillPath:
+    """The PE reads everything (the paper's Basic)."""
+
+    name = "prefill"
+
+    def choose(self, request: PathRequest) -> PathChoice:
+        return PathChoice(request.least_split, "always the prefill side")
+
+
+class DecodePath:
+    """The DE reads everything and forwards it."""
+
+    name = "decode"
+
+    def choose(self, request: PathRequest) -> PathChoice:
+        return PathChoice(request.hit_pages, "always the decode side")
+
+
+class RoundRobin:
+    """The sides take turns, prefill first (the paper's reference in its load-balance figure)."""
+
+    name = "round_robin"
+
+    def __init__(self) -> None:
+        self._decode_is_next = False
+
+    def choose(self, request: PathRequest) -> PathChoice:
+        decode, self._decode_is_next = self._decode_is_next, not self._decode_is_next
+        if decode:
+            return PathChoice(request.hit_pages, "turn of the decode side")
+        return PathChoice(request.least_split, "turn of the prefill side")
+
+
+class ShorterQueue:
+    """Read on the side with fewer bytes queued for storage reads (paper section 6.1, path choice).
+
+    Equal queues take turns, so that an idle cluster uses both storage links.
+    """
+
+    name = "shorter_queue"
+
+    def __init__(self) -> None:
+        self._ties = RoundRobin()
+
+    def choose(self, request: PathRequest) -> PathChoice:
+        prefill_bytes = request.prefill.read_queue_bytes
+        decode_bytes = request.decode.read_queue_bytes
+        queues = f"read queues: prefill {prefill_bytes} B, decode {decode_bytes} B"
+        if prefill_bytes < decode_bytes:
+            return PathChoice(request.least_split, f"{queues}: prefill is shorter")
+        if decode_bytes < prefill_bytes:
+            return PathChoice(request.hit_pages, f"{queues}: decode is shorter")
+        turn = self._ties.choose(request)
+        return PathChoice(turn.split_page, f"{queues}: equal, {turn.reason}")
+
+
+PATH_POLICIES: dict[str, Callable[[], PathPolicy]] = {
+    policy.name: policy for policy in (PrefillPath, DecodePath, RoundRobin, ShorterQueue)
+}
+
+
+def path_policy(name: str) -> PathPolicy:
+    """A fresh policy.  Raises ValueError naming the known ones."""
+    if name not in PATH_POLICIES:
+        raise ValueError(f"policy {name!r} is unknown; choose one of {', '.join(PATH_POLICIES)}")
+    return PATH_POLICIES[name]()

@@ -1,0 +1,101 @@
+"""Command lines: what each mode starts, and what must never leak."""
+
+import json
+
+import pytest
+
+from launch.commands import Ports, engine_command, engine_environment, engine_specs, single_server_command
+from launch.config import ClusterConfig
+
+PORTS = Ports(master=1, master_metrics=2, scheduler=3, collector=4, router=5, router_metrics=6)
+MODEL = {
+    "kind": "tiny",
+    "layers": 1,
+    "hidden": 16,
+    "heads": 2,
+    "kv_heads": 1,
+    "head_dim": 8,
+    "context_length": 256,
+}
+
+
+def cluster(**fields) -> ClusterConfig:
+    return ClusterConfig.model_validate({"name": "t", "device": "cpu", "model": MODEL} | fields)
+
+
+def commands(config: ClusterConfig) -> dict[str, str]:
+    ports = iter(range(100, 200))
+    specs = engine_specs(config, lambda: next(ports))
+    return {spec.name: " ".join(engine_command(config, spec, PORTS)) for spec in specs}
+
+
+def environment(config: ClusterConfig, base: dict[str, str]) -> dict[str, str]:
+    spec = engine_specs(config, lambda: 7)[0]
+    return engine_environment(config, spec, PORTS, base)
+
+
+def test_engines_are_named_by_role_and_number():
+    config = cluster(prefill={"count": 2}, decode={"count": 1})
+    assert list(commands(config)) == ["prefill-0", "prefill-1", "decode-0"]
+
+
+@pytest.mark.parametrize(
+    ("mode", "decode_cache", "backend"),
+    [("basic", False, "mooncake"), ("both", True, "mooncake"), ("dualpath", True, "dynamic")],
+)
+def test_the_mode_decides_who_reads_the_store(mode, decode_cache, backend):
+    made = commands(cluster(mode=mode))
+    assert f"--hicache-storage-backend={backend} " in made["prefill-0"]
+    assert ("--enable-hierarchical-cache" in made["decode-0"]) is decode_cache
+    assert ("--disaggregation-decode-enable-radix-cache" in made["decode-0"]) is decode_cache
+
+
+def test_the_dualpath_backend_is_named_to_sglang_as_a_class_to_import():
+    config = cluster(page_size=32)
+    spec = engine_specs(config, lambda: 7)[0]
+    flag = "--hicache-storage-backend-extra-config="
+    found = [part for part in engine_command(config, spec, PORTS) if part.startswith(flag)]
+    extra = json.loads(found[0].removeprefix(flag))
+    assert (extra["module_path"], extra["class_name"]) == ("dualpath_sgl.storage", "DualPathStorage")
+    assert extra["prefetch_threshold"] == 32
+
+
+def test_only_mode_dualpath_switches_dualpath_on():
+    inherited = {"DUALPATH_ENABLED": "1", "PATH": "/bin"}
+    assert "DUALPATH_ENABLED" not in environment(cluster(mode="basic"), inherited)
+    found = environment(cluster(mode="dualpath"), inherited)
+    assert (found["DUALPATH_ENABLED"], found["DUALPATH_ENGINE_ID"], found["PATH"]) == (
+        "1",
+        "prefill-0",
+        "/bin",
+    )
+
+
+def test_engines_own_no_memory_of_the_store_unless_their_group_says_so():
+    assert (
+        environment(cluster(), {"MOONCAKE_GLOBAL_SEGMENT_SIZE": "4gb"})["MOONCAKE_GLOBAL_SEGMENT_SIZE"] == "0"
+    )
+    owner = cluster(prefill={"env": {"MOONCAKE_GLOBAL_SEGMENT_SIZE": "16777216"}})
+    assert environment(owner, {})["MOONCAKE_GLOBAL_SEGMENT_SIZE"] == "16777216"
+
+
+def test_ranks_on_a_cpu_are_bound_one_core_each():
+    config = cluster(prefill={"tp_size": 2}, decode={"tp_size": 2})
+    assert environment(config, {})["SGLANG_CPU_OMP_THREADS_BIND"] == "0|1"
+
+
+def test_gpu_engines_take_disjoint_gpus():
+    config = cluster(device="cuda", prefill={"tp_size": 2}, decode={"tp_size": 2, "count": 2})
+    made = commands(config)
+    assert "--base-gpu-id" not in made["prefill-0"]
+    assert "--base-gpu-id=2" in made["decode-0"] and "--base-gpu-id=4" in made["decode-1"]
+
+
+def test_tracing_off_starts_no_exporter():
+    assert "--enable-trace" not in " ".join(commands(cluster(tracing={"enabled": False})).values())
+    assert "--otlp-traces-endpoint=127.0.0.1:4 " in commands(cluster())["decode-0"]
+
+
+def test_the_reference_server_has_neither_pd_nor_hicache():
+    command = " ".join(single_server_command(cluster(), 9))
+    assert "--disaggregation" not in command and "hicache" not in command and "hierarchical" not in command

@@ -1,0 +1,142 @@
+"""The scheduler as a real process: start, stop, kill, restart."""
+
+from __future__ import annotations
+
+import signal
+import subprocess
+import sys
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import pytest
+import zmq
+from otlp_collector import attributes, collector
+from scheduler_vocabulary import PAGE_BYTES, decode_report, done, heartbeat, lane, prefill_report
+
+from scheduler_svc.client import SchedulerClient
+from scheduler_svc.protocol import Error, ErrorCode, Plan
+
+WAIT_S = 60.0
+CALLER = "00-0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331-01"
+
+
+@contextmanager
+def scheduler(*options: str) -> Iterator[tuple[subprocess.Popen, str]]:
+    """A scheduler process and its address; killed at the end unless it ended itself."""
+    process = subprocess.Popen(
+        [sys.executable, "-m", "scheduler_svc", *options], stdout=subprocess.PIPE, text=True
+    )
+    watchdog = threading.Timer(WAIT_S, process.kill)
+    watchdog.start()
+    try:
+        ready = process.stdout.readline()
+        assert ready.startswith("scheduler ready at tcp://127.0.0.1:"), ready
+        yield process, ready.split()[-1]
+    finally:
+        watchdog.cancel()
+        process.kill()
+        process.wait()
+        process.stdout.close()
+
+
+def receive_all(peers: list[SchedulerClient]) -> list:
+    return [peer.receive(WAIT_S) for peer in peers]
+
+
+@pytest.mark.parametrize("signal_number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_ends_it_cleanly_after_one_ready_line(signal_number):
+    with scheduler("--bind", "tcp://127.0.0.1:0") as (process, _):
+        process.send_signal(signal_number)
+        assert process.wait(WAIT_S) == 0
+        assert process.stdout.read() == ""
+
+
+@pytest.fixture
+def context() -> Iterator[zmq.Context]:
+    made = zmq.Context()
+    yield made
+    made.destroy(linger=0)  # closes what a failed test left open, which would block the exit
+
+
+def test_a_killed_scheduler_relearns_its_engines_from_heartbeats(context):
+    with scheduler("--bind", "tcp://127.0.0.1:0", "--policy", "decode") as (process, address):
+        prefill, decode = SchedulerClient(address, context), SchedulerClient(address, context)
+        prefill.send(heartbeat("p0"))
+        decode.send(heartbeat("d0"))
+        while len(prefill.status(WAIT_S).engines) < 2:
+            pass
+        prefill.send(prefill_report(1, 0, 10))
+        decode.send(decode_report(1, 0))
+        assert [type(plan) for plan in receive_all([prefill, decode])] == [Plan, Plan]
+        process.kill()
+        process.wait()
+
+    with scheduler("--bind", address, "--policy", "decode") as (_, again):
+        assert again == address
+        # The peers' sockets reconnect by themselves; nothing else of the old process is left.
+        assert prefill.status(WAIT_S).engines == ()
+        prefill.send(prefill_report(2, 0, 10))
+        refusal = prefill.receive(WAIT_S)
+        assert isinstance(refusal, Error) and refusal.code is ErrorCode.UNKNOWN_ENGINE
+
+        prefill.send(heartbeat("p0"))
+        decode.send(heartbeat("d0"))
+        while len(prefill.status(WAIT_S).engines) < 2:
+            pass
+        # A load that began before the kill is still counted.
+        decode.send(done(1, "d0", lane("store", 0, 10)))
+        read = {entry.engine.engine_id: entry.store_read_bytes for entry in decode.status(WAIT_S).engines}
+        assert read == {"p0": 0, "d0": 10 * PAGE_BYTES}
+        prefill.send(prefill_report(2, 0, 10))
+        decode.send(decode_report(2, 0))
+        plans = receive_all([prefill, decode])
+        assert plans[0] == plans[1] and plans[0].room == 2
+
+
+def test_its_spans_reach_an_otlp_endpoint():
+    with collector() as endpoint:
+        options = ("--bind", "tcp://127.0.0.1:0", "--otlp-endpoint", endpoint.address, "--metrics-port", "0")
+        with scheduler(*options) as (process, address), SchedulerClient(address) as peer:
+            for message in (
+                heartbeat("p0"),
+                heartbeat("d0"),
+                prefill_report(1, 0, 10, traceparent=CALLER),
+                decode_report(1, 0),
+            ):
+                peer.send(message)
+            assert isinstance(peer.receive(WAIT_S), Plan)
+            process.terminate()
+            assert process.wait(WAIT_S) == 0
+        service, span = endpoint.next_span()
+    assert (service, span.name) == ("dualpath-scheduler", "plan")
+    assert span.trace_id.hex() == CALLER.split("-")[1]
+    assert attributes(span)["dualpath.policy"] == "shorter_queue"
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        (["--policy", "nope"], ["'nope' is unknown", "prefill", "decode", "round_robin", "shorter_queue"]),
+        (["--bind", "tcp://0.0.0.0:0"], ["--insecure-bind"]),
+    ],
+)
+def test_a_bad_option_ends_it_with_the_remedy(options, words):
+    command = [sys.executable, "-m", "scheduler_svc", *options]
+    ended = subprocess.run(command, capture_output=True, text=True, timeout=WAIT_S)
+    assert ended.returncode == 2 and ended.stdout == ""
+    for word in words:
+        assert word in ended.stderr
+
+
+def test_it_loads_nothing_of_sglang_torch_or_the_other_parts():
+    code = (
+        "import importlib, pkgutil, sys, scheduler_svc\n"
+        "for module in pkgutil.iter_modules(scheduler_svc.__path__):\n"
+        "    importlib.import_module(f'scheduler_svc.{module.name}')\n"
+        "assert 'scheduler_svc.server' in sys.modules\n"
+        "strangers = {'sglang', 'torch', 'mooncake', 'dualpath_sgl', 'launch', 'evals'} & set(sys.modules)\n"
+        "sys.exit(f'loaded: {strangers}' if strangers else 0)\n"
+    )
+    ended = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=WAIT_S)
+    assert ended.returncode == 0, ended.stderr
