@@ -15,7 +15,7 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from launch.tiny_model import TinyModel, build
-from scheduler_svc.policies import PATH_POLICIES
+from scheduler_svc.policies import DEFAULT_PATH_POLICY, PATH_POLICIES
 
 
 class ConfigError(ValueError):
@@ -66,7 +66,7 @@ class Store(_Section):
 
 
 class Scheduler(_Section):
-    policy: str = "shorter_queue"
+    policy: str = DEFAULT_PATH_POLICY
     """Path policy of `scheduler_svc.policies`."""
 
     @field_validator("policy")

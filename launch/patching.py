@@ -150,9 +150,9 @@ class Tree:
         foreign = [name for name, state in before.files.items() if state is State.FOREIGN]
         if foreign:
             raise PatchError(
-                f"{self.stack.package} {self.stack.version}: {', '.join(foreign)} was modified by "
-                f"someone else; nothing was changed. Reinstall it, then try again: python -m pip install --force-reinstall "
-                f"--no-deps {self.stack.package}=={self.stack.version}"
+                f"{self.stack.package} {self.stack.version}: {', '.join(foreign)} was modified by someone "
+                "else; nothing was changed. Reinstall it, then try again: python -m pip install "
+                f"--force-reinstall --no-deps {self.stack.package}=={self.stack.version}"
             )
         targets = {name: wanted(name, self._pristine(name)) for name in before.files}
         current = {name: self._read(name) for name in targets}

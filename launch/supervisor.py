@@ -26,6 +26,7 @@ from launch.config import ClusterConfig, Mode, kv_bytes_per_token
 from launch.ports import FreePorts
 from launch.process import ManagedProcess, ProcessDied, stop_all
 from launch.store_node import READY as STORE_READY
+from scheduler_svc.client import SchedulerClient
 from scheduler_svc.protocol import Role
 
 STATE_FILE = "cluster.json"
@@ -33,6 +34,7 @@ START_TIMEOUT_S = 600.0
 STOP_GRACE_S = 10.0
 POLL_S = 0.2
 PROBE_TIMEOUT_S = 2.0
+REJOIN_TIMEOUT_S = 15.0
 GENERATE_TIMEOUT_S = 60.0
 
 Event = Callable[[str], None]
@@ -217,6 +219,20 @@ class Cluster(Supervisor):
         """Empty L1 and L2 of every engine; the store keeps its pages.  Raises if an engine is busy."""
         for engine in self.engines:
             _post(f"{engine.url}/flush_cache")
+
+    def set_policy(self, policy: str) -> None:
+        """Change the scheduler's path policy by restarting it; engines reconnect within a second."""
+        scheduler = self.config.scheduler.model_copy(update={"policy": policy})
+        self.config = self.config.model_copy(update={"scheduler": scheduler})
+        self._process("scheduler").argv = commands.scheduler_command(self.config, self.ports)
+        self.restart("scheduler")
+        expected = {spec.name for spec in self._specs}
+        deadline_s = time.monotonic() + REJOIN_TIMEOUT_S
+        with SchedulerClient(self.scheduler_address) as client:
+            while expected != {engine.engine.engine_id for engine in client.status(PROBE_TIMEOUT_S).engines}:
+                if time.monotonic() > deadline_s:
+                    raise StartTimeout(f"engines did not join the scheduler again in {REJOIN_TIMEOUT_S:g} s")
+                time.sleep(POLL_S)
 
     def _start(self) -> None:
         config, ports = self.config, self.ports

@@ -11,7 +11,7 @@ import typer
 
 from scheduler_svc.metrics import Metrics
 from scheduler_svc.placement import RoundRobinPlacement
-from scheduler_svc.policies import PATH_POLICIES, path_policy
+from scheduler_svc.policies import DEFAULT_PATH_POLICY, PATH_POLICIES, path_policy
 from scheduler_svc.server import BindRefused, Server
 from scheduler_svc.state import Cluster
 from scheduler_svc.tracing import DecisionSpans, init_tracing, shutdown
@@ -21,7 +21,9 @@ def serve(
     bind: Annotated[
         str, typer.Option(help="ZeroMQ address; port 0 takes a free one.")
     ] = "tcp://127.0.0.1:5557",
-    policy: Annotated[str, typer.Option(help=f"Path policy: {', '.join(PATH_POLICIES)}.")] = "shorter_queue",
+    policy: Annotated[
+        str, typer.Option(help=f"Path policy: {', '.join(PATH_POLICIES)}.")
+    ] = DEFAULT_PATH_POLICY,
     otlp_endpoint: Annotated[str | None, typer.Option(help="OTLP/gRPC collector for spans.")] = None,
     metrics_port: Annotated[
         int | None, typer.Option(min=0, max=65535, help="Prometheus scrape port; 0 takes a free one.")

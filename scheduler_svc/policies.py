@@ -8,11 +8,22 @@ objects.  Callers go through `choose_path`, which keeps the bounds every policy 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import NamedTuple, Protocol
 
+from scheduler_svc.lane_model import LaneModel
 from scheduler_svc.protocol import Load
+
+FORWARD_COST_S = 0.005
+"""What it costs to forward anything at all: the plan's way to the DE, its first batch's way back and
+the hop of the last batch (8 MiB take 4 ms at the 2 GB/s measured between two processes)."""
+
+FORWARD_COST_BYTES = 4 * 1024 * 1024
+"""The same while no rate is known: 5 ms of a link of 0.8 GB/s."""
+
+DEFAULT_PATH_POLICY = "split"
 
 
 @dataclass(frozen=True, slots=True)
@@ -129,8 +140,69 @@ class ShorterQueue:
         return PathChoice(turn.split_page, f"{queues}: equal, {turn.reason}")
 
 
+class Split:
+    """Both sides read a part, such that both lanes are expected to end together (DESIGN section 2).
+
+    `LaneModel` gives the end of the later lane for each `x`.  The earliest of these is taken, and
+    of equal ones the first:
+
+        prefill   x = L_D     end
+        split     x = x*      end + FORWARD_COST_S
+        decode    x = K       end + FORWARD_COST_S
+
+    where x* is the page in (max(L_P, L_D), K) whose end is earliest.  Both lanes then end within
+    one page's time of each other, or a pure path is no worse.  While no rate is known, ends are in
+    bytes of the longer lane and the cost is FORWARD_COST_BYTES.
+
+    So a share that saves less than it costs is never forwarded; with very unequal queues the
+    split degenerates to the path of the shorter one; and a DE that lacks many pages the PE has
+    (L_D far below L_P) is asked only if reading those too still pays.
+
+    A longer PE queue never lowers x, a longer DE queue never raises it.
+    """
+
+    name = "split"
+
+    def choose(self, request: PathRequest) -> PathChoice:
+        lanes = LaneModel.of(request)
+        cost = FORWARD_COST_S if lanes.rates_known else FORWARD_COST_BYTES
+        least, hit = request.least_split, request.hit_pages
+        candidates = [("prefill", least, lanes.end(least)), ("decode", hit, lanes.end(hit) + cost)]
+        meeting = _where_lanes_meet(lanes)
+        if meeting is not None:
+            candidates.insert(1, ("split", meeting, lanes.end(meeting) + cost))
+        name, split_page, _ = min(candidates, key=lambda candidate: candidate[2])
+        unit, scale = ("ms", 1e3) if lanes.rates_known else ("MB", 1e-6)
+        expected = ", ".join(f"{name} {end * scale:.1f}" for name, _, end in candidates)
+        return PathChoice(
+            split_page,
+            f"{name}: expected ends ({unit}) {expected}; "
+            f"queues {request.prefill.read_queue_bytes} and {request.decode.read_queue_bytes} B, "
+            f"rates {request.prefill.read_rate_bytes_per_s:.3g} and "
+            f"{request.decode.read_rate_bytes_per_s:.3g} B/s",
+        )
+
+
+def _where_lanes_meet(lanes: LaneModel) -> int | None:
+    """The split of both lanes whose later end is earliest; None when there is no page for each."""
+    first = max(lanes.prefill_local_pages, lanes.decode_local_pages) + 1
+    last = lanes.hit_pages - 1
+    if first > last:
+        return None
+    # prefill_wait + (K - x) * prefill_page == decode_wait + (x - L_D) * decode_page, solved for x
+    meeting = (
+        lanes.prefill_wait
+        - lanes.decode_wait
+        + lanes.hit_pages * lanes.prefill_page
+        + lanes.decode_local_pages * lanes.decode_page
+    ) / (lanes.prefill_page + lanes.decode_page)
+    below = math.floor(min(max(meeting, first), last))
+    above = min(below + 1, last)
+    return below if lanes.end(below) <= lanes.end(above) else above
+
+
 PATH_POLICIES: dict[str, Callable[[], PathPolicy]] = {
-    policy.name: policy for policy in (PrefillPath, DecodePath, RoundRobin, ShorterQueue)
+    policy.name: policy for policy in (PrefillPath, DecodePath, RoundRobin, ShorterQueue, Split)
 }
 
 

@@ -10,7 +10,8 @@ from scheduler_svc.policies import PATH_POLICIES, PathChoice, PathRequest, choos
 from scheduler_svc.protocol import Load
 
 counts = st.integers(0, 200)
-loads = st.builds(Load, read_queue_bytes=st.integers(0, 10**12))
+rates = st.just(0.0) | st.floats(0, allow_nan=False, allow_infinity=False) | st.floats(1e6, 1e11)
+loads = st.builds(Load, read_queue_bytes=st.integers(0, 10**12), read_rate_bytes_per_s=rates)
 requests = st.builds(
     PathRequest,
     prefill_local_pages=counts,

@@ -1,0 +1,143 @@
+"""A small vocabulary for end-to-end stories: sessions that grow turn by turn, and what was read.
+
+Every prompt is longer than a page, seeded, and continues with what the model really answered, so
+equal answers imply equal prompts.
+"""
+
+from __future__ import annotations
+
+import json
+import random
+import time
+import urllib.request
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+
+from launch.supervisor import Cluster
+from scheduler_svc.client import SchedulerClient
+from scheduler_svc.protocol import Path, Status
+
+FIRST_PROMPT_TOKENS = 700
+APPEND_TOKENS = 75
+ANSWER_TOKENS = 12
+TURNS = 3
+REQUEST_TIMEOUT_S = 120.0
+SETTLE_TIMEOUT_S = 30.0
+
+
+def generate(url: str, prompt: list[int], traceparent: str | None = None) -> list[int]:
+    """Greedy answer to `prompt`; raises OSError (HTTPError for an HTTP error status)."""
+    body = {
+        "input_ids": prompt,
+        "sampling_params": {"temperature": 0, "max_new_tokens": ANSWER_TOKENS, "ignore_eos": True},
+    }
+    headers = {"Content-Type": "application/json"}
+    if traceparent is not None:
+        headers["traceparent"] = traceparent
+    request = urllib.request.Request(f"{url}/generate", json.dumps(body).encode(), headers)
+    with urllib.request.urlopen(request, timeout=REQUEST_TIMEOUT_S) as answer:
+        return json.load(answer)["output_ids"]
+
+
+@dataclass
+class Session:
+    """One agent: `answers` grows by one per turn."""
+
+    name: str
+    answers: list[list[int]] = field(default_factory=list)
+
+    def prompt(self, turn: int) -> list[int]:
+        rng = random.Random(f"e2e/{self.name}")
+        tokens = [rng.randrange(250) for _ in range(FIRST_PROMPT_TOKENS)]
+        for answer in self.answers[:turn]:
+            tokens += answer + [rng.randrange(250) for _ in range(APPEND_TOKENS)]
+        return tokens
+
+    def play(self, url: str, turn: int) -> list[int]:
+        """Ask turn `turn`, whose prompt holds the answers of the turns before it."""
+        answer = generate(url, self.prompt(turn))
+        self.answers[turn:] = [answer]
+        return answer
+
+
+def play_all(url: str, sessions: list[Session], turn: int) -> None:
+    """All sessions ask their turn at once."""
+    with ThreadPoolExecutor(len(sessions)) as pool:
+        list(pool.map(lambda session: session.play(url, turn), sessions))
+
+
+@dataclass(frozen=True)
+class Reads:
+    """What the scheduler counted, by role."""
+
+    prefill_store_bytes: int
+    decode_store_bytes: int
+    forwarded_bytes: int
+    paths: dict[Path, int]
+    fallbacks: int
+    duplicate_store_pages: int
+
+
+def reads(cluster: Cluster) -> Reads:
+    """Totals since the scheduler started, once every room is closed."""
+    status = settled_status(cluster)
+    store = {"prefill": 0, "decode": 0}
+    for engine in status.engines:
+        store[engine.engine.role.value] += engine.store_read_bytes
+    return Reads(
+        store["prefill"],
+        store["decode"],
+        sum(engine.forwarded_bytes for engine in status.engines),
+        {path: count for path, count in status.paths.items() if count},
+        sum(status.fallbacks.values()),
+        status.duplicate_store_pages,
+    )
+
+
+def settled_status(cluster: Cluster) -> Status:
+    deadline_s = time.monotonic() + SETTLE_TIMEOUT_S
+    with SchedulerClient(cluster.scheduler_address) as client:
+        while (status := client.status(2.0)).rooms_open:
+            assert time.monotonic() < deadline_s, f"{status.rooms_open} rooms stay open"
+            time.sleep(0.1)
+    return status
+
+
+def wait_until_persisted(cluster: Cluster) -> None:
+    """Until the store's content has been the same for a second: write-through is asynchronous."""
+    deadline_s = time.monotonic() + SETTLE_TIMEOUT_S
+    keys, since_s = -1, time.monotonic()
+    while time.monotonic() - since_s < 1.0:
+        assert time.monotonic() < deadline_s, "the store keeps growing"
+        now = stored_keys(cluster)
+        if now != keys:
+            keys, since_s = now, time.monotonic()
+        time.sleep(0.1)
+
+
+def stored_keys(cluster: Cluster) -> int:
+    with urllib.request.urlopen(cluster.master_metrics_url, timeout=5) as page:
+        for line in page.read().decode().splitlines():
+            if line.startswith("master_key_count "):
+                return int(float(line.split()[1]))
+    raise AssertionError("mooncake_master exports no master_key_count")
+
+
+def forget_caches(cluster: Cluster, *roles: str) -> None:
+    """Empty L1 and L2 of the engines with these roles (all without one); the store keeps its pages."""
+    wait_until_persisted(cluster)
+    for engine in cluster.engines:
+        if not roles or engine.role.value in roles:
+            flush(engine.url)
+
+
+def flush(url: str) -> None:
+    """SGLang refuses while it is not idle: ask again."""
+    deadline_s = time.monotonic() + SETTLE_TIMEOUT_S
+    while True:
+        try:
+            urllib.request.urlopen(urllib.request.Request(f"{url}/flush_cache", b"", method="POST"), timeout=30)
+            return
+        except OSError:
+            assert time.monotonic() < deadline_s, f"{url} does not become idle"
+            time.sleep(0.2)
