@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from functools import cache
-from typing import Annotated
+from typing import Annotated, Literal
 
-from pydantic import Field
+from pydantic import Field, ValidationError
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
 from scheduler_svc.protocol import PLAN_TIMEOUT_S
 
-Positive = Annotated[float, Field(gt=0)]
+Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 
 
 class Settings(BaseSettings):
@@ -24,8 +24,8 @@ class Settings(BaseSettings):
     """ZeroMQ address of the global scheduler."""
     host: str = "127.0.0.1"
     """This engine's address on the compute network: page server and forwarding listen here."""
-    protocol: str = "tcp"
-    """Mooncake transport of the forwarding engine: `tcp` or `rdma`."""
+    protocol: Literal["tcp", "rdma"] = "tcp"
+    """Mooncake transport of the forwarding engine (Mooncake itself accepts any word in silence)."""
     device: str = ""
     """RDMA device of the forwarding engine, on the compute network."""
     otlp_endpoint: str | None = None
@@ -41,8 +41,16 @@ class Settings(BaseSettings):
 
 @cache
 def settings() -> Settings:
-    """The process's settings.  Raises pydantic.ValidationError naming variable and value."""
-    loaded = Settings()
+    """The process's settings.  Raises ValueError naming variable, value and what is wrong."""
+    try:
+        loaded = Settings()
+    except ValidationError as error:
+        raise ValueError(
+            "; ".join(
+                f"DUALPATH_{str(problem['loc'][0]).upper()} is {problem['input']!r}: {problem['msg']}"
+                for problem in error.errors(include_url=False)
+            )
+        ) from None
     if loaded.enabled and not loaded.engine_id:
         raise ValueError("DUALPATH_ENGINE_ID is empty: give this engine a name unique in the cluster")
     return loaded

@@ -114,7 +114,10 @@ class ControlChannel(threading.Thread):
                 continue
             if isinstance(message, Plan):
                 self._unanswered.pop(message.room, None)
-                self._on_plan(message)
+                try:
+                    self._on_plan(message)
+                except Exception:
+                    logger.exception("DualPath: the plan of room %d could not be used", message.room)
             elif isinstance(message, Error):
                 self._handle_error(socket, message)
 

@@ -58,6 +58,8 @@ class DecodeSide:
     def __init__(self, runtime: Runtime) -> None:
         self._runtime = runtime
         self._requests: dict[str, _Request] = {}
+        self._rooms: set[int] = set()
+        """Reported, and still queued."""
         self._plans: dict[int, Plan] = {}
         self._unlocks: deque[Callable[[], None]] = deque()
         self.restores = RestoreGuard(runtime)
@@ -71,6 +73,7 @@ class DecodeSide:
         held = held_on_host(queue.tree_cache, req)
         request = _Request(req, req.bootstrap_room, traceparent_of(req.time_stats), time.monotonic())
         self._requests[req.rid] = request
+        self._rooms.add(request.room)
         self._runtime.control.send(
             Report(
                 room=request.room,
@@ -107,6 +110,7 @@ class DecodeSide:
         self._unlocks.clear()
         self.restores.reset()
         self._requests.clear()
+        self._rooms.clear()
         self._plans.clear()
 
     # -- one request --------------------------------------------------------------------------
@@ -195,6 +199,7 @@ class DecodeSide:
     def _leave(self, queue: DecodePreallocQueue, request: _Request) -> None:
         """The request was admitted, or aborted while it waited here."""
         del self._requests[request.req.rid]
+        self._rooms.discard(request.room)
         self._plans.pop(request.room, None)
         if request.settled:
             return
@@ -231,7 +236,8 @@ class DecodeSide:
     # -- other threads ------------------------------------------------------------------------
 
     def on_plan(self, plan: Plan) -> None:
-        self._plans[plan.room] = plan
+        if plan.room in self._rooms:  # else: its request has left, aborted or out of patience
+            self._plans[plan.room] = plan
 
     def take(self, controller: HybridCacheController, operation: PrefetchOperation) -> None:
         """The prefetch has host memory: read it, publishing pages as they land."""

@@ -134,7 +134,11 @@ class PageLoad:
             if self._open_parts:
                 return
         if self._on_lanes_done is not None:
-            self._on_lanes_done(self)
+            try:
+                self._on_lanes_done(self)
+            except Exception:
+                # SGLang must get its memory back whatever becomes of the report.
+                logger.exception("Load of request %s was not reported", self.operation.request_id)
         if self._hold is None:
             self._acknowledge()
         else:

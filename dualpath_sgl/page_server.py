@@ -77,6 +77,7 @@ class PageServer(threading.Thread):
 
     def open(self, room: int, first_page: int) -> None:
         """Begin to offer pages from `first_page` on."""
+        self.close(room)
         now_s = time.monotonic()
         with self._lock:
             self._rooms[room] = _Room(
@@ -127,9 +128,11 @@ class PageServer(threading.Thread):
         """Take the pages back now: what is read from here on does not count."""
         with self._lock:
             state = self._rooms.pop(room, None)
-        if state is not None:
-            for callback in state.on_close:
+        for callback in state.on_close if state is not None else ():
+            try:
                 callback()
+            except Exception:
+                logger.exception("DualPath: a page of room %d may stay pinned", room)
 
     def close_all(self) -> None:
         for room in list(self._rooms):
@@ -203,9 +206,11 @@ class PageServer(threading.Thread):
                 state = self._rooms.get(room)
                 if state is not None:
                     state.subscribed = True
-                news = self._news(puller, state)
-            if state is None and now_s < puller.since_s + self._subscribe_timeout_s:
-                continue  # the plan may reach the PE first
+                    news = self._news(puller, state)
+                elif now_s < puller.since_s + self._subscribe_timeout_s:
+                    news = []  # the plan may reach the PE first
+                else:
+                    news = [Ended(room=room, end_page=puller.next_page, reason="not offered")]
             for message in news:
                 self._send(puller.identity, message)
                 puller.news_s = now_s
@@ -217,9 +222,9 @@ class PageServer(threading.Thread):
                 self._send(puller.identity, Waiting(room=room))
                 puller.news_s = now_s
 
-    def _news(self, puller: _Puller, state: _Room | None) -> list[Wire]:
+    def _news(self, puller: _Puller, state: _Room) -> list[Wire]:
         pull = puller.pull
-        if state is None or state.first_page > pull.first_page:
+        if state.first_page > pull.first_page:
             return [Ended(room=pull.room, end_page=puller.next_page, reason="not offered")]
         news: list[Wire] = []
         end = min(state.end_page, pull.end_page)

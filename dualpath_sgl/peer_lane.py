@@ -39,7 +39,8 @@ class _Pull:
     end: int
     """Wanted: pages `[0, end)` of the load."""
     clock: LaneClock
-    deadline_s: float
+    deadline_s: float = 0.0
+    """Given up when the DE says nothing until then."""
     read: int = 0
     """Pages `[0, read)` were read and wait for the DE's confirmation."""
     reason: str | None = None
@@ -67,14 +68,17 @@ class PeerLane(threading.Thread):
 
     def submit(self, load: PageLoad, room: int, end: int) -> None:
         """Forward pages `[0, end)` of `load`; the part is open from now on."""
-        clock = load.open_part("peer", 0)
-        self._mailbox.put(_Pull(load, room, end, clock, time.monotonic() + self._timeout_s))
+        self._mailbox.put(_Pull(load, room, end, load.open_part("peer", 0)))
 
     def run(self) -> None:
         self._socket = zmq.Context.instance().socket(zmq.DEALER)
         self._socket.setsockopt(zmq.LINGER, 0)
         self._socket.setsockopt(zmq.MAXMSGSIZE, peer_protocol.MAX_MESSAGE_BYTES)
-        self._socket.connect(self._endpoint)
+        try:
+            self._socket.connect(self._endpoint)
+        except zmq.ZMQError as error:
+            # Its pulls meet a silent peer: their pages come from elsewhere.
+            logger.error("DualPath: page server address %r: %s", self._endpoint, error)
         poller = zmq.Poller()
         poller.register(self._socket, zmq.POLLIN)
         poller.register(self._mailbox.fd, zmq.POLLIN)
@@ -88,6 +92,7 @@ class PeerLane(threading.Thread):
 
     def _begin(self, pull: _Pull) -> None:
         self._pulls[pull.room] = pull
+        pull.deadline_s = time.monotonic() + self._timeout_s
         first_page = pull.load.first_page
         self._send(
             Pull(
@@ -122,13 +127,14 @@ class PeerLane(threading.Thread):
         if pull.load.cancelled:
             return
         load = pull.load
-        count = len(pages.pointers) // len(pages.sizes)
+        count, rest = divmod(len(pages.pointers), len(pages.sizes) or 1)
         first, end = pull.read, pull.read + count
         pool = load.controller.storage_host_pool
         with load.controller.mem_pool_host.layout_lease():
             local, local_sizes = pool.get_page_buffer_meta(load.host_indices(first, end))
             sizes = list(pages.sizes) * count
-            if pages.first_page != load.first_page + first or end > pull.end or local_sizes != sizes:
+            fits = pages.first_page == load.first_page + first and end <= pull.end
+            if rest or not fits or local_sizes != sizes:
                 pull.reason = "peer offered pages that do not fit"
                 self._release(pull)
                 return

@@ -58,7 +58,7 @@ class Ended(Wire):
     type: Literal["ended"] = "ended"
     room: Room
     end_page: Count
-    reason: str | None = None
+    reason: Annotated[str, Field(max_length=256)] | None = None
     """None when every asked page was offered."""
 
 

@@ -192,7 +192,7 @@ class PrefillSide:
             request.fallback_reason = (
                 "no plan in time" if self._runtime.control.connected else "scheduler away"
             )
-        elif plan.decode_endpoints:
+        elif self._runtime.rank < len(plan.decode_endpoints):
             forwarded = min(max(0, plan.split_page - load.first_page), load.pages)
         if forwarded:
             lane = self._lane(plan.decode_endpoints[self._runtime.rank])

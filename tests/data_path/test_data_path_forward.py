@@ -19,7 +19,8 @@ PEER = """
 import sys, torch
 from dualpath_sgl.forward import Forwarder
 memory = torch.arange(1 << 16, dtype=torch.int32)
-print(Forwarder("127.0.0.1", "tcp", "", [memory]).session, memory.data_ptr(), flush=True)
+forwarder = Forwarder("127.0.0.1", "tcp", "", [memory])
+print(forwarder.session, memory.data_ptr(), flush=True)
 sys.stdin.read()
 """
 
@@ -117,6 +118,6 @@ def test_memory_that_the_peer_did_not_register_cannot_be_read(peer):
     assert torch.equal(memory, torch.full_like(memory, -1))
 
 
-def test_an_engine_that_cannot_start_names_host_code_and_settings():
-    with pytest.raises(RuntimeError, match=r"no-such-transport.*code.*DUALPATH_PROTOCOL"):
-        Forwarder("127.0.0.1", "no-such-transport", "", [])
+def test_memory_that_mooncake_refuses_to_register_is_a_clear_error():
+    with pytest.raises(RuntimeError, match=r"register the KV host pool: code -\d+"):
+        Forwarder("127.0.0.1", "tcp", "", [torch.empty(0)])
