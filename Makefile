@@ -1,5 +1,7 @@
 # make demo    the whole thing on this machine's CPU: set-up, cluster, agent trace, report
 # make test    every test, the end-to-end ones on a real cluster included
+# make bench-load    the load paths on shaped links against upstream (root, about 20 minutes)
+# make bench-scheduler    requests a second, plan latency and memory of the scheduler (a minute)
 # make setup   only the virtual environment, the patches and the tiny model
 PYTHON ?= python3.11
 VENV := .venv
@@ -8,7 +10,7 @@ PIP := $(PY) -m pip --disable-pip-version-check
 TORCH := torch==2.13.0+cpu
 TORCH_INDEX := https://download.pytorch.org/whl/cpu
 
-.PHONY: setup demo test clean
+.PHONY: setup demo test bench-load bench-scheduler clean
 .DELETE_ON_ERROR:
 
 setup: $(VENV)/.patched $(VENV)/.model
@@ -18,6 +20,12 @@ demo: setup
 
 test: setup
 	$(PY) -m pytest
+
+bench-load: setup
+	$(VENV)/bin/dualpath bench-load
+
+bench-scheduler: setup
+	$(PY) -m evals.bench_scheduler
 
 clean:
 	rm -rf $(VENV) .cache build dist *.egg-info

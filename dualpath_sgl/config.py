@@ -34,7 +34,7 @@ class Settings(BaseSettings):
     peer_timeout_s: Positive = 3.0
     """A DE that says nothing about a room for this long is given up; its pages are read elsewhere."""
     lease_s: Positive = 30.0
-    """A DE keeps pages pinned for a PE this long after the last sign of progress."""
+    """A DE keeps pages pinned for a PE this long after it last vouched for them."""
     subscribe_timeout_s: Positive = 3.0
     """A DE waits this long for the planned PE to ask for its pages before it stops holding them."""
 

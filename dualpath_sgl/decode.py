@@ -18,6 +18,8 @@ from collections import deque
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Callable
 
+import torch
+
 from dualpath_sgl.host_tree import HostPrefix, held_on_host
 from dualpath_sgl.layout import page_blocks
 from dualpath_sgl.page_load import PageLoad
@@ -98,11 +100,15 @@ class DecodeSide:
         if not self._requests:
             return
         queued = {decode_req.req.rid for decode_req in queue.queue}
-        for rid, request in list(self._requests.items()):
-            if rid not in queued:
-                self._leave(queue, request)
-            elif not request.settled:
-                self._advance(queue, request)
+        for request in [request for rid, request in self._requests.items() if rid not in queued]:
+            self._leave(queue, request)
+        waiting = [r for r in self._requests.values() if not r.settled and not r.loading]
+        for request, decided in zip(waiting, self._decided(queue, waiting), strict=True):
+            if decided:
+                self._decide(queue, request)
+        for request in self._requests.values():
+            if request.loading and not request.settled:
+                self._follow(queue, request)
 
     def reset(self) -> None:
         """SGLang drops its whole cache (it is idle): nothing may be served or unlocked after."""
@@ -115,20 +121,49 @@ class DecodeSide:
 
     # -- one request --------------------------------------------------------------------------
 
-    def _advance(self, queue: DecodePreallocQueue, request: _Request) -> None:
-        if request.loading:
-            handle = request.req.cache_request_handle
-            if queue.tree_cache.check_prefetch_progress(handle):
-                queue.tree_cache.pop_prefetch_loaded_tokens(handle)
-                self._settle(request)
-            return
-        request.plan = self._plans.pop(request.room, None)
-        if request.plan is not None:
+    def _decided(self, queue: DecodePreallocQueue, waiting: list[_Request]) -> list[bool]:
+        """Which requests have their plan, or do without one; the same on every rank.
+
+        A plan is taken up once all ranks have it; as soon as one rank gives up, all do.
+        """
+        for request in waiting:
+            request.plan = self._plans.get(request.room)
+            if request.plan is None:
+                request.fallback_reason = self._out_of_patience(request)
+        if waiting and self._runtime.tp_size > 1:
+            has_plan = [int(request.plan is not None) for request in waiting]
+            gave_up = [int(request.fallback_reason is not None) for request in waiting]
+            state = torch.tensor([has_plan, [1 - flag for flag in gave_up]])
+            torch.distributed.all_reduce(state, torch.distributed.ReduceOp.MIN, queue.gloo_group)
+            for request, planned, patient in zip(waiting, *state.tolist(), strict=True):
+                if not patient:
+                    request.plan = None
+                    request.fallback_reason = request.fallback_reason or "another rank has no plan"
+                elif not planned:
+                    request.plan = None
+        return [request.plan is not None or request.fallback_reason is not None for request in waiting]
+
+    def _out_of_patience(self, request: _Request) -> str | None:
+        if not self._runtime.control.connected:
+            return "scheduler away"
+        if time.monotonic() > request.reported_s + self._runtime.settings.plan_timeout_s:
+            return "no plan in time"
+        return None
+
+    def _decide(self, queue: DecodePreallocQueue, request: _Request) -> None:
+        self._plans.pop(request.room, None)
+        if request.plan is None:
+            self._settle(request, request.fallback_reason)
+        else:
             self._carry_out(queue, request, request.plan)
-        elif not self._runtime.control.connected:
-            self._settle(request, "scheduler away")
-        elif time.monotonic() > request.reported_s + self._runtime.settings.plan_timeout_s:
-            self._settle(request, "no plan in time")
+
+    def _follow(self, queue: DecodePreallocQueue, request: _Request) -> None:
+        handle = request.req.cache_request_handle
+        if request.load is None or request.load.lanes_open:
+            self._runtime.server.renew(request.room)
+        if queue.tree_cache.check_prefetch_progress(handle):
+            queue.tree_cache.pop_prefetch_loaded_tokens(handle)
+            self._settle(request)
 
     def _carry_out(self, queue: DecodePreallocQueue, request: _Request, plan: Plan) -> None:
         page_size, server = self._runtime.page_size, self._runtime.server

@@ -95,9 +95,18 @@ def around_prefetch_io(original: Callable, controller: Any) -> None:
         except Empty:
             operation = None
         if operation is not None:
+            if controller.prefetch_completion_sync_groups:
+                current.rank_sync.admit(operation)
             current.side.take(controller, operation)
         current.side.tick_io()
     return None
+
+
+def around_prefetch_sync(original: Callable, controller: Any) -> None:
+    current = runtime.current()
+    if current is None or not controller.prefetch_completion_sync_groups:
+        return original(controller)
+    return current.rank_sync.run(controller)
 
 
 # -- DE ------------------------------------------------------------------------------------------
@@ -176,6 +185,7 @@ HOOKS: tuple[tuple[str, Callable, str], ...] = (
     (_CONTROLLER + "_sync_prefetch_hit_query", after_sync_prefetch_hit_query, _AFTER),
     (_SRT + "mem_cache.base_prefix_cache.BasePrefixCache.finish", after_finish, _AFTER),
     (_SRT + "managers.cache_controller.HiCacheController.prefetch_io_aux_func", around_prefetch_io, _AROUND),
+    (_CONTROLLER + "prefetch_sync_thread_func", around_prefetch_sync, _AROUND),
     (_PREALLOC + "__init__", after_prealloc_queue_init, _AFTER),
     (_PREALLOC + "add", after_prealloc_add, _AFTER),
     (_PREALLOC + "pop_preallocated", before_pop_preallocated, _BEFORE),

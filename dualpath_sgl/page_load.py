@@ -95,6 +95,10 @@ class PageLoad:
         """SGLang wants no more pages (abort or prefetch time-out)."""
         return self.operation.is_terminated()
 
+    @property
+    def lanes_open(self) -> bool:
+        return self._open_parts > 0
+
     def host_indices(self, first: int, end: int) -> torch.Tensor:
         page_size = self.controller.page_size
         return self.operation.host_indices[first * page_size : end * page_size]

@@ -84,6 +84,13 @@ class PageServer(threading.Thread):
                 first_page, now_s + self._lease_s, now_s + self._subscribe_timeout_s
             )
 
+    def renew(self, room: int) -> None:
+        """The DE still reads for this room, however long its storage queue is."""
+        with self._lock:
+            state = self._rooms.get(room)
+            if state is not None:
+                state.lease_until_s = time.monotonic() + self._lease_s
+
     def publish(
         self,
         room: int,

@@ -13,6 +13,7 @@ from dualpath_sgl.forward import Forwarder
 from dualpath_sgl.page_load import PageLoad
 from dualpath_sgl.page_server import PageServer
 from dualpath_sgl.prefill import PrefillSide
+from dualpath_sgl.rank_sync import RankSync
 from dualpath_sgl.store_lane import StoreLane
 from scheduler_svc.protocol import Engine, Role
 from scheduler_svc.tracing import init_tracing
@@ -40,6 +41,7 @@ class Runtime:
         self.page_size = pool.page_size
         self.page_bytes = layout.page_bytes(pool)
         self.rank = config.tp_rank
+        self.tp_size = config.tp_size
         self.role = _role(get_disagg().disaggregation_mode)
         self.fingerprint = layout.fingerprint(pool, config.model_name, config.tp_size)
         self.tracer = init_tracing(
@@ -48,6 +50,7 @@ class Runtime:
         self.forwarder = Forwarder(settings.host, settings.protocol, settings.device, _buffers(pool))
         self.store_lane = StoreLane()
         self.unplanned_read_bytes = 0
+        self.rank_sync = RankSync()
         self.server: PageServer | None = None
         if self.role is Role.DECODE:
             self.server = PageServer(

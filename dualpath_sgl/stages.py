@@ -27,7 +27,8 @@ _load_backs: dict[Any, tuple[str | None, int, int]] = {}
 
 def after_init_load_back(result: tuple[int, Any] | None, tree: Any, params: Any) -> None:
     if result is not None and result[0] > 0 and params.best_match_node in tree.ongoing_load_back:
-        _load_backs[params.best_match_node] = (traceparent_of(params.req.time_stats), time.time_ns(), result[0])
+        traceparent = traceparent_of(params.req.time_stats)
+        _load_backs[params.best_match_node] = (traceparent, time.time_ns(), result[0])
 
 
 def after_loading_check(_result: None, tree: Any, *_args: Any, **_kwargs: Any) -> None:

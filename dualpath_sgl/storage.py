@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from sglang.srt.mem_cache.hicache_storage import HiCacheStorageConfig
+from sglang.srt.mem_cache.hicache_storage import HiCacheStorageConfig, PoolName
 from sglang.srt.mem_cache.storage.mooncake_store.mooncake_store import MooncakeStore
 
 from dualpath_sgl import runtime
@@ -33,6 +33,14 @@ class DualPathStorage(MooncakeStore):
             )
         assert_applied()
         super().__init__(storage_config)
+
+    def register_mem_host_pool_v2(self, host_pool: Any, host_pool_name: Any) -> None:
+        if host_pool_name != PoolName.KV and self.storage_config.tp_size > 1:
+            raise ValueError(
+                f"--tp-size is {self.storage_config.tp_size} and the model has a host pool "
+                f"{host_pool_name}: under DualPath hybrid models run with --tp-size 1 only"
+            )
+        super().register_mem_host_pool_v2(host_pool, host_pool_name)
 
     def register_mem_pool_host(self, mem_pool_host: Any) -> None:
         if mem_pool_host.layout != SUPPORTED_LAYOUT:

@@ -119,12 +119,14 @@ def show(
 def failures_explained() -> Iterator[None]:
     """Turn what a person can put right into one line on stderr and exit status 2."""
     from launch.config import ConfigError
+    from evals.topology.network import NetworkError
     from launch.process import ProcessDied
+    from launch.readiness import NotReady
     from launch.supervisor import StartTimeout
 
     try:
         yield
-    except (EvalError, ConfigError, ProcessDied, StartTimeout) as error:
+    except (EvalError, ConfigError, NotReady, NetworkError, ProcessDied, StartTimeout) as error:
         errors.print(f"[red]error:[/] {escape(str(error))}")
         raise typer.Exit(USAGE_ERROR) from None
 

@@ -23,7 +23,7 @@ def convert(spans_files: Iterable[Path], out: Path) -> int:
 
     Returns the number of traces.  Raises EvalError when a line is no OTLP JSON.
     """
-    document = {"data": traces(request for file in spans_files for request in _lines(file))}
+    document = {"data": traces(request for file in spans_files for request in read_lines(file))}
     out.write_text(json.dumps(document, separators=(",", ":")) + "\n")
     return len(document["data"])
 
@@ -143,7 +143,7 @@ def _value(value: dict[str, Any]) -> tuple[str, Any]:
             return "string", ""
 
 
-def _lines(spans_file: Path) -> Iterator[dict[str, Any]]:
+def read_lines(spans_file: Path) -> Iterator[dict[str, Any]]:
     if not spans_file.exists():
         raise EvalError(f"{spans_file}: no such file; was the cluster run with the trace collector?")
     with spans_file.open(encoding="utf-8") as lines:

@@ -35,6 +35,7 @@ from evals.summary import ByRole, Mismatch, ModeResult, PathCounts, Summary, Wor
 from evals.trace import load_sessions
 from evals.workload import Workload, build
 from launch.config import ClusterConfig, Mode
+from launch.readiness import require_ready
 from launch.supervisor import Cluster, single_server
 from scheduler_svc.client import SchedulerClient
 from scheduler_svc.policies import PATH_POLICIES
@@ -114,6 +115,8 @@ def _check(options: EvalOptions) -> None:
                 f"max context is {options.max_context_tokens} tokens, but {role}.max_total_tokens is {pool}; "
                 "lower the one or raise the other"
             )
+    for mode in options.modes:
+        require_ready(cluster_config(options.cluster, mode))
 
 
 def _workload(options: EvalOptions) -> Workload:
@@ -168,10 +171,10 @@ def _run_mode(
     config = cluster_config(options.cluster, mode)
     folder = options.out / mode
     cluster = Cluster(config, folder)
-    collector = f"http://{config.host}:{cluster.ports.collector}" if config.tracing.enabled else None
     with progress.step(mode, workload.requests) as step:
         cluster.start(step.event)
         with cluster:
+            collector = cluster.collector_url if config.tracing.enabled else None
             tracer = init_tracing("dualpath-client", collector, {"dualpath.mode": mode})
             before = _counters(config, cluster)
             try:
@@ -184,7 +187,8 @@ def _run_mode(
             counters = _counters(config, cluster).since(before)
     with (folder / "requests.jsonl").open("w") as lines:
         lines.writelines(json.dumps(record._asdict()) + "\n" for record in run.records)
-    return _result(mode, config, run, counters, expected), cluster.spans_path if collector else None
+    spans = cluster.spans_path if config.tracing.enabled else None
+    return _result(mode, config, run, counters, expected), spans
 
 
 def _replay(options: EvalOptions, workload: Workload, url: str, tracer: Tracer, step: _Step) -> Replay:

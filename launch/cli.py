@@ -16,8 +16,10 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from launch.config import ClusterConfig, ConfigError, Mode, load
+from launch.config import ClusterConfig, ConfigError, load
 from launch.patching import PatchError, Report, State, Tree, stacks
+from launch.readiness import NotReady, require_ready
+from scheduler_svc.keys import keys_app
 
 DEFAULT_RUN_DIR = Path("runs/current")
 LAZY_COMMANDS = {
@@ -31,6 +33,9 @@ errors = Console(stderr=True, highlight=False, soft_wrap=True)
 app = typer.Typer(no_args_is_help=True, add_completion=False, help=__doc__, pretty_exceptions_enable=False)
 patch_app = typer.Typer(no_args_is_help=True, help="Patch the pinned packages, check that, or take it back.")
 app.add_typer(patch_app, name="patch")
+topology_app = typer.Typer(no_args_is_help=True, help="Shaped networks on this machine.")
+app.add_typer(topology_app, name="topology")
+app.add_typer(keys_app, name="keys")
 
 RunDir = Annotated[Path, typer.Option("--run-dir", help="Logs and state of the cluster.")]
 Package = Annotated[str | None, typer.Option("--package", help="Only this package, e.g. sglang.")]
@@ -42,11 +47,15 @@ def up(
     run_dir: RunDir = DEFAULT_RUN_DIR,
 ) -> None:
     """Start a whole cluster on this machine and keep it until Ctrl-C, or until a part of it dies."""
+    from evals.topology.network import NetworkError
     from launch.process import ProcessDied
     from launch.supervisor import Cluster, StartTimeout
 
     description = _load(config)
-    _refuse_if_not_ready(description)
+    try:
+        require_ready(description)
+    except NotReady as error:
+        _fail(str(error))
     if _alive_processes(run_dir):
         _fail(f"--run-dir {run_dir}: a cluster runs there; stop it, or name another directory")
     # Also SIGINT: a shell starts background jobs with it ignored.
@@ -64,7 +73,7 @@ def up(
         cluster.wait()
     except KeyboardInterrupt:
         console.print("stopping")
-    except (ProcessDied, StartTimeout, OSError) as error:
+    except (ProcessDied, StartTimeout, NetworkError, OSError) as error:
         _fail(str(error))
     finally:
         for stop_signal in (signal.SIGINT, signal.SIGTERM):
@@ -105,6 +114,43 @@ def status(run_dir: RunDir = DEFAULT_RUN_DIR) -> None:
 def demo() -> None:
     """Replay a real agent trace through a small cluster on this machine and write a report."""
     sys.exit(importlib.import_module("evals.demo").main())
+
+
+@app.command("bench-load")
+def bench_load(
+    quick: Annotated[
+        bool, typer.Option("--quick", help="Only 1P1D, basic and split: for development.")
+    ] = False,
+    repetitions: Annotated[int, typer.Option(min=1, help="Measurements of each burst.")] = 3,
+    config: Annotated[
+        Path | None, typer.Option("--config", "-c", help="Cluster description; default: bench-load.yaml.")
+    ] = None,
+    out: Annotated[
+        Path | None, typer.Option(help="Result folder; default: results/bench-load, which is replaced.")
+    ] = None,
+) -> None:
+    """Measure the load paths on shaped links against upstream (root; about 20 minutes)."""
+    module = importlib.import_module("evals.bench_load_command")
+    sys.exit(module.main(quick=quick, repetitions=repetitions, config=config, out=out))
+
+
+@topology_app.callback()
+def _several_commands() -> None:
+    # Without a callback typer drops the name of an app's only command.
+    pass
+
+
+@topology_app.command("clean")
+def topology_clean() -> None:
+    """Remove shaped networks whose owner is dead.  Starting a cluster does the same."""
+    from evals.topology.network import NetworkError, clean
+
+    removed: list[str] = []
+    try:
+        clean(removed.append)
+    except NetworkError as error:
+        _fail(str(error))
+    console.print("\n".join(f"removed {name}" for name in removed) or "nothing to remove")
 
 
 @patch_app.command("apply")
@@ -189,26 +235,6 @@ def _load(path: Path) -> ClusterConfig:
         return load(path)
     except ConfigError as error:
         _fail(str(error))
-
-
-def _refuse_if_not_ready(config: ClusterConfig) -> None:
-    from launch.system_check import explain, missing_libraries
-
-    missing = missing_libraries()
-    if missing:
-        _fail(explain(missing))
-    if config.mode is not Mode.DUALPATH:
-        return
-    try:
-        reports = [Tree(stack).check() for stack in stacks()]
-    except PatchError as error:
-        _fail(str(error))
-    for report in reports:
-        if report.state is not State.APPLIED:
-            _fail(
-                f"mode dualpath needs the patches of {report.package} {report.version}, which "
-                f"are {report.state}; run: dualpath patch apply"
-            )
 
 
 def _read_state(run_dir: Path) -> dict | None:

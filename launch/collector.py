@@ -1,10 +1,10 @@
 """A small OTLP trace receiver that keeps what it gets.
 
-`python -m launch.collector --port N --out FILE [--forward HOST:PORT]` listens for OTLP over gRPC
-on loopback and appends every export request to FILE as one line of OTLP JSON.  With `--forward`
-each request is also sent on to another OTLP endpoint (a Jaeger, say); that happens on a thread of
-its own and may fail or lag without holding anyone up.  SIGTERM and SIGINT end it, everything
-received written.
+`python -m launch.collector --port N --out FILE [--host ADDRESS] [--forward HOST:PORT]` listens for
+OTLP over gRPC (on loopback, unless `--host` says otherwise) and appends every export request to FILE
+as one line of OTLP JSON.  With `--forward` each request is also sent on to another OTLP endpoint (a
+Jaeger, say); that happens on a thread of its own and may fail or lag without holding anyone up.
+SIGTERM and SIGINT end it, everything received written.
 
 Specification of the form: opentelemetry-proto, "OTLP/JSON": proto3 JSON, but ids in hex and enums
 as numbers.
@@ -124,7 +124,8 @@ class Collector(TraceServiceServicer):
 
 def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python -m launch.collector", description=__doc__.splitlines()[0])
-    parser.add_argument("--port", type=int, required=True, help="gRPC port on 127.0.0.1; 0 takes a free one")
+    parser.add_argument("--port", type=int, required=True, help="gRPC port; 0 takes a free one")
+    parser.add_argument("--host", default="127.0.0.1", help="address to listen on")
     parser.add_argument("--out", type=Path, required=True, help="file that OTLP JSON lines are appended to")
     parser.add_argument("--forward", metavar="HOST:PORT", help="another OTLP gRPC endpoint")
     options = parser.parse_args(arguments)
@@ -143,11 +144,13 @@ def main(arguments: list[str] | None = None) -> None:
         )
         add_TraceServiceServicer_to_server(Collector(out, forwarder), server)
         try:
-            port = server.add_insecure_port(f"127.0.0.1:{options.port}")
+            port = server.add_insecure_port(f"{options.host}:{options.port}")
         except RuntimeError:
-            parser.exit(1, f"collector: port {options.port} on 127.0.0.1 is taken; choose another --port\n")
+            parser.exit(
+                1, f"collector: port {options.port} on {options.host} is taken; choose another --port\n"
+            )
         server.start()
-        print(f"collector ready on 127.0.0.1:{port}, writing {options.out}", flush=True)
+        print(f"collector ready on {options.host}:{port}, writing {options.out}", flush=True)
         stop.wait()
         server.stop(STOP_GRACE_S).wait()
     if forwarder:

@@ -11,6 +11,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+from launch.addresses import Addresses, EngineAddresses
 from launch.config import ClusterConfig, Group, Mode
 from scheduler_svc.protocol import Role
 
@@ -22,9 +23,13 @@ MOONCAKE_ENV = {
     # Engines own no segment: the store node does, so a dead engine loses no page.
     "MOONCAKE_GLOBAL_SEGMENT_SIZE": "0",
     "MC_LOG_LEVEL": "ERROR",
-    # A peer that hangs is given up after 2 s instead of 30 s.
-    "MC_TCP_PROGRESS_TIMEOUT_SEC": "2",
+    # A peer that hangs is given up after 10 s instead of 30 s; busy CPUs stall a transfer for seconds.
+    "MC_TCP_PROGRESS_TIMEOUT_SEC": "10",
 }
+# The router keeps idle connections to the engines open.  A server that closes them first (SGLang
+# does after 5 s) may close one just as the router sends on it: the request is lost on one engine,
+# and its other half waits for it on the other one for ever.
+HTTP_ENV = {"SGLANG_TIMEOUT_KEEP_ALIVE": "3600"}
 CPU_FLAGS = (
     "--device=cpu",
     "--attention-backend=torch_native",
@@ -67,8 +72,8 @@ class EngineSpec:
     """Only a PE has one."""
     first_gpu: int
 
-    def url(self, host: str) -> str:
-        return f"http://{host}:{self.port}"
+    def url(self, addresses: Addresses) -> str:
+        return f"http://{addresses.engine(self.name).compute}:{self.port}"
 
 
 def engine_specs(config: ClusterConfig, take_port) -> list[EngineSpec]:
@@ -83,73 +88,90 @@ def engine_specs(config: ClusterConfig, take_port) -> list[EngineSpec]:
     return specs
 
 
-def master_command(host: str, ports: Ports) -> list[str]:
+def master_command(addresses: Addresses, ports: Ports) -> list[str]:
     program = str(Path(sys.executable).parent / "mooncake_master")
     return [
         program,
-        f"--rpc_address={host}",
+        f"--rpc_address={addresses.store}",
         f"--rpc_port={ports.master}",
-        f"--metrics_host={host}",
+        f"--metrics_host={addresses.store}",
         f"--metrics_port={ports.master_metrics}",
     ]
 
 
-def store_command(config: ClusterConfig, ports: Ports) -> list[str]:
+def store_command(config: ClusterConfig, addresses: Addresses, ports: Ports) -> list[str]:
     return _python(
         "launch.store_node",
-        f"--master={config.host}:{ports.master}",
+        f"--master={addresses.store}:{ports.master}",
         f"--segment-bytes={config.store.segment_bytes}",
-        f"--host={config.host}",
+        f"--host={addresses.store}",
     )
 
 
-def collector_command(config: ClusterConfig, ports: Ports, spans_path: Path) -> list[str]:
+def collector_command(
+    config: ClusterConfig, addresses: Addresses, ports: Ports, spans_path: Path
+) -> list[str]:
     forward = config.tracing.otlp_endpoint
     return _python(
         "launch.collector",
+        f"--host={addresses.hub}",
         f"--port={ports.collector}",
         f"--out={spans_path}",
         *([f"--forward={forward}"] if forward else []),
     )
 
 
-def scheduler_command(config: ClusterConfig, ports: Ports) -> list[str]:
+def scheduler_command(config: ClusterConfig, addresses: Addresses, ports: Ports) -> list[str]:
     return _python(
         "scheduler_svc",
-        f"--bind=tcp://{config.host}:{ports.scheduler}",
+        f"--bind=tcp://{addresses.hub}:{ports.scheduler}",
+        *(["--insecure-bind"] if addresses.reachable_from_elsewhere else []),
         f"--policy={config.scheduler.policy}",
-        *([f"--otlp-endpoint=http://{config.host}:{ports.collector}"] if config.tracing.enabled else []),
+        *([f"--otlp-endpoint=http://{addresses.hub}:{ports.collector}"] if config.tracing.enabled else []),
     )
 
 
-def router_command(config: ClusterConfig, ports: Ports, engines: list[EngineSpec]) -> list[str]:
+def router_command(
+    config: ClusterConfig, addresses: Addresses, ports: Ports, engines: list[EngineSpec]
+) -> list[str]:
     workers: list[str] = []
     for engine in engines:
         if engine.role is Role.PREFILL:
-            workers += ["--prefill", engine.url(config.host), str(engine.bootstrap_port)]
+            workers += ["--prefill", engine.url(addresses), str(engine.bootstrap_port)]
         else:
-            workers += ["--decode", engine.url(config.host)]
+            workers += ["--decode", engine.url(addresses)]
     return _python(
         "sglang_router.launch_router",
         "--pd-disaggregation",
         *workers,
         f"--policy={config.router.policy}",
-        f"--host={config.host}",
+        f"--host={addresses.hub}",
         f"--port={ports.router}",
-        f"--prometheus-host={config.host}",
+        f"--prometheus-host={addresses.hub}",
         f"--prometheus-port={ports.router_metrics}",
         # Workers are looked for every second, not every 30.
         "--worker-startup-check-interval=1",
+        # A retry goes to the same dead engine until the health check has noticed: notice soon,
+        # and let the client decide about asking again.
+        "--disable-retries",
+        "--health-check-interval-secs=5",
     )
 
 
-def engine_command(config: ClusterConfig, engine: EngineSpec, ports: Ports) -> list[str]:
-    flags = [*common_flags(config, engine.group, engine.port), f"--disaggregation-mode={engine.role}"]
+def engine_command(
+    config: ClusterConfig, addresses: Addresses, engine: EngineSpec, ports: Ports
+) -> list[str]:
+    host = addresses.engine(engine.name).compute
+    flags = [*common_flags(config, engine.group, host, engine.port), f"--disaggregation-mode={engine.role}"]
     flags.append("--disaggregation-transfer-backend=mooncake_tcp")
     if engine.role is Role.PREFILL:
         flags.append(f"--disaggregation-bootstrap-port={engine.bootstrap_port}")
     if engine.role is Role.PREFILL or config.mode is not Mode.BASIC:
         flags += _hicache_flags(config, engine.group)
+    else:
+        # A decode engine backs retracted requests up in host memory even without HiCache; sized by
+        # SGLang it would want 10 GiB free.
+        flags.append(_host_pool_flag(engine.group))
     if engine.role is Role.DECODE and config.mode is not Mode.BASIC:
         flags.append("--disaggregation-decode-enable-radix-cache")
     if config.device == "cuda" and engine.first_gpu:
@@ -157,7 +179,7 @@ def engine_command(config: ClusterConfig, engine: EngineSpec, ports: Ports) -> l
     if config.tracing.enabled:
         flags += [
             "--enable-trace",
-            f"--otlp-traces-endpoint={config.host}:{ports.collector}",
+            f"--otlp-traces-endpoint={addresses.hub}:{ports.collector}",
             "--trace-modules=request",
             f"--otlp-service-name={engine.name}",
         ]
@@ -166,13 +188,15 @@ def engine_command(config: ClusterConfig, engine: EngineSpec, ports: Ports) -> l
 
 def single_server_command(config: ClusterConfig, port: int) -> list[str]:
     """A plain server of the same model: no PD, no HiCache, no tracing."""
-    return _python("launch.engine", *common_flags(config, config.prefill, port), *config.prefill.extra_args)
+    return _python(
+        "launch.engine", *common_flags(config, config.prefill, config.host, port), *config.prefill.extra_args
+    )
 
 
-def common_flags(config: ClusterConfig, group: Group, port: int) -> list[str]:
+def common_flags(config: ClusterConfig, group: Group, host: str, port: int) -> list[str]:
     flags = [
         f"--model-path={config.model.directory()}",
-        f"--host={config.host}",
+        f"--host={host}",
         f"--port={port}",
         f"--page-size={config.page_size}",
         f"--tp-size={group.tp_size}",
@@ -187,34 +211,41 @@ def common_flags(config: ClusterConfig, group: Group, port: int) -> list[str]:
 
 
 def engine_environment(
-    config: ClusterConfig, engine: EngineSpec, ports: Ports, base: Mapping[str, str]
+    config: ClusterConfig,
+    addresses: Addresses,
+    engine: EngineSpec,
+    ports: Ports,
+    base: Mapping[str, str],
 ) -> dict[str, str]:
+    own = addresses.engine(engine.name)
     environment = {
-        **server_environment(config, engine.group, base),
+        **server_environment(config, engine.group, own, base),
         **MOONCAKE_ENV,
-        "MOONCAKE_MASTER": f"{config.host}:{ports.master}",
-        "MOONCAKE_LOCAL_HOSTNAME": config.host,
+        "MOONCAKE_MASTER": f"{addresses.store}:{ports.master}",
+        "MOONCAKE_LOCAL_HOSTNAME": own.storage,
     }
     if config.mode is Mode.DUALPATH:
         environment |= {
             "DUALPATH_ENABLED": "1",
             "DUALPATH_ENGINE_ID": engine.name,
-            "DUALPATH_SCHEDULER": f"tcp://{config.host}:{ports.scheduler}",
-            "DUALPATH_HOST": config.host,
+            "DUALPATH_SCHEDULER": f"tcp://{addresses.hub}:{ports.scheduler}",
+            "DUALPATH_HOST": own.compute,
         }
         if config.tracing.enabled:
-            environment["DUALPATH_OTLP_ENDPOINT"] = f"http://{config.host}:{ports.collector}"
+            environment["DUALPATH_OTLP_ENDPOINT"] = f"http://{addresses.hub}:{ports.collector}"
     return environment | engine.group.env
 
 
-def server_environment(config: ClusterConfig, group: Group, base: Mapping[str, str]) -> dict[str, str]:
+def server_environment(
+    config: ClusterConfig, group: Group, own: EngineAddresses, base: Mapping[str, str]
+) -> dict[str, str]:
     """What any SGLang server needs; settings of DualPath and Mooncake in `base` do not leak in."""
     environment = {
         key: value for key, value in base.items() if not key.startswith(("DUALPATH_", "MOONCAKE_"))
     }
-    environment |= OFFLINE_ENV | {"SGLANG_HOST_IP": config.host}
-    if config.host == "127.0.0.1":
-        environment["SGLANG_LOCAL_IP_NIC"] = "lo"
+    environment |= OFFLINE_ENV | HTTP_ENV | {"SGLANG_HOST_IP": own.compute}
+    if own.compute_nic is not None:
+        environment["SGLANG_LOCAL_IP_NIC"] = own.compute_nic
     if config.device == "cpu":
         environment |= CPU_ENV
         if group.tp_size > 1:
@@ -223,8 +254,12 @@ def server_environment(config: ClusterConfig, group: Group, base: Mapping[str, s
     return environment
 
 
-def _hicache_flags(config: ClusterConfig, group: Group) -> list[str]:
+def _host_pool_flag(group: Group) -> str:
     pool = group.host_pool
+    return f"--hicache-ratio={pool.ratio:g}" if pool.ratio is not None else f"--hicache-size={pool.size_gb}"
+
+
+def _hicache_flags(config: ClusterConfig, group: Group) -> list[str]:
     extra = {
         "prefetch_threshold": config.page_size
     }  # SGLang's default of 256 tokens would hide short prefixes.
@@ -235,7 +270,7 @@ def _hicache_flags(config: ClusterConfig, group: Group) -> list[str]:
         backend = "mooncake"
     return [
         "--enable-hierarchical-cache",
-        f"--hicache-ratio={pool.ratio:g}" if pool.ratio is not None else f"--hicache-size={pool.size_gb}",
+        _host_pool_flag(group),
         "--hicache-mem-layout=page_first_direct",
         "--hicache-io-backend=direct",
         "--hicache-write-policy=write_through",

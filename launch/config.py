@@ -7,12 +7,21 @@ from __future__ import annotations
 
 import difflib
 import json
+import re
 from enum import StrEnum
 from pathlib import Path
 from typing import Annotated, Literal, Union
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    ConfigDict,
+    Field,
+    ValidationError,
+    field_validator,
+    model_validator,
+)
 
 from launch.tiny_model import TinyModel, build
 from scheduler_svc.policies import DEFAULT_PATH_POLICY, PATH_POLICIES
@@ -29,6 +38,25 @@ class Mode(StrEnum):
     """Upstream: only the PE has HiCache and reads the store."""
     BOTH = "both"
     """Upstream with decode-side L3 prefetch: PE and DE both read the store."""
+
+
+BIT_UNITS = {"kbit": 10**3, "mbit": 10**6, "gbit": 10**9}
+
+
+def bits_per_s(rate: str) -> int:
+    """`400mbit` -> 400000000.  Raises ValueError."""
+    found = re.fullmatch(r"(\d+(?:\.\d+)?)(kbit|mbit|gbit)", rate)
+    if not found or float(found[1]) == 0:
+        raise ValueError("give a number above 0 and kbit, mbit or gbit, such as 400mbit")
+    return round(float(found[1]) * BIT_UNITS[found[2]])
+
+
+def _is_rate(rate: str) -> str:
+    bits_per_s(rate)
+    return rate
+
+
+BitRate = Annotated[str, AfterValidator(_is_rate)]
 
 
 class _Section(BaseModel):
@@ -113,6 +141,20 @@ class Tracing(_Section):
     """`host:port` of an OTLP/gRPC receiver (Jaeger: 4317) that gets a copy of every span."""
 
 
+class Network(_Section):
+    """Every engine in a network namespace with two shaped links of its own (needs root and iproute2).
+
+    Rates are tc's: `400mbit`, `1.5gbit`; null leaves a link unshaped.
+    """
+
+    storage_rate: BitRate | None
+    """Of each engine's link to the store."""
+    compute_rate: BitRate | None = None
+    """Of each engine's link to the other engines."""
+    store_rate: BitRate | None = None
+    """Of the store node's own link."""
+
+
 class ClusterConfig(_Section):
     name: str = Field(pattern=r"^[a-z0-9][a-z0-9-]*$")
     device: Literal["cpu", "cuda"]
@@ -128,6 +170,8 @@ class ClusterConfig(_Section):
     decode: Group = Group()
     router: Router = Router()
     tracing: Tracing = Tracing()
+    network: Network | None = None
+    """None: everything on `host`."""
 
     @model_validator(mode="after")
     def _same_layout_on_both_sides(self) -> ClusterConfig:
@@ -194,7 +238,7 @@ def _explain(problem: dict) -> str:
 def _fields(path: list) -> list[str]:
     """Names that may stand at `path` of a cluster description."""
     sections = {"store": Store, "scheduler": Scheduler, "router": Router, "tracing": Tracing, "model": Tiny}
-    sections |= {"prefill": Group, "decode": Group}
+    sections |= {"prefill": Group, "decode": Group, "network": Network}
     model: type[BaseModel] = ClusterConfig
     if path:
         model = HostPool if path[-1] == "host_pool" else sections[path[0]]

@@ -13,6 +13,7 @@ import os
 import signal
 import socket
 import time
+import urllib.error
 import urllib.request
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -20,9 +21,13 @@ from pathlib import Path
 
 import psutil
 
+from evals.topology.network import Network
+from evals.topology.plan import STORE, Rates
 from launch import commands
+from launch.addresses import STORE_PROCESSES, Addresses, on_network, on_one_host
 from launch.commands import Ports
-from launch.config import ClusterConfig, Mode, kv_bytes_per_token
+from launch.config import ClusterConfig, Mode, bits_per_s, kv_bytes_per_token
+from launch.config import Network as NetworkConfig
 from launch.ports import FreePorts
 from launch.process import ManagedProcess, ProcessDied, stop_all
 from launch.store_node import READY as STORE_READY
@@ -35,6 +40,7 @@ STOP_GRACE_S = 10.0
 POLL_S = 0.2
 PROBE_TIMEOUT_S = 2.0
 REJOIN_TIMEOUT_S = 15.0
+FLUSH_TIMEOUT_S = 20.0
 GENERATE_TIMEOUT_S = 60.0
 
 Event = Callable[[str], None]
@@ -128,8 +134,12 @@ class Supervisor:
     def _write_state(self) -> None:
         """Nothing is written for a supervisor without a state file."""
 
+    def _enter(self, name: str, argv: list[str]) -> list[str]:
+        """The command that runs `argv` where the named process belongs."""
+        return argv
+
     def _launch(self, name: str, argv: list[str], env: dict[str, str], ready: Probe) -> None:
-        process = ManagedProcess(name, argv, env, self.run_dir / "logs" / f"{name}.log")
+        process = ManagedProcess(name, self._enter(name, argv), env, self.run_dir / "logs" / f"{name}.log")
         process.log_path.unlink(missing_ok=True)
         self.processes[name] = process
         self._probes[name] = ready
@@ -185,46 +195,73 @@ class Cluster(Supervisor):
         self.config = config
         self.kv_bytes_per_token = kv_bytes_per_token(config)
         free = FreePorts(config.host)
+        self.addresses: Addresses = on_one_host(config.host)
+        """With a shaped network: known once it is started."""
+        self.network: Network | None = None
+        """The shaped network, while it exists."""
         self.ports = Ports(**{name: free.take() for name in Ports.__dataclass_fields__})
         self._specs = commands.engine_specs(config, free.take)
 
     @property
     def url(self) -> str:
         """Base URL of the router, where clients send requests."""
-        return f"http://{self.config.host}:{self.ports.router}"
+        return f"http://{self.addresses.hub}:{self.ports.router}"
 
     @property
     def scheduler_address(self) -> str:
         """ZeroMQ address; answered only in mode dualpath."""
-        return f"tcp://{self.config.host}:{self.ports.scheduler}"
+        return f"tcp://{self.addresses.hub}:{self.ports.scheduler}"
 
     @property
     def master_metrics_url(self) -> str:
-        return f"http://{self.config.host}:{self.ports.master_metrics}/metrics"
+        return f"http://{self.addresses.store}:{self.ports.master_metrics}/metrics"
+
+    @property
+    def collector_url(self) -> str:
+        """OTLP/gRPC; answered only with tracing."""
+        return f"http://{self.addresses.hub}:{self.ports.collector}"
 
     @property
     def spans_path(self) -> Path:
         """OTLP JSON, one export request a line; the collector appends to it."""
         return self.run_dir / "spans.jsonl"
 
+    def stop(self) -> None:
+        super().stop()
+        if self.network is not None:
+            self.network.remove()
+            self.network = None
+
     @property
     def engines(self) -> list[EngineHandle]:
-        host = self.config.host
         return [
-            EngineHandle(spec.name, spec.role, spec.url(host), self._process(spec.name))
+            EngineHandle(spec.name, spec.role, spec.url(self.addresses), self._process(spec.name))
             for spec in self._specs
         ]
 
-    def flush_caches(self) -> None:
-        """Empty L1 and L2 of every engine; the store keeps its pages.  Raises if an engine is busy."""
+    def flush_caches(self, role: Role | None = None) -> None:
+        """Empty L1 and L2 of every engine (of one role); the store keeps its pages.
+
+        An engine refuses while it is busy, as it is shortly after an answer.  Raises HTTPError when
+        it still refuses after FLUSH_TIMEOUT_S.
+        """
+        deadline_s = time.monotonic() + FLUSH_TIMEOUT_S
         for engine in self.engines:
-            _post(f"{engine.url}/flush_cache")
+            while role in (None, engine.role):
+                try:
+                    _post(f"{engine.url}/flush_cache")
+                    break
+                except urllib.error.HTTPError:
+                    if time.monotonic() > deadline_s:
+                        raise
+                    time.sleep(POLL_S)
 
     def set_policy(self, policy: str) -> None:
         """Change the scheduler's path policy by restarting it; engines reconnect within a second."""
         scheduler = self.config.scheduler.model_copy(update={"policy": policy})
         self.config = self.config.model_copy(update={"scheduler": scheduler})
-        self._process("scheduler").argv = commands.scheduler_command(self.config, self.ports)
+        argv = commands.scheduler_command(self.config, self.addresses, self.ports)
+        self._process("scheduler").argv = argv
         self.restart("scheduler")
         expected = {spec.name for spec in self._specs}
         deadline_s = time.monotonic() + REJOIN_TIMEOUT_S
@@ -235,29 +272,53 @@ class Cluster(Supervisor):
                 time.sleep(POLL_S)
 
     def _start(self) -> None:
-        config, ports = self.config, self.ports
         base = dict(os.environ)
         begun_s = time.monotonic()
-        self._launch("master", commands.master_command(config.host, ports), base, self._listens(ports.master))
+        if self.config.network is not None:
+            self._build_network(self.config.network)
+        config, addresses, ports = self.config, self.addresses, self.ports
+        argv = commands.master_command(addresses, ports)
+        self._launch("master", argv, base, self._listens(addresses.store, ports.master))
         if config.tracing.enabled:
-            argv = commands.collector_command(config, ports, self.spans_path)
-            self._launch("collector", argv, base, self._listens(ports.collector))
+            argv = commands.collector_command(config, addresses, ports, self.spans_path)
+            self._launch("collector", argv, base, self._listens(addresses.hub, ports.collector))
         if config.mode is Mode.DUALPATH:
-            argv = commands.scheduler_command(config, ports)
-            self._launch("scheduler", argv, base, self._listens(ports.scheduler))
+            argv = commands.scheduler_command(config, addresses, ports)
+            self._launch("scheduler", argv, base, self._listens(addresses.hub, ports.scheduler))
         self._await_ready(["master"])
-        self._launch("store", commands.store_command(config, ports), base, self._store_ready)
+        self._launch("store", commands.store_command(config, addresses, ports), base, self._store_ready)
         self._await_ready([name for name in self.processes if name != "master"])
         # An engine writes a test object into the store early, so the store comes before.
         for spec in self._specs:
-            argv = commands.engine_command(config, spec, ports)
-            environment = commands.engine_environment(config, spec, ports, base)
-            self._launch(spec.name, argv, environment, _healthy(spec.url(config.host)))
-        self._launch("router", commands.router_command(config, ports, self._specs), base, _healthy(self.url))
+            argv = commands.engine_command(config, addresses, spec, ports)
+            environment = commands.engine_environment(config, addresses, spec, ports, base)
+            self._launch(spec.name, argv, environment, _healthy(spec.url(addresses)))
+        argv = commands.router_command(config, addresses, ports, self._specs)
+        self._launch("router", argv, base, _healthy(self.url))
         self._write_state()
         self._await_ready([*(spec.name for spec in self._specs), "router"])
         self._await_requests()
         self._on_event(f"cluster ready after {time.monotonic() - begun_s:.1f} s: {self.url}")
+
+    def _build_network(self, described: NetworkConfig) -> None:
+        rates = Rates(
+            storage_bits_per_s=_bits_per_s(described.storage_rate),
+            compute_bits_per_s=_bits_per_s(described.compute_rate),
+            store_bits_per_s=_bits_per_s(described.store_rate),
+        )
+        self.network = Network.build([spec.name for spec in self._specs], rates)
+        self.addresses = on_network(self.network.plan)
+        self._on_event(
+            f"network {self.network.plan.prefix}*: storage links {described.storage_rate or 'unshaped'}, "
+            f"compute links {described.compute_rate or 'unshaped'}, "
+            f"store {described.store_rate or 'unshaped'}"
+        )
+
+    def _enter(self, name: str, argv: list[str]) -> list[str]:
+        member = STORE if name in STORE_PROCESSES else name
+        if self.network is None or member not in self.network.plan.members:
+            return argv
+        return self.network.enter(member, argv)
 
     def _await_requests(self) -> None:
         """The router is healthy before it knows its workers: send requests until every pair answered."""
@@ -275,10 +336,10 @@ class Cluster(Supervisor):
     def _store_ready(self) -> bool:
         return STORE_READY in self._process("store").tail()
 
-    def _listens(self, port: int) -> Probe:
+    def _listens(self, host: str, port: int) -> Probe:
         def probe() -> bool:
             with socket.socket() as connection:
-                return connection.connect_ex((self.config.host, port)) == 0
+                return connection.connect_ex((host, port)) == 0
 
         return probe
 
@@ -317,13 +378,19 @@ class SingleServer(Supervisor):
 
     def _start(self) -> None:
         argv = commands.single_server_command(self.config, self._port)
-        environment = commands.server_environment(self.config, self.config.prefill, os.environ)
+        environment = commands.server_environment(
+            self.config, self.config.prefill, on_one_host(self.config.host).engine("single"), os.environ
+        )
         self._launch("single", argv, environment, _healthy(self.url))
         self._await_ready(["single"])
 
 
 def single_server(config: ClusterConfig, run_dir: Path) -> SingleServer:
     return SingleServer(config, run_dir)
+
+
+def _bits_per_s(rate: str | None) -> int | None:
+    return None if rate is None else bits_per_s(rate)
 
 
 def _healthy(url: str) -> Probe:

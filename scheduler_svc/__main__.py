@@ -2,19 +2,27 @@
 
 from __future__ import annotations
 
+import gc
 import logging
 import signal
 import time
+from contextlib import ExitStack
+from pathlib import Path
 from typing import Annotated
 
 import typer
+import zmq
 
+from scheduler_svc.authenticator import PeerAuthenticator
+from scheduler_svc.keys import KeyFileError
 from scheduler_svc.metrics import Metrics
-from scheduler_svc.placement import RoundRobinPlacement
+from scheduler_svc.placement import DEFAULT_PLACEMENT, PLACEMENT_POLICIES, placement_policy
 from scheduler_svc.policies import DEFAULT_PATH_POLICY, PATH_POLICIES, path_policy
 from scheduler_svc.server import BindRefused, Server
 from scheduler_svc.state import Cluster
 from scheduler_svc.tracing import DecisionSpans, init_tracing, shutdown
+
+logger = logging.getLogger(__name__)
 
 
 def serve(
@@ -24,46 +32,86 @@ def serve(
     policy: Annotated[
         str, typer.Option(help=f"Path policy: {', '.join(PATH_POLICIES)}.")
     ] = DEFAULT_PATH_POLICY,
+    placement: Annotated[
+        str, typer.Option(help=f"Placement policy: {', '.join(PLACEMENT_POLICIES)}.")
+    ] = DEFAULT_PLACEMENT,
     otlp_endpoint: Annotated[str | None, typer.Option(help="OTLP/gRPC collector for spans.")] = None,
     metrics_port: Annotated[
         int | None, typer.Option(min=0, max=65535, help="Prometheus scrape port; 0 takes a free one.")
     ] = None,
+    curve_server_key_file: Annotated[
+        Path | None, typer.Option(help="The scheduler's .key_secret: peers must speak CURVE.")
+    ] = None,
+    authorized_keys_dir: Annotated[
+        Path | None, typer.Option(help="Directory with the .key file of every peer that may connect.")
+    ] = None,
     insecure_bind: Annotated[
-        bool, typer.Option("--insecure-bind", help="Allow an address that other hosts can reach.")
+        bool,
+        typer.Option("--insecure-bind", help="Allow an address that other hosts can reach, without CURVE."),
     ] = False,
 ) -> None:
     """Choose engines and load paths for a DualPath cluster until SIGTERM or SIGINT."""
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s")
-    try:
-        chosen_policy = path_policy(policy)
-    except ValueError as error:
-        raise typer.BadParameter(str(error), param_hint="--policy") from None
+    path = _named(path_policy, policy, "--policy")
+    placing = _named(placement_policy, placement, "--placement")
+    if (curve_server_key_file is None) != (authorized_keys_dir is None):
+        raise typer.BadParameter(
+            "give both --curve-server-key-file and --authorized-keys-dir: one proves who the scheduler is, "
+            "the other says who may connect"
+        )
 
     metrics = Metrics()
-    cluster = Cluster(chosen_policy, RoundRobinPlacement(), started_s=time.monotonic())
-    tracer = init_tracing("dualpath-scheduler", otlp_endpoint)
-    try:
-        server = Server(
-            bind, cluster, metrics, observers=[DecisionSpans(tracer)], insecure_bind=insecure_bind
-        )
-    except BindRefused as error:
-        raise typer.BadParameter(str(error), param_hint="--bind") from None
-    if metrics_port is not None:
+    cluster = Cluster(path, placing, started_s=time.monotonic())
+    # Without a collector spans would be made, at a quarter of a request's cost, and dropped.
+    observers = (
+        [DecisionSpans(init_tracing("dualpath-scheduler", otlp_endpoint))]
+        if otlp_endpoint is not None
+        else []
+    )
+    with ExitStack() as running:
+        context = zmq.Context.instance()
         try:
-            port = metrics.serve(metrics_port, host="0.0.0.0" if insecure_bind else "127.0.0.1")
-        except OSError as error:
-            raise typer.BadParameter(
-                f"port {metrics_port}: {error.strerror}; choose another", param_hint="--metrics-port"
-            ) from None
-        logging.info("metrics on port %d", port)
+            if authorized_keys_dir is not None:
+                running.enter_context(PeerAuthenticator(authorized_keys_dir, context))
+            server = Server(
+                bind,
+                cluster,
+                metrics,
+                observers=observers,
+                insecure_bind=insecure_bind,
+                curve_server_key_file=curve_server_key_file,
+                context=context,
+            )
+        except (BindRefused, KeyFileError) as error:
+            hint = "--bind" if isinstance(error, BindRefused) else "CURVE keys"
+            raise typer.BadParameter(str(error), param_hint=hint) from None
+        if metrics_port is not None:
+            is_local = not insecure_bind
+            try:
+                port = metrics.serve(metrics_port, host="127.0.0.1" if is_local else "0.0.0.0")
+            except OSError as error:
+                raise typer.BadParameter(
+                    f"port {metrics_port}: {error.strerror}; choose another", param_hint="--metrics-port"
+                ) from None
+            logger.info("metrics on port %d", port)
 
-    for signal_number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(signal_number, lambda *_: server.stop())
-    print(f"scheduler ready at {server.address}", flush=True)
+        for signal_number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(signal_number, lambda *_: server.stop())
+        # Engines and rooms form no reference cycles (a test sees to it), and looking for some among a
+        # hundred thousand rooms would hold up plans for a second.
+        gc.disable()
+        print(f"scheduler ready at {server.address}", flush=True)
+        try:
+            server.run()
+        finally:
+            shutdown()
+
+
+def _named(make, name: str, option: str):
     try:
-        server.run()
-    finally:
-        shutdown()
+        return make(name)
+    except ValueError as error:
+        raise typer.BadParameter(str(error), param_hint=option) from None
 
 
 if __name__ == "__main__":

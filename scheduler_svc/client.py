@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import time
+from pathlib import Path
 from types import TracebackType
 
 import zmq
 
+from scheduler_svc.keys import secure_client
 from scheduler_svc.protocol import (
     Error,
     Place,
@@ -31,11 +33,19 @@ class SchedulerError(RuntimeError):
 class SchedulerClient:
     """One DEALER socket.  Not thread-safe.  Use as a context manager or call `close`."""
 
-    def __init__(self, address: str, context: zmq.Context | None = None) -> None:
+    def __init__(
+        self,
+        address: str,
+        context: zmq.Context | None = None,
+        curve_key_files: tuple[Path, Path] | None = None,
+    ) -> None:
+        """`curve_key_files`: this client's `.key_secret` and the scheduler's `.key`.  Raises KeyFileError."""
         self._address = address
         self._socket = (context or zmq.Context.instance()).socket(zmq.DEALER)
         self._socket.setsockopt(zmq.LINGER, 0)
         self._socket.setsockopt(zmq.IPV6, int("[" in address))
+        if curve_key_files is not None:
+            secure_client(self._socket, *curve_key_files)
         self._socket.connect(address)
 
     def __enter__(self) -> SchedulerClient:

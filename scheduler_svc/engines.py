@@ -1,8 +1,9 @@
 """Engines the scheduler knows: each rank as its last heartbeat described it, plus what is planned.
 
-An engine is live while at least one rank's heartbeat is younger than `ENGINE_EXPIRY_S`.  A rank
-that expires takes its planned bytes with it: rooms keep a reference to the `RankState` they
-charged, so a later release cannot touch the state of a restarted engine.
+An engine is live while at least one rank's heartbeat is younger than `ENGINE_EXPIRY_S`, and can
+be given requests while all of its ranks are.  A rank that expires takes its planned bytes with
+it: rooms keep a reference to the `RankState` they charged, so a later release cannot touch the
+state of a restarted engine.
 """
 
 from __future__ import annotations
@@ -10,14 +11,19 @@ from __future__ import annotations
 from collections import OrderedDict
 from collections.abc import Iterable
 from dataclasses import dataclass, field
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
+from scheduler_svc.placed_work import PlacedWork
 from scheduler_svc.protocol import Engine, EngineStatus, Load, Role
+from scheduler_svc.token_rate import TokenRate
 
 ENGINE_EXPIRY_S = 5.0
 """Five missed heartbeats."""
 
 MAX_ENGINES = 16_384
+
+LEADER_RANK = 0
+"""The rank that speaks for its engine's compute (paper section 6: only the leader talks)."""
 
 
 class EngineConflict(ValueError):
@@ -37,12 +43,6 @@ class RankState:
     planned_bytes: int = 0
     """Storage reads planned for this rank and not yet reported done."""
 
-    @property
-    def read_queue_bytes(self) -> int:
-        # Heartbeats are up to a second old and the engine counts our plans too, once it has
-        # them: adding the two would count a read twice, the larger one never misses it.
-        return max(self.load.read_queue_bytes, self.planned_bytes)
-
 
 @dataclass(slots=True)
 class Totals:
@@ -53,13 +53,72 @@ class Totals:
     loaded_pages: int = 0
 
 
-@dataclass(slots=True)
+class Shape(NamedTuple):
+    """What does not change with load; equal shapes can exchange pages rank by rank."""
+
+    tp_size: int
+    fingerprints: tuple[tuple[int, str], ...]
+    """Rank and layout fingerprint of every live rank, in rank order."""
+
+    @property
+    def is_complete(self) -> bool:
+        return len(self.fingerprints) == self.tp_size
+
+
+@dataclass(slots=True, eq=False)
 class EngineState:
-    """One engine between its first heartbeat and its expiry."""
+    """One engine between its first heartbeat and its expiry.
+
+    `shape`, `page_size`, `page_bytes` and `page_endpoints` follow from `ranks` and are kept by
+    `reshape`; sums over ranks that every request asks for are kept by `EngineTable`.
+    """
 
     engine_id: str
+    role: Role
     totals: Totals
     ranks: dict[int, RankState] = field(default_factory=dict)
+    placed: PlacedWork = field(default_factory=PlacedWork)
+    token_rate: TokenRate = field(default_factory=TokenRate, repr=False)
+    tokens: int = 0
+    """Prompt tokens it has to do, those just placed included."""
+    reported_tokens: int = 0
+    reported_sequences: int = 0
+    """As the leader rank's last heartbeat says."""
+    tokens_per_s: float = 0.0
+    """0 while unknown."""
+    read_rate_bytes_per_s: float = 0.0
+    """Over all ranks; 0 while unknown."""
+    counts_device_tokens: bool = False
+    """Whether it has ever reported free device memory; one that never did is not judged by it."""
+    shape: Shape = Shape(1, ())
+    page_size: int = 0
+    """Tokens."""
+    page_bytes: int = 0
+    """Bytes of one page over all ranks."""
+    page_endpoints: tuple[str, ...] = ()
+    """Page servers in rank order; shorter than tp_size when a rank has none."""
+
+    def reshape(self) -> None:
+        """To be called when a rank came, went or described itself anew."""
+        ranks = sorted(self.ranks.items())
+        self.shape = Shape(
+            ranks[0][1].engine.tp_size, tuple((rank, state.engine.fingerprint) for rank, state in ranks)
+        )
+        self.page_size = ranks[0][1].engine.page_size
+        self.page_bytes = sum(state.engine.page_bytes for _, state in ranks)
+        endpoints = (state.engine.page_endpoint for _, state in ranks)
+        self.page_endpoints = tuple(endpoint for endpoint in endpoints if endpoint is not None)
+
+    def place(self, room: int, tokens: int, now_s: float) -> None:
+        """It was given the request of `room`, with about `tokens`."""
+        self.placed.placed(room, tokens, now_s)
+        self.tokens = self.reported_tokens + self.placed.tokens
+
+    def arrive(self, room: int, tokens: int, now_s: float) -> None:
+        """Its leader rank reported `room`, which has `tokens`."""
+        self.placed.arrived(room, tokens, now_s)
+        self.tokens = self.reported_tokens + self.placed.tokens
+        self.token_rate.arrived(tokens)
 
     @property
     def any_rank(self) -> Engine:
@@ -67,33 +126,66 @@ class EngineState:
         return next(iter(self.ranks.values())).engine
 
     @property
-    def is_complete(self) -> bool:
-        return len(self.ranks) == self.any_rank.tp_size
+    def leader(self) -> Engine:
+        """Raises KeyError unless the leader rank is live."""
+        return self.ranks[LEADER_RANK].engine
 
     @property
-    def page_bytes(self) -> int:
-        """Bytes of one page over all ranks."""
-        return sum(rank.engine.page_bytes for rank in self.ranks.values())
+    def is_complete(self) -> bool:
+        """Every rank is live."""
+        return self.shape.is_complete
+
+    # What placement judges by (paper section 6): tok_e, seq_e, read_q and their rates.
+
+    @property
+    def sequences(self) -> int:
+        return self.reported_sequences + len(self.placed)
+
+    @property
+    def free_device_tokens(self) -> int | None:
+        """None when it does not say."""
+        if not self.counts_device_tokens:
+            return None
+        free = min(rank.load.device_free_tokens for rank in self.ranks.values())
+        return max(0, free - self.placed.tokens)
+
+    @property
+    def read_queue_bytes(self) -> int:
+        """Over all ranks, planned reads included."""
+        # Heartbeats are up to a second old and the engine counts our plans too, once it has
+        # them: adding the two would count a read twice, the larger one never misses it.
+        total = 0
+        for rank in self.ranks.values():
+            reported, planned = rank.load.read_queue_bytes, rank.planned_bytes
+            total += reported if reported > planned else planned
+        return total
 
     @property
     def load(self) -> Load:
-        """Queues and rates add up over ranks; every rank runs the same sequences; the fullest rank limits."""
+        """As last reported, for people: queues and rates add up, the fullest rank limits."""
         ranks = self.ranks.values()
-        return Load.model_construct(
+        return Load(
             sequences=max(rank.load.sequences for rank in ranks),
             tokens=max(rank.load.tokens for rank in ranks),
-            read_queue_bytes=sum(rank.read_queue_bytes for rank in ranks),
-            read_rate_bytes_per_s=sum(rank.load.read_rate_bytes_per_s for rank in ranks),
+            read_queue_bytes=self.read_queue_bytes,
+            read_rate_bytes_per_s=self.read_rate_bytes_per_s,
             host_free_pages=min(rank.load.host_free_pages for rank in ranks),
             device_free_tokens=min(rank.load.device_free_tokens for rank in ranks),
             unplanned_read_bytes=sum(rank.load.unplanned_read_bytes for rank in ranks),
         )
 
-    @property
-    def page_endpoints(self) -> tuple[str, ...]:
-        """Page servers in rank order; shorter than tp_size when a rank has none."""
-        endpoints = (self.ranks[rank].engine.page_endpoint for rank in sorted(self.ranks))
-        return tuple(endpoint for endpoint in endpoints if endpoint is not None)
+
+class EngineWatcher(Protocol):
+    """Keeps an index over the engines that can be given requests."""
+
+    def joined(self, engine: EngineState) -> None:
+        """All ranks of `engine` are live now."""
+
+    def left(self, engine: EngineState) -> None:
+        """No longer so; `engine.ranks` may be empty."""
+
+    def lowered(self, engine: EngineState) -> None:
+        """It may have less to do than before.  That it has more is not announced."""
 
 
 class EngineTable:
@@ -107,6 +199,11 @@ class EngineTable:
         """Oldest heartbeat first."""
         self._retired: OrderedDict[str, Totals] = OrderedDict()
         """Totals of expired engines, for their return."""
+        self._watcher: EngineWatcher | None = None
+
+    def watch(self, watcher: EngineWatcher) -> None:
+        """Tell `watcher` about every engine from now on; call it while the table is empty."""
+        self._watcher = watcher
 
     def heartbeat(self, engine: Engine, load: Load, now_s: float) -> None:
         """Register or refresh one rank.  Raises EngineConflict and changes nothing."""
@@ -118,16 +215,33 @@ class EngineTable:
                 )
             self._check(engine, others=())
             totals = self._retired.pop(engine.engine_id, None) or Totals()
-            state = self._live[engine.engine_id] = EngineState(engine.engine_id, totals)
+            state = self._live[engine.engine_id] = EngineState(engine.engine_id, engine.role, totals)
         else:
             self._check(engine, others=state.ranks.values())
+        was_complete = state.is_complete
         rank = state.ranks.get(engine.rank)
         if rank is None:
             rank = state.ranks[engine.rank] = RankState(engine, load, now_s)
-        rank.engine, rank.load, rank.heartbeat_s = engine, load, now_s
+            state.reshape()
+        elif rank.engine != engine:
+            rank.engine = engine
+            state.reshape()
+        rank.load, rank.heartbeat_s = load, now_s
         key = RankKey(engine.engine_id, engine.rank)
         self._by_age[key] = rank
         self._by_age.move_to_end(key)
+
+        if engine.rank == LEADER_RANK:
+            state.reported_tokens, state.reported_sequences = load.tokens, load.sequences
+            state.placed.counted(now_s)
+            state.tokens = state.reported_tokens + state.placed.tokens
+            state.token_rate.heartbeat(load.tokens, now_s)
+            state.tokens_per_s = state.token_rate.per_s
+        state.read_rate_bytes_per_s = sum([one.load.read_rate_bytes_per_s for one in state.ranks.values()])
+        if load.device_free_tokens:
+            state.counts_device_tokens = True
+        if self._watcher and state.is_complete:
+            (self._watcher.lowered if was_complete else self._watcher.joined)(state)
 
     def _check(self, engine: Engine, others: Iterable[RankState]) -> None:
         if engine.rank >= engine.tp_size:
@@ -153,25 +267,27 @@ class EngineTable:
                 break
             del self._by_age[key]
             state = self._live[key.engine_id]
+            was_complete = state.is_complete
             del state.ranks[key.rank]
-            if not state.ranks:
+            if state.ranks:
+                state.reshape()
+            else:
                 del self._live[key.engine_id]
                 self._retired[key.engine_id] = state.totals
                 if len(self._retired) > self._max_engines:
                     self._retired.popitem(last=False)
+            if self._watcher and was_complete:
+                self._watcher.left(state)
             gone.append(key)
         return gone
 
     def get(self, engine_id: str) -> EngineState | None:
         return self._live.get(engine_id)
 
-    def leaders(self, role: Role) -> list[Engine]:
-        """Rank 0 of every live engine of a role, in order of registration."""
-        return [
-            state.ranks[0].engine
-            for state in self._live.values()
-            if 0 in state.ranks and state.any_rank.role is role
-        ]
+    def lowered(self, engine: EngineState) -> None:
+        """Tell the watcher that `engine` may have less to do, if it is one it knows."""
+        if self._watcher and engine.is_complete and self._live.get(engine.engine_id) is engine:
+            self._watcher.lowered(engine)
 
     def status(self, now_s: float) -> tuple[EngineStatus, ...]:
         """One entry per live engine: its lowest rank with the load over all ranks."""

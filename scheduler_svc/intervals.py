@@ -11,7 +11,10 @@ Range = tuple[int, int]
 def union(ranges: Iterable[Range]) -> list[Range]:
     """Every page that lies in at least one range."""
     merged: list[Range] = []
-    for first, end in sorted(ranges):
+    ranges = sorted(ranges)
+    if len(ranges) == 1 and ranges[0][0] < ranges[0][1]:
+        return ranges
+    for first, end in ranges:
         if first >= end:
             continue
         if merged and first <= merged[-1][1]:
@@ -24,6 +27,8 @@ def union(ranges: Iterable[Range]) -> list[Range]:
 def intersection(left: Iterable[Range], right: Iterable[Range]) -> list[Range]:
     """Every page that lies in a range of both sides."""
     left, right = union(left), union(right)
+    if not left or not right:
+        return []
     common: list[Range] = []
     i = j = 0
     while i < len(left) and j < len(right):

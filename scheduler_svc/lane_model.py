@@ -74,7 +74,8 @@ class LaneModel(NamedTuple):
 
     def end(self, split_page: int) -> float:
         """When the later lane ends."""
-        return max(self.prefill_end(split_page), self.decode_end(split_page))
+        prefill, decode = self.prefill_end(split_page), self.decode_end(split_page)
+        return prefill if prefill > decode else decode
 
 
 def _usable(rate: float, fastest: float) -> float:

@@ -1,54 +1,117 @@
-"""Prometheus metrics of the scheduler, fed by the events of `scheduler_svc.state`."""
+"""Prometheus metrics of the scheduler, fed by `scheduler_svc.events`."""
 
 from __future__ import annotations
 
-from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, start_http_server
+from prometheus_client import CollectorRegistry, Counter, Gauge, start_http_server
 
-from scheduler_svc.state import Event, FallbackSeen, PlanDecided, RankDone
+from scheduler_svc.events import Event, FallbackSeen, PlaceDecided, PlanDecided, RankDone, ReadEnded
+from scheduler_svc.tally import CounterTally, HistogramTally
 
 PLAN_BUCKETS_S = (0.0005, 0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0, 2.0)
+TIME_BUCKETS_S = (0.005, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0, 2.0, 5.0, 10.0, 30.0)
 
 
 class Metrics:
     """One registry per server, so that several can live in one process."""
 
     def __init__(self) -> None:
-        self.registry = CollectorRegistry()
-        self.plans = self._counter("plans", "Rooms planned, by path.", ["path"])
-        self.fallbacks = self._counter("fallbacks", "Rooms that left their plan, by reason.", ["reason"])
-        self.store_read_bytes = self._counter("store_read_bytes", "Bytes read from the store.", ["engine"])
-        self.forwarded_bytes = self._counter(
-            "forwarded_bytes", "Bytes read out of a peer's host pool.", ["engine"]
+        self.registry = registry = CollectorRegistry()
+        self.errors = Counter(
+            "dualpath_scheduler_errors",
+            "Messages answered with an error, by code.",
+            ["code"],
+            registry=registry,
         )
-        self.duplicate_store_pages = self._counter(
-            "duplicate_store_pages", "Pages of one room that both engines read from the store."
+        self.undelivered = Counter(
+            "dualpath_scheduler_undelivered",
+            "Messages whose receiver was gone or stuck.",
+            registry=registry,
         )
-        self.errors = self._counter("scheduler_errors", "Messages answered with an error, by code.", ["code"])
-        self.undelivered = self._counter(
-            "scheduler_undelivered", "Messages whose receiver was gone or stuck."
+        self.rooms_open = Gauge("dualpath_rooms_open", "Rooms not closed yet.", registry=registry)
+        self._placements = CounterTally(
+            registry,
+            "dualpath_placements",
+            "Requests placed, by the PE's class and the rule that chose the DE.",
+            ["prefill_class", "decode_rule"],
         )
-        self.rooms_open = Gauge("dualpath_rooms_open", "Rooms not closed yet.", registry=self.registry)
-        self.plan_seconds = Histogram(
-            "dualpath_plan_seconds",
-            "From a room's first report to its plan.",
-            buckets=PLAN_BUCKETS_S,
-            registry=self.registry,
+        self._session_placements = CounterTally(
+            registry,
+            "dualpath_session_placements",
+            "Requests placed on an engine that holds pages of their session.",
+            ["role"],
         )
-
-    def _counter(self, name: str, text: str, labels: list[str] | None = None) -> Counter:
-        return Counter(f"dualpath_{name}", text, labels or [], registry=self.registry)
+        self._placement_wait_seconds = HistogramTally(
+            registry,
+            "dualpath_placement_wait_seconds",
+            "Until the chosen engine is expected to get to a request.",
+            TIME_BUCKETS_S,
+            ["role"],
+        )
+        self._plans = CounterTally(registry, "dualpath_plans", "Rooms planned, by path.", ["path"])
+        self._plan_seconds = HistogramTally(
+            registry, "dualpath_plan_seconds", "From a room's first report to its plan.", PLAN_BUCKETS_S
+        )
+        self._fallbacks = CounterTally(
+            registry, "dualpath_fallbacks", "Rooms that left their plan, by reason.", ["reason"]
+        )
+        self._store_read_bytes = CounterTally(
+            registry, "dualpath_store_read_bytes", "Bytes read from the store.", ["engine"]
+        )
+        self._forwarded_bytes = CounterTally(
+            registry, "dualpath_forwarded_bytes", "Bytes read out of a peer's host pool.", ["engine"]
+        )
+        self._duplicate_store_pages = CounterTally(
+            registry,
+            "dualpath_duplicate_store_pages",
+            "Pages of one room that both engines read from the store.",
+        )
+        self._read_seconds = HistogramTally(
+            registry,
+            "dualpath_store_read_seconds",
+            "Planned storage reads, from hand-over to end, queue included.",
+            TIME_BUCKETS_S,
+            ["role"],
+        )
+        self._read_error_seconds = HistogramTally(
+            registry,
+            "dualpath_store_read_error_seconds",
+            "How far planned storage reads ended from when the plan expected, early or late.",
+            TIME_BUCKETS_S,
+            ["role", "direction"],
+        )
+        # Zero from the start, so that an alert on its rise sees the first one.
+        self._duplicate_store_pages.add(0)
 
     def __call__(self, event: Event) -> None:
         match event:
             case PlanDecided():
-                self.plans.labels(event.plan.path.value).inc()
-                self.plan_seconds.observe(event.decided_s - event.first_report_s)
-            case FallbackSeen():
-                self.fallbacks.labels(event.reason).inc()
+                self._plans.add(1, event.plan.path.value)
+                self._plan_seconds.observe(event.decided_s - event.first_report_s)
+            case PlaceDecided():
+                self._place(event)
             case RankDone():
-                self.store_read_bytes.labels(event.engine_id).inc(event.store_read_bytes)
-                self.forwarded_bytes.labels(event.engine_id).inc(event.forwarded_bytes)
-                self.duplicate_store_pages.inc(event.duplicate_store_pages)
+                self._store_read_bytes.add(event.store_read_bytes, event.engine_id)
+                self._forwarded_bytes.add(event.forwarded_bytes, event.engine_id)
+                if event.duplicate_store_pages:
+                    self._duplicate_store_pages.add(event.duplicate_store_pages)
+            case ReadEnded():
+                self._read_seconds.observe(event.actual_s, event.role.value)
+                error_s = event.error_s
+                self._read_error_seconds.observe(
+                    abs(error_s), event.role.value, "late" if error_s > 0 else "early"
+                )
+            case FallbackSeen():
+                self._fallbacks.add(1, event.reason)
+
+    def _place(self, event: PlaceDecided) -> None:
+        inputs = event.inputs
+        self._placements.add(1, inputs.get("prefill.class", "any"), inputs.get("decode.rule", "any"))
+        self._placement_wait_seconds.observe(event.prefill_wait_s, "prefill")
+        self._placement_wait_seconds.observe(event.decode_wait_s, "decode")
+        if inputs.get("prefill.saved_bytes"):
+            self._session_placements.add(1, "prefill")
+        if inputs.get("decode.saved_bytes"):
+            self._session_placements.add(1, "decode")
 
     def serve(self, port: int, host: str) -> int:
         """Answer scrapes on `host:port` from a thread; returns the port (useful with 0)."""

@@ -14,7 +14,6 @@ from dataclasses import dataclass
 from typing import NamedTuple, Protocol
 
 from scheduler_svc.lane_model import LaneModel
-from scheduler_svc.protocol import Load
 
 FORWARD_COST_S = 0.005
 """What it costs to forward anything at all: the plan's way to the DE, its first batch's way back and
@@ -24,6 +23,15 @@ FORWARD_COST_BYTES = 4 * 1024 * 1024
 """The same while no rate is known: 5 ms of a link of 0.8 GB/s."""
 
 DEFAULT_PATH_POLICY = "split"
+
+
+class StoreQueue(NamedTuple):
+    """One engine's storage link, over all its ranks."""
+
+    read_queue_bytes: int = 0
+    """Reported or planned already."""
+    read_rate_bytes_per_s: float = 0.0
+    """Measured drain rate; 0 while unknown."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,9 +46,8 @@ class PathRequest:
     """K."""
     page_bytes: int
     """Bytes of one page over all ranks of one engine."""
-    prefill: Load
-    decode: Load
-    """Load over all ranks of one engine; `read_queue_bytes` includes what is planned already."""
+    prefill: StoreQueue
+    decode: StoreQueue
 
     @property
     def least_split(self) -> int:
@@ -53,6 +60,8 @@ class PathChoice(NamedTuple):
     """x."""
     reason: str
     """The numbers that led to it, for people."""
+    lanes: LaneModel | None = None
+    """Where the policy made one."""
 
 
 class PathPolicy(Protocol):
@@ -166,21 +175,28 @@ class Split:
     def choose(self, request: PathRequest) -> PathChoice:
         lanes = LaneModel.of(request)
         cost = FORWARD_COST_S if lanes.rates_known else FORWARD_COST_BYTES
-        least, hit = request.least_split, request.hit_pages
-        candidates = [("prefill", least, lanes.end(least)), ("decode", hit, lanes.end(hit) + cost)]
+        name, page, end = "prefill", request.least_split, lanes.end(request.least_split)
+        candidates = [(name, end)]
         meeting = _where_lanes_meet(lanes)
-        if meeting is not None:
-            candidates.insert(1, ("split", meeting, lanes.end(meeting) + cost))
-        name, split_page, _ = min(candidates, key=lambda candidate: candidate[2])
-        unit, scale = ("ms", 1e3) if lanes.rates_known else ("MB", 1e-6)
-        expected = ", ".join(f"{name} {end * scale:.1f}" for name, _, end in candidates)
-        return PathChoice(
-            split_page,
-            f"{name}: expected ends ({unit}) {expected}; "
-            f"queues {request.prefill.read_queue_bytes} and {request.decode.read_queue_bytes} B, "
-            f"rates {request.prefill.read_rate_bytes_per_s:.3g} and "
-            f"{request.decode.read_rate_bytes_per_s:.3g} B/s",
-        )
+        for other, other_page in (("split", meeting), ("decode", request.hit_pages)):
+            if other_page is None:
+                continue
+            other_end = lanes.end(other_page) + cost
+            candidates.append((other, other_end))
+            if other_end < end:
+                name, page, end = other, other_page, other_end
+        return PathChoice(page, _reason(request, lanes, name, candidates), lanes)
+
+
+def _reason(request: PathRequest, lanes: LaneModel, name: str, candidates: list[tuple[str, float]]) -> str:
+    unit, scale = ("ms", 1e3) if lanes.rates_known else ("MB", 1e-6)
+    expected = ", ".join([f"{other} {end * scale:.1f}" for other, end in candidates])
+    prefill, decode = request.prefill, request.decode
+    return (
+        f"{name}: expected ends ({unit}) {expected}; "
+        f"queues {prefill.read_queue_bytes} and {decode.read_queue_bytes} B, "
+        f"rates {prefill.read_rate_bytes_per_s:.3g} and {decode.read_rate_bytes_per_s:.3g} B/s"
+    )
 
 
 def _where_lanes_meet(lanes: LaneModel) -> int | None:

@@ -5,6 +5,9 @@
 
 A closed room lingers so that a late rank still gets its plan and a repeated Done is not counted
 again.  A Done alone opens a room too: after a restart it is all the scheduler hears of it.
+
+There are up to a hundred thousand of them: what is kept is tuples of what will be asked for, not
+messages.
 """
 
 from __future__ import annotations
@@ -12,10 +15,11 @@ from __future__ import annotations
 from collections import OrderedDict
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 from scheduler_svc.engines import EngineState, RankState
 from scheduler_svc.intervals import Range, intersection, union
-from scheduler_svc.protocol import Done, Plan, Report, Role
+from scheduler_svc.protocol import Done, Outcome, Plan, Role
 
 MAX_ROOMS = 100_000
 ROOM_TTL_S = 300.0
@@ -23,44 +27,93 @@ ROOM_TTL_S = 300.0
 CLOSED_LINGER_S = 10.0
 
 
+class Claim(NamedTuple):
+    """What a side's first report said; every other rank's must agree."""
+
+    prompt_tokens: int
+    local_pages: int
+    hit_pages: int | None
+
+
+class LaneUse(NamedTuple):
+    """`protocol.LaneRecord`, small."""
+
+    lane: str
+    first_page: int
+    end_page: int
+    bytes: int
+    queue_s: float
+    busy_s: float
+
+
+class DoneRecord(NamedTuple):
+    """`protocol.Done`, small; equal records are the same statement."""
+
+    outcome: Outcome
+    fallback_reason: str | None
+    loaded_pages: int
+    lanes: tuple[LaneUse, ...]
+
+    @classmethod
+    def of(cls, done: Done) -> DoneRecord:
+        lanes = [
+            LaneUse(lane.lane, lane.first_page, lane.end_page, lane.bytes, lane.queue_s, lane.busy_s)
+            for lane in done.lanes
+        ]
+        return cls(done.outcome, done.fallback_reason, done.loaded_pages, tuple(lanes))
+
+    def moved_bytes(self, lane: str) -> int:
+        return sum([use.bytes for use in self.lanes if use.lane == lane])
+
+    def store_ranges(self) -> list[Range]:
+        return [(use.first_page, use.end_page) for use in self.lanes if use.lane == "store"]
+
+    def store_end_s(self) -> float | None:
+        """From its hand-over to the last store lane's end; None when nothing was read there."""
+        return max([use.queue_s + use.busy_s for use in self.lanes if use.lane == "store"], default=None)
+
+
 @dataclass(slots=True)
 class Side:
     """One engine's part of a room."""
 
     engine: EngineState
-    report: Report | None = None
-    """The first one; every other rank's must agree with it."""
+    claim: Claim | None = None
     reported_s: float = 0.0
-    reported: set[int] = field(default_factory=set)
-    done: dict[int, Done] = field(default_factory=dict)
+    traceparent: str | None = None
+    reported: tuple[int, ...] = ()
+    """Ranks, in the order of their reports."""
+    done: dict[int, DoneRecord] = field(default_factory=dict)
     charges: dict[int, tuple[RankState, int]] = field(default_factory=dict)
     """Per rank: the state that was charged and the bytes still outstanding."""
+    expected_end_s: float | None = None
+    """Planned end of its storage read, from the plan on; None when nothing is known or to be read."""
 
     @property
     def is_done(self) -> bool:
-        return bool(self.done) and self.reported <= self.done.keys()
+        if not self.done:
+            return False
+        for rank in self.reported:
+            if rank not in self.done:
+                return False
+        return True
 
     def charge(self, pages: int) -> None:
         """Put `pages` of every rank on its read queue.  Ranks that are done already read nothing more."""
-        for rank, state in self.engine.ranks.items():
-            if pages and rank not in self.done:
-                self.charges[rank] = (state, pages * state.engine.page_bytes)
-                state.planned_bytes += self.charges[rank][1]
+        if pages:
+            for rank, state in self.engine.ranks.items():
+                if rank not in self.done:
+                    self.charges[rank] = (state, pages * state.engine.page_bytes)
+                    state.planned_bytes += self.charges[rank][1]
 
     def release(self, rank: int) -> None:
-        if rank in self.charges:
-            state, charged_bytes = self.charges.pop(rank)
-            state.planned_bytes -= charged_bytes
+        charge = self.charges.pop(rank, None)
+        if charge is not None:
+            charge[0].planned_bytes -= charge[1]
 
     def release_all(self) -> None:
         for rank in list(self.charges):
             self.release(rank)
-
-    def store_ranges(self, rank: int) -> Iterator[Range]:
-        if rank in self.done:
-            for lane in self.done[rank].lanes:
-                if lane.lane == "store":
-                    yield lane.first_page, lane.end_page
 
 
 @dataclass(slots=True)
@@ -70,23 +123,27 @@ class Room:
     closed_s: float | None = None
     sides: dict[Role, Side] = field(default_factory=dict)
     plan: Plan | None = None
-    fallbacks: set[str] = field(default_factory=set)
+    fallbacks: tuple[str, ...] = ()
     duplicate_pages: int = 0
 
     def read_twice(self) -> list[Range]:
         """Pages that a PE rank and the same DE rank both read from the store."""
         if len(self.sides) < 2:
             return []
-        prefill, decode = self.sides[Role.PREFILL], self.sides[Role.DECODE]
-        return union(
-            page_range
-            for rank in prefill.done.keys() & decode.done.keys()
-            for page_range in intersection(prefill.store_ranges(rank), decode.store_ranges(rank))
-        )
+        prefill, decode = self.sides[Role.PREFILL].done, self.sides[Role.DECODE].done
+        if not prefill or not decode:
+            return []
+        return union(self._common_ranges(prefill, decode))
+
+    @staticmethod
+    def _common_ranges(prefill: dict[int, DoneRecord], decode: dict[int, DoneRecord]) -> Iterator[Range]:
+        for rank, record in prefill.items():
+            if rank in decode:
+                yield from intersection(record.store_ranges(), decode[rank].store_ranges())
 
     @property
     def is_done(self) -> bool:
-        return len(self.sides) == 2 and all(side.is_done for side in self.sides.values())
+        return len(self.sides) == 2 and self.sides[Role.PREFILL].is_done and self.sides[Role.DECODE].is_done
 
     def release_all(self) -> None:
         for side in self.sides.values():

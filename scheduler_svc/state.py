@@ -11,15 +11,17 @@ from __future__ import annotations
 
 import random
 from collections import Counter
-from dataclasses import dataclass
+from collections.abc import Callable
 from typing import NamedTuple
 
-from scheduler_svc.engines import EngineConflict, EngineState, EngineTable, RankKey
+from scheduler_svc.engines import LEADER_RANK, EngineConflict, EngineState, EngineTable, RankKey
+from scheduler_svc.events import Event, FallbackSeen, PlaceDecided, PlanDecided, RankDone, ReadEnded
 from scheduler_svc.intervals import pages
-from scheduler_svc.placement import PlacementPolicy
-from scheduler_svc.policies import PathPolicy, PathRequest, choose_path
+from scheduler_svc.placement import NoEngine, PlacementPolicy
+from scheduler_svc.placement_rules import expected_wait_s
+from scheduler_svc.planning import Decision, decide, forward_obstacle, late_obstacle
+from scheduler_svc.policies import PathPolicy
 from scheduler_svc.protocol import (
-    PLAN_TIMEOUT_S,
     Done,
     Error,
     ErrorCode,
@@ -36,48 +38,14 @@ from scheduler_svc.protocol import (
     StatusRequest,
     Wire,
 )
-from scheduler_svc.rooms import Room, RoomTable, Side
-
-PLAN_DEADLINE_S = 0.8 * PLAN_TIMEOUT_S
-"""A report older than this may have timed out at its sender by the time a plan arrives."""
+from scheduler_svc.rooms import Claim, DoneRecord, Room, RoomTable, Side
 
 MAX_FALLBACK_REASONS = 64
 """Distinct reasons counted by name; engines choose the text, so later ones count as `other`."""
 
 
-@dataclass(frozen=True, slots=True)
-class PlanDecided:
-    plan: Plan
-    traceparent: str | None
-    """Of the PE's report, or else of the DE's."""
-    first_report_s: float
-    decided_s: float
-
-
-@dataclass(frozen=True, slots=True)
-class PlaceDecided:
-    placement: Placement
-    session_id: str | None
-    traceparent: str | None
-
-
-@dataclass(frozen=True, slots=True)
-class FallbackSeen:
-    """A room got a fallback reason it did not have yet."""
-
-    reason: str
-
-
-@dataclass(frozen=True, slots=True)
-class RankDone:
-    engine_id: str
-    store_read_bytes: int
-    forwarded_bytes: int
-    duplicate_store_pages: int
-    """Pages newly found to have been read by both sides."""
-
-
-Event = PlanDecided | PlaceDecided | FallbackSeen | RankDone
+EXPIRY_PERIOD_S = 0.05
+"""Between two looks for what is too old, far below any of the ages looked for."""
 
 
 class Result(NamedTuple):
@@ -85,6 +53,9 @@ class Result(NamedTuple):
     """To whoever sent the message."""
     pushes: tuple[tuple[RankKey, Plan], ...] = ()
     events: tuple[Event, ...] = ()
+
+
+NOTHING = Result()
 
 
 class Refused(Exception):
@@ -108,32 +79,34 @@ class Cluster:
         rooms: RoomTable | None = None,
         rng: random.Random | None = None,
     ) -> None:
+        """`engines`, when given, must be empty."""
         self._path_policy = path_policy
         self._placement_policy = placement_policy
         self._started_s = started_s
         self._rng = rng or random.Random()
         self.engines = engines or EngineTable()
+        self.engines.watch(placement_policy)
         self.rooms = rooms or RoomTable()
         self.paths: Counter[Path] = Counter()
         self.fallbacks: Counter[str] = Counter()
         self.duplicate_store_pages = 0
         self.errors = 0
+        self._next_expiry_s = started_s
+        self._expired: list[RankKey] = []
+        self._handlers: dict[type[Request], Callable[[Request, float], Result]] = {
+            Heartbeat: self._heartbeat,
+            Place: self._place,
+            Report: self._report,
+            Done: self._done,
+            StatusRequest: self._status,
+        }
 
     def handle(self, message: Request, now_s: float) -> Result:
         """Act on one message.  A refusal is an `Error` reply; this raises only on a fault of ours."""
-        self.expire(now_s)
+        if now_s >= self._next_expiry_s:
+            self._expire(now_s)
         try:
-            match message:
-                case Heartbeat():
-                    return self._heartbeat(message, now_s)
-                case Place():
-                    return self._place(message)
-                case Report():
-                    return self._report(message, now_s)
-                case Done():
-                    return self._done(message, now_s)
-                case StatusRequest():
-                    return Result(self._status(now_s))
+            return self._handlers[type(message)](message, now_s)
         except Refused as refused:
             self.errors += 1
             return Result(
@@ -146,9 +119,15 @@ class Cluster:
             )
 
     def expire(self, now_s: float) -> list[RankKey]:
-        """Forget what is too old; returns the ranks that went."""
+        """Forget what is too old; returns the ranks that went since the last call."""
+        self._expire(now_s)
+        expired, self._expired = self._expired, []
+        return expired
+
+    def _expire(self, now_s: float) -> None:
+        self._next_expiry_s = now_s + EXPIRY_PERIOD_S
         self.rooms.expire(now_s)
-        return self.engines.expire(now_s)
+        self._expired += self.engines.expire(now_s)
 
     # Heartbeat and status
 
@@ -157,40 +136,48 @@ class Cluster:
             self.engines.heartbeat(message.engine, message.load, now_s)
         except EngineConflict as conflict:
             raise Refused(ErrorCode.CONFLICT, str(conflict)) from None
-        return Result()
+        return NOTHING
 
-    def _status(self, now_s: float) -> Status:
-        return Status(
-            policy=self._path_policy.name,
-            uptime_s=max(0.0, now_s - self._started_s),
-            engines=self.engines.status(now_s),
-            rooms_open=self.rooms.open_count,
-            rooms_closed=self.rooms.closed_count,
-            paths=dict(self.paths),
-            fallbacks=dict(self.fallbacks),
-            duplicate_store_pages=self.duplicate_store_pages,
-            errors=self.errors,
+    def _status(self, message: StatusRequest, now_s: float) -> Result:
+        return Result(
+            Status(
+                policy=self._path_policy.name,
+                uptime_s=max(0.0, now_s - self._started_s),
+                engines=self.engines.status(now_s),
+                rooms_open=self.rooms.open_count,
+                rooms_closed=self.rooms.closed_count,
+                paths=dict(self.paths),
+                fallbacks=dict(self.fallbacks),
+                duplicate_store_pages=self.duplicate_store_pages,
+                errors=self.errors,
+            )
         )
 
     # Place
 
-    def _place(self, message: Place) -> Result:
-        leaders = {role: {engine.engine_id: engine for engine in self.engines.leaders(role)} for role in Role}
-        for role, engines in leaders.items():
-            if not engines:
-                raise Refused(
-                    ErrorCode.NO_ENGINE, f"no live {role} engine; start one or wait for its heartbeat"
-                )
-        pair = self._placement_policy.place(
-            message.session_id, list(leaders[Role.PREFILL]), list(leaders[Role.DECODE])
-        )
+    def _place(self, message: Place, now_s: float) -> Result:
+        try:
+            prefill, decode, inputs = self._placement_policy.place(message.session_id, message.prompt_tokens)
+        except NoEngine as nobody:
+            raise Refused(ErrorCode.NO_ENGINE, str(nobody)) from None
         placement = Placement(
             request_id=message.request_id,
             room=self._unused_room(),
-            prefill=leaders[Role.PREFILL][pair.prefill_id],
-            decode=leaders[Role.DECODE][pair.decode_id],
+            prefill=prefill.leader,
+            decode=decode.leader,
         )
-        return Result(placement, events=(PlaceDecided(placement, message.session_id, message.traceparent),))
+        event = PlaceDecided(
+            placement,
+            message.session_id,
+            message.traceparent,
+            self._placement_policy.name,
+            expected_wait_s(prefill),
+            expected_wait_s(decode),
+            inputs,
+        )
+        for engine in (prefill, decode):
+            engine.place(placement.room, message.prompt_tokens, now_s)
+        return Result(placement, events=(event,))
 
     def _unused_room(self) -> int:
         while True:
@@ -202,8 +189,8 @@ class Cluster:
 
     def _report(self, report: Report, now_s: float) -> Result:
         engine = self._known_engine(report)
-        page_size = engine.any_rank.page_size
-        most_pages = max(report.local_pages, report.hit_pages or 0)
+        page_size = engine.page_size
+        most_pages = report.hit_pages or report.local_pages  # K is never below L_P
         if most_pages * page_size > report.prompt_tokens:
             raise Refused(
                 ErrorCode.MALFORMED,
@@ -211,31 +198,33 @@ class Cluster:
                 "count whole pages of the prompt only",
             )
         room = self.rooms.get(report.room)
-        side = room.sides.get(report.role) if room else None
-        if side is not None:
-            self._check_engine(report, side)
-            if side.report is not None:
-                self._check_agrees(report, side.report)
+        mine = room.sides.get(report.role) if room else None
+        claim = Claim(report.prompt_tokens, report.local_pages, report.hit_pages)
+        if mine is not None:
+            self._check_engine(report, mine)
+            if mine.claim is not None:
+                self._check_agrees(report, claim, mine)
         if room is not None and room.plan is not None:
-            side.reported.add(report.rank)
+            self._count_report(mine, report, now_s)
             return Result(pushes=((RankKey(report.engine_id, report.rank), room.plan),))
 
-        other_role = Role.DECODE if report.role is Role.PREFILL else Role.PREFILL
-        other = room.sides.get(other_role) if room else None
-        mine = side or Side(engine)
-        first, first_s = (side.report, side.reported_s) if side and side.report else (report, now_s)
-        decided = None
-        if other is not None and other.report is not None:
-            sides = {report.role: (mine, first, first_s), other_role: (other, other.report, other.reported_s)}
-            decided = self._decide(sides, now_s)
+        mine = mine or Side(engine)
+        first = (claim, now_s) if mine.claim is None else (mine.claim, mine.reported_s)
+        decision = self._decide(report, room, mine, first, now_s)
 
         room = self.rooms.get_or_open(report.room, now_s)
         room.sides[report.role] = mine
-        mine.report, mine.reported_s = first, first_s
-        mine.reported.add(report.rank)
-        if decided is None:
-            return Result()
-        return self._commit(room, *decided, now_s)
+        if mine.claim is None:
+            mine.claim, mine.reported_s, mine.traceparent = claim, now_s, report.traceparent
+        self._count_report(mine, report, now_s)
+        return NOTHING if decision is None else self._commit(room, decision, now_s)
+
+    def _count_report(self, side: Side, report: Report, now_s: float) -> None:
+        if report.rank in side.reported:
+            return
+        side.reported += (report.rank,)
+        if report.rank == LEADER_RANK:
+            side.engine.arrive(report.room, report.prompt_tokens, now_s)
 
     def _known_engine(self, message: Report | Done) -> EngineState:
         engine = self.engines.get(message.engine_id)
@@ -245,11 +234,11 @@ class Cluster:
                 f"no recent heartbeat of engine {message.engine_id} rank {message.rank}; "
                 "send one, then repeat this message",
             )
-        if message.role is not engine.any_rank.role:
+        if message.role is not engine.role:
             raise Refused(
                 ErrorCode.CONFLICT,
                 f"role {message.role} contradicts the heartbeat of engine {message.engine_id}, "
-                f"which says {engine.any_rank.role}",
+                f"which says {engine.role}",
             )
         return engine
 
@@ -263,96 +252,75 @@ class Cluster:
             )
 
     @staticmethod
-    def _check_agrees(report: Report, first: Report) -> None:
-        for name in ("prompt_tokens", "local_pages", "hit_pages"):
-            said, known = getattr(report, name), getattr(first, name)
+    def _check_agrees(report: Report, claim: Claim, side: Side) -> None:
+        if claim == side.claim:
+            return
+        for name, said, known in zip(Claim._fields, claim, side.claim, strict=True):
             if said != known:
                 raise Refused(
                     ErrorCode.CONFLICT,
-                    f"{name} {said} of rank {report.rank} contradicts {known} reported by rank {first.rank} "
-                    f"of {first.engine_id} for room {report.room}; ranks must agree before they report",
+                    f"{name} {said} of rank {report.rank} contradicts {known} reported by rank "
+                    f"{side.reported[0]} of {report.engine_id} for room {report.room}; "
+                    "ranks must agree before they report",
                 )
 
-    def _decide(self, sides: dict[Role, tuple[Side, Report, float]], now_s: float) -> tuple[Plan, str | None]:
-        """The plan, and why nothing may be forwarded if that is so.  Changes no state but the policy's."""
-        (prefill_side, prefill, prefill_s), (decode_side, decode, decode_s) = (
-            sides[Role.PREFILL],
-            sides[Role.DECODE],
-        )
-        for side in (prefill_side, decode_side):
+    def _decide(
+        self, report: Report, room: Room | None, mine: Side, first: tuple[Claim, float], now_s: float
+    ) -> Decision | None:
+        """The plan, once the other side has reported too.  Changes no state but the policy's."""
+        other_role = Role.DECODE if report.role is Role.PREFILL else Role.PREFILL
+        other = room.sides.get(other_role) if room else None
+        if other is None or other.claim is None:
+            return None
+        for side in (mine, other):
             if self.engines.get(side.engine.engine_id) is not side.engine:
                 raise Refused(
                     ErrorCode.NO_ENGINE,
-                    f"engine {side.engine.engine_id} expired after its report for room {prefill.room}; "
+                    f"engine {side.engine.engine_id} expired after its report for room {report.room}; "
                     "go on with the prefill path",
                 )
-        fallback = _forward_obstacle(prefill_side.engine, decode_side.engine)
-        if prefill_side.done or decode_side.done or now_s - min(prefill_s, decode_s) > PLAN_DEADLINE_S:
-            fallback = fallback or (
-                "plan_late",
-                f"the first report is {now_s - min(prefill_s, decode_s):.3f} s old, its engine goes on alone",
-            )
-        if fallback:
-            # Not even min(L_D, K): x = 0 says that nothing may come out of this DE.
-            split_page, reason = 0, f"prefill path without forward: {fallback[1]}"
-        else:
-            split_page, reason = choose_path(
-                self._path_policy,
-                PathRequest(
-                    prefill_local_pages=prefill.local_pages,
-                    decode_local_pages=decode.local_pages,
-                    hit_pages=prefill.hit_pages,
-                    page_bytes=prefill_side.engine.page_bytes,
-                    prefill=prefill_side.engine.load,
-                    decode=decode_side.engine.load,
-                ),
-            )
-        plan = Plan(
-            room=prefill.room,
-            path=path_of(prefill.local_pages, decode.local_pages, prefill.hit_pages, split_page),
-            prefill_id=prefill.engine_id,
-            decode_id=decode.engine_id,
-            prefill_local_pages=prefill.local_pages,
-            decode_local_pages=decode.local_pages,
-            hit_pages=prefill.hit_pages,
-            split_page=split_page,
-            decode_endpoints=decode_side.engine.page_endpoints,
-            policy=self._path_policy.name,
-            reason=reason[:1024],
+        claim, reported_s = first
+        ours, theirs = (mine.engine, claim), (other.engine, other.claim)
+        prefill, decode = (ours, theirs) if report.role is Role.PREFILL else (theirs, ours)
+        waited_s = now_s - min(reported_s, other.reported_s)
+        obstacle = forward_obstacle(prefill[0], decode[0]) or late_obstacle(
+            waited_s, bool(mine.done or other.done)
         )
-        return plan, fallback[0] if fallback else None
+        return decide(report.room, self._path_policy, prefill, decode, obstacle)
 
-    def _commit(self, room: Room, plan: Plan, fallback: str | None, now_s: float) -> Result:
+    def _commit(self, room: Room, decision: Decision, now_s: float) -> Result:
+        plan, lanes, obstacle = decision
         prefill, decode = room.sides[Role.PREFILL], room.sides[Role.DECODE]
         room.plan = plan
         self.paths[plan.path] += 1
         prefill.charge(max(0, plan.hit_pages - max(plan.split_page, plan.prefill_local_pages)))
         decode.charge(max(0, plan.split_page - plan.decode_local_pages))
-        events: list[Event] = [
-            PlanDecided(
-                plan=plan,
-                traceparent=prefill.report.traceparent or decode.report.traceparent,
-                first_report_s=min(prefill.reported_s, decode.reported_s),
-                decided_s=now_s,
-            )
-        ]
-        if fallback and plan.path is not Path.NONE:
-            events += self._count_fallback(room, fallback)
-        pushes = tuple(
+        prefill.expected_end_s, decode.expected_end_s = lanes.prefill_end_s, lanes.decode_end_s
+        event = PlanDecided(
+            plan=plan,
+            traceparent=prefill.traceparent or decode.traceparent,
+            first_report_s=min(prefill.reported_s, decode.reported_s),
+            decided_s=now_s,
+            lanes=lanes,
+        )
+        events = (event,)
+        if obstacle and plan.path is not Path.NONE:
+            events += self._count_fallback(room, obstacle.name)
+        pushes = [
             (RankKey(side.engine.engine_id, rank), plan)
             for side in (prefill, decode)
             for rank in sorted(side.reported)
-        )
-        return Result(pushes=pushes, events=tuple(events))
+        ]
+        return Result(pushes=tuple(pushes), events=events)
 
-    def _count_fallback(self, room: Room, reason: str) -> list[Event]:
+    def _count_fallback(self, room: Room, reason: str) -> tuple[Event, ...]:
         if reason not in self.fallbacks and len(self.fallbacks) >= MAX_FALLBACK_REASONS:
             reason = "other"
         if reason in room.fallbacks:
-            return []
-        room.fallbacks.add(reason)
+            return ()
+        room.fallbacks += (reason,)
         self.fallbacks[reason] += 1
-        return [FallbackSeen(reason)]
+        return (FallbackSeen(reason),)
 
     # Done
 
@@ -360,11 +328,13 @@ class Cluster:
         engine = self._known_engine(done)
         room = self.rooms.get(done.room)
         side = room.sides.get(done.role) if room else None
+        record = DoneRecord.of(done)
         if side is not None:
             self._check_engine(done, side)
-            if done.rank in side.done:
-                if done == side.done[done.rank]:
-                    return Result()
+            known = side.done.get(done.rank)
+            if known is not None:
+                if record == known:
+                    return NOTHING
                 raise Refused(
                     ErrorCode.CONFLICT,
                     f"rank {done.rank} of {done.engine_id} has said something else about room {done.room} "
@@ -372,12 +342,14 @@ class Cluster:
                 )
 
         room = self.rooms.get_or_open(done.room, now_s)
-        side = room.sides.setdefault(done.role, Side(engine))
-        side.done[done.rank] = done
+        side = room.sides.get(done.role)
+        if side is None:
+            side = room.sides[done.role] = Side(engine)
+        side.done[done.rank] = record
         side.release(done.rank)
+        self.engines.lowered(side.engine)
 
-        store_read_bytes = sum(lane.bytes for lane in done.lanes if lane.lane == "store")
-        forwarded_bytes = sum(lane.bytes for lane in done.lanes if lane.lane == "peer")
+        store_read_bytes, forwarded_bytes = record.moved_bytes("store"), record.moved_bytes("peer")
         engine.totals.store_read_bytes += store_read_bytes
         engine.totals.forwarded_bytes += forwarded_bytes
         engine.totals.loaded_pages += done.loaded_pages
@@ -385,38 +357,16 @@ class Cluster:
         new_duplicates, room.duplicate_pages = duplicates - room.duplicate_pages, duplicates
         self.duplicate_store_pages += new_duplicates
 
-        events: list[Event] = [RankDone(done.engine_id, store_read_bytes, forwarded_bytes, new_duplicates)]
+        events = (RankDone(done.engine_id, store_read_bytes, forwarded_bytes, new_duplicates),)
+        actual_s = record.store_end_s()
+        if done.outcome is Outcome.OK and actual_s is not None and side.expected_end_s is not None:
+            events += (
+                ReadEnded(
+                    done.room, done.role, done.engine_id, side.traceparent, side.expected_end_s, actual_s
+                ),
+            )
         if done.outcome is Outcome.FALLBACK:
             events += self._count_fallback(room, done.fallback_reason or "unspecified")
         if room.closed_s is None and room.is_done:
             self.rooms.close(room, now_s)
-        return Result(events=tuple(events))
-
-
-def _forward_obstacle(prefill: EngineState, decode: EngineState) -> tuple[str, str] | None:
-    """Why pages cannot move between two engines: a short name to count and a sentence, or None."""
-    if prefill.any_rank.tp_size != decode.any_rank.tp_size:
-        return "tp_size_differs", f"tp_size is {prefill.any_rank.tp_size} and {decode.any_rank.tp_size}"
-    for engine in (prefill, decode):
-        if not engine.is_complete:
-            live = f"{len(engine.ranks)} of {engine.any_rank.tp_size} ranks"
-            return "ranks_missing", f"{live} of {engine.engine_id} are live"
-    if len(decode.page_endpoints) < decode.any_rank.tp_size:
-        return "page_endpoints_missing", (
-            f"{decode.engine_id} has {len(decode.page_endpoints)} page servers for "
-            f"{decode.any_rank.tp_size} ranks"
-        )
-    for rank, state in prefill.ranks.items():
-        ours, theirs = state.engine.fingerprint, decode.ranks[rank].engine.fingerprint
-        if ours != theirs:
-            return "fingerprint_differs", f"fingerprints of rank {rank}: {ours} and {theirs}"
-    return None
-
-
-def path_of(prefill_local_pages: int, decode_local_pages: int, hit_pages: int, split_page: int) -> Path:
-    """The name of a split (`Path`); arguments are L_P, L_D, K and x."""
-    if hit_pages <= prefill_local_pages:
-        return Path.NONE
-    if split_page <= decode_local_pages:
-        return Path.PREFILL
-    return Path.DECODE if split_page == hit_pages else Path.SPLIT
+        return Result(events=events)

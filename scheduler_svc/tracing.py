@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping
+from typing import Any
 
 from opentelemetry.context import Context
 from opentelemetry.exporter.otlp.proto.grpc.trace_exporter import OTLPSpanExporter
@@ -17,7 +18,7 @@ from opentelemetry.sdk.trace.export import BatchSpanProcessor
 from opentelemetry.trace import Span, Tracer, set_span_in_context
 from opentelemetry.trace.propagation.tracecontext import TraceContextTextMapPropagator
 
-from scheduler_svc.state import Event, PlaceDecided, PlanDecided
+from scheduler_svc.events import Event, PlaceDecided, PlanDecided, ReadEnded
 
 EXPORT_DELAY_MS = 200
 """Short, so that a trace is complete soon after its request."""
@@ -75,7 +76,8 @@ def traceparent_of(span: Span) -> str | None:
 
 
 class DecisionSpans:
-    """Turns the scheduler's decisions into spans `plan` and `place`."""
+    """Turns the scheduler's decisions into spans `place` and `plan`, and what became of a plan into
+    a span `plan.outcome` per rank: a decision's span ends with the decision."""
 
     def __init__(self, tracer: Tracer) -> None:
         self._tracer = tracer
@@ -86,38 +88,64 @@ class DecisionSpans:
                 self._plan(event)
             case PlaceDecided():
                 self._place(event)
+            case ReadEnded():
+                self._outcome(event)
+
+    def _span(
+        self, name: str, traceparent: str | None, attributes: Mapping[str, Any], lasted_s: float = 0.0
+    ) -> None:
+        """A span that ends now, because events carry monotonic times; attributes of None are left out."""
+        end_ns = time.time_ns()
+        self._tracer.start_span(
+            name,
+            context=context_from(traceparent),
+            start_time=end_ns - int(lasted_s * 1e9),
+            attributes={f"dualpath.{key}": value for key, value in attributes.items() if value is not None},
+        ).end(end_ns)
 
     def _plan(self, event: PlanDecided) -> None:
-        plan = event.plan
-        # Events carry monotonic times; the decision is taken as now.
-        end_ns = time.time_ns()
-        start_ns = end_ns - int((event.decided_s - event.first_report_s) * 1e9)
-        self._tracer.start_span(
-            "plan",
-            context=context_from(event.traceparent),
-            start_time=start_ns,
-            attributes={
-                "dualpath.room": plan.room,
-                "dualpath.path": plan.path,
-                "dualpath.split.pages": plan.split_page,
-                "dualpath.hit.pages": plan.hit_pages,
-                "dualpath.prefill.local_pages": plan.prefill_local_pages,
-                "dualpath.decode.local_pages": plan.decode_local_pages,
-                "dualpath.prefill.engine": plan.prefill_id,
-                "dualpath.decode.engine": plan.decode_id,
-                "dualpath.policy": plan.policy,
-                "dualpath.reason": plan.reason,
-            },
-        ).end(end_ns)
+        plan, lanes = event.plan, event.lanes
+        attributes = {
+            "room": plan.room,
+            "path": plan.path,
+            "split.pages": plan.split_page,
+            "hit.pages": plan.hit_pages,
+            "prefill.local_pages": plan.prefill_local_pages,
+            "decode.local_pages": plan.decode_local_pages,
+            "prefill.engine": plan.prefill_id,
+            "decode.engine": plan.decode_id,
+            "policy": plan.policy,
+            "reason": plan.reason,
+            "prefill.queue_bytes": lanes.prefill_queue_bytes,
+            "decode.queue_bytes": lanes.decode_queue_bytes,
+            "prefill.rate_bytes_per_s": lanes.prefill_rate_bytes_per_s,
+            "decode.rate_bytes_per_s": lanes.decode_rate_bytes_per_s,
+            "prefill.expected_end_s": lanes.prefill_end_s,
+            "decode.expected_end_s": lanes.decode_end_s,
+        }
+        self._span("plan", event.traceparent, attributes, event.decided_s - event.first_report_s)
 
     def _place(self, event: PlaceDecided) -> None:
         placement = event.placement
         attributes = {
-            "dualpath.room": placement.room,
-            "dualpath.request_id": placement.request_id,
-            "dualpath.prefill.engine": placement.prefill.engine_id,
-            "dualpath.decode.engine": placement.decode.engine_id,
+            "room": placement.room,
+            "request_id": placement.request_id,
+            "prefill.engine": placement.prefill.engine_id,
+            "decode.engine": placement.decode.engine_id,
+            "session": event.session_id,
+            "placement": event.policy,
+            "prefill.expected_wait_s": event.prefill_wait_s,
+            "decode.expected_wait_s": event.decode_wait_s,
         }
-        if event.session_id is not None:
-            attributes["dualpath.session"] = event.session_id
-        self._tracer.start_span("place", context=context_from(event.traceparent), attributes=attributes).end()
+        self._span("place", event.traceparent, attributes | event.inputs)
+
+    def _outcome(self, event: ReadEnded) -> None:
+        attributes = {
+            "room": event.room,
+            "side": event.role,
+            "engine": event.engine_id,
+            "expected_s": event.expected_s,
+            "actual_s": event.actual_s,
+            "error_s": event.error_s,
+        }
+        self._span("plan.outcome", event.traceparent, attributes)

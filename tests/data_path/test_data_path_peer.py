@@ -341,17 +341,37 @@ def test_a_read_that_ends_after_its_room_was_closed_does_not_count(decode, prefi
 
 
 def test_a_lease_that_ends_during_the_pull_voids_all_that_was_read(decode, prefill, hasty_server, hasty_lane):
-    room, pages = next(rooms), decode.pages(PAGES // 2)
+    room, pages = next(rooms), decode.pages(PAGES)
     unpin = Calls()
     load = prefill.load(PAGES)
+    prefill.forwarder.gate.clear()
     hasty_server.open(room, first_page=0)
     hasty_server.publish(room, *decode.blocks(pages), unpin=unpin)
-    hasty_lane.pull(load, room)  # the other half never comes, so the lease ends first
+    hasty_server.end(room)
+    hasty_lane.pull(load, room)
+    eventually(lambda: unpin.count == 1, "the lease ends while the read is under way")
+    prefill.forwarder.gate.set()
     until_acknowledged(load)
     assert load.prefix == 0
     assert [missing[:2] for missing in hasty_lane.missing_of(load)] == [(0, PAGES)]
     nothing_is_left(hasty_server, hasty_lane, room)
-    assert unpin.count == 1
+
+
+def test_a_room_whose_pages_are_still_being_read_outlives_its_lease(decode, prefill, hasty_server, hasty_lane):
+    """A long storage queue is no reason to take pages back: the DE owns them while it reads."""
+    room, pages = next(rooms), decode.pages(PAGES)
+    load = prefill.load(PAGES)
+    hasty_server.open(room, first_page=0)
+    hasty_lane.pull(load, room)
+    for _ in range(20):
+        hasty_server.renew(room)
+        threading.Event().wait(SHORT_S / 5)
+    assert hasty_server.open_rooms == 1
+    hasty_server.publish(room, *decode.blocks(pages))
+    hasty_server.end(room)
+    until_acknowledged(load)
+    assert (load.prefix, hasty_lane.missing_of(load)) == (PAGES, [])
+    nothing_is_left(hasty_server, hasty_lane, room)
 
 
 def test_taking_every_room_back_ends_every_pull(decode, prefill, server, lane):

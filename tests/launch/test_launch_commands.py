@@ -4,9 +4,22 @@ import json
 
 import pytest
 
-from launch.commands import Ports, engine_command, engine_environment, engine_specs, single_server_command
+from evals.topology.plan import Rates, make_plan
+from launch.addresses import Addresses, on_network, on_one_host
+from launch.commands import (
+    EngineSpec,
+    Ports,
+    engine_command,
+    engine_environment,
+    engine_specs,
+    master_command,
+    router_command,
+    scheduler_command,
+    single_server_command,
+)
 from launch.config import ClusterConfig
 
+HERE = on_one_host("127.0.0.1")
 PORTS = Ports(master=1, master_metrics=2, scheduler=3, collector=4, router=5, router_metrics=6)
 MODEL = {
     "kind": "tiny",
@@ -26,12 +39,12 @@ def cluster(**fields) -> ClusterConfig:
 def commands(config: ClusterConfig) -> dict[str, str]:
     ports = iter(range(100, 200))
     specs = engine_specs(config, lambda: next(ports))
-    return {spec.name: " ".join(engine_command(config, spec, PORTS)) for spec in specs}
+    return {spec.name: " ".join(engine_command(config, HERE, spec, PORTS)) for spec in specs}
 
 
 def environment(config: ClusterConfig, base: dict[str, str]) -> dict[str, str]:
     spec = engine_specs(config, lambda: 7)[0]
-    return engine_environment(config, spec, PORTS, base)
+    return engine_environment(config, HERE, spec, PORTS, base)
 
 
 def test_engines_are_named_by_role_and_number():
@@ -54,7 +67,7 @@ def test_the_dualpath_backend_is_named_to_sglang_as_a_class_to_import():
     config = cluster(page_size=32)
     spec = engine_specs(config, lambda: 7)[0]
     flag = "--hicache-storage-backend-extra-config="
-    found = [part for part in engine_command(config, spec, PORTS) if part.startswith(flag)]
+    found = [part for part in engine_command(config, HERE, spec, PORTS) if part.startswith(flag)]
     extra = json.loads(found[0].removeprefix(flag))
     assert (extra["module_path"], extra["class_name"]) == ("dualpath_sgl.storage", "DualPathStorage")
     assert extra["prefetch_threshold"] == 32
@@ -99,3 +112,43 @@ def test_tracing_off_starts_no_exporter():
 def test_the_reference_server_has_neither_pd_nor_hicache():
     command = " ".join(single_server_command(cluster(), 9))
     assert "--disaggregation" not in command and "hicache" not in command and "hierarchical" not in command
+
+
+def shaped(config: ClusterConfig) -> tuple[Addresses, list[EngineSpec]]:
+    ports = iter(range(100, 200))
+    specs = engine_specs(config, lambda: next(ports))
+    plan = make_plan(3, [spec.name for spec in specs], Rates(1, 1))
+    return on_network(plan), specs
+
+
+def test_on_a_shaped_network_the_store_client_and_everything_else_use_different_addresses():
+    config = cluster()
+    addresses, specs = shaped(config)
+    decode = specs[-1]
+    found = engine_environment(config, addresses, decode, PORTS, {})
+    assert found["MOONCAKE_LOCAL_HOSTNAME"] == "10.77.3.3"
+    assert found["MOONCAKE_MASTER"] == "10.77.3.1:1"
+    assert (found["SGLANG_HOST_IP"], found["SGLANG_LOCAL_IP_NIC"]) == ("10.78.3.3", "c0")
+    assert found["DUALPATH_HOST"] == "10.78.3.3"
+    assert found["DUALPATH_SCHEDULER"] == "tcp://10.78.3.254:3"
+    assert "--host=10.78.3.3" in engine_command(config, addresses, decode, PORTS)
+
+
+def test_on_a_shaped_network_router_and_scheduler_are_at_the_hosts_end():
+    config = cluster()
+    addresses, specs = shaped(config)
+    router = router_command(config, addresses, PORTS, specs)
+    assert "--host=10.78.3.254" in router and specs[0].url(addresses) in router
+    assert specs[0].url(addresses).startswith("http://10.78.3.2:")
+    assert "--rpc_address=10.77.3.1" in master_command(addresses, PORTS)
+
+
+def test_the_scheduler_binds_beyond_loopback_only_where_the_cluster_is_not_on_it():
+    config = cluster()
+    addresses, _ = shaped(config)
+    assert "--insecure-bind" in scheduler_command(config, addresses, PORTS)
+    assert "--insecure-bind" not in scheduler_command(config, HERE, PORTS)
+
+
+def test_servers_do_not_close_the_connections_that_the_router_keeps():
+    assert int(environment(cluster(), {})["SGLANG_TIMEOUT_KEEP_ALIVE"]) >= 600

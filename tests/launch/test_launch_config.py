@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from launch.config import ClusterConfig, ConfigError, Mode, kv_bytes_per_token, load
+from launch.config import ClusterConfig, ConfigError, Mode, bits_per_s, kv_bytes_per_token, load
 
 EXAMPLES = sorted((Path(__file__).parents[2] / "launch" / "clusters").glob("*.yaml"))
 
@@ -112,3 +112,26 @@ def test_kv_bytes_per_token_of_an_mla_model_count_one_compressed_vector(tmp_path
         {"name": "t", "device": "cuda", "model": {"kind": "directory", "path": str(tmp_path)}}
     )
     assert kv_bytes_per_token(config) == 2 * (512 + 64) * 2
+
+
+def test_link_rates_are_those_of_tc():
+    assert [bits_per_s(rate) for rate in ("400mbit", "1.5gbit", "64kbit")] == [
+        400_000_000,
+        1_500_000_000,
+        64_000,
+    ]
+
+
+@pytest.mark.parametrize("rate", ["400", "fast", "0mbit", "-1mbit", "400 mbit", "400MBit"])
+def test_a_rate_that_tc_would_not_take_is_refused_with_an_example(tmp_path, rate):
+    message = refusal(tmp_path, network={"storage_rate": rate})
+    assert "network.storage_rate: got" in message and "such as 400mbit" in message
+
+
+def test_a_network_leaves_what_is_not_named_unshaped_but_must_name_the_storage_links(tmp_path):
+    network = load(write(tmp_path, network={"storage_rate": "400mbit"})).network
+    assert (network.compute_rate, network.store_rate) == (None, None)
+    assert "network.storage_rate: must be given" in refusal(tmp_path, network={"compute_rate": "1gbit"})
+    assert "did you mean 'compute_rate'?" in refusal(
+        tmp_path, network={"storage_rate": None, "compute_rates": "1gbit"}
+    )

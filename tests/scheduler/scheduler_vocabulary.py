@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from scheduler_svc.engines import EngineTable
-from scheduler_svc.placement import RoundRobinPlacement
+from scheduler_svc.placement import placement_policy
 from scheduler_svc.policies import path_policy
 from scheduler_svc.protocol import Done, Engine, Heartbeat, LaneRecord, Load, Outcome, Plan, Report, Role
 from scheduler_svc.rooms import RoomTable
@@ -68,10 +68,10 @@ def done(room: int, by: str, *lanes: LaneRecord, rank: int = 0, reason: str | No
     )
 
 
-def cluster(policy: str = "decode", *engines: Heartbeat, **limits) -> Cluster:
+def cluster(policy: str = "decode", *engines: Heartbeat, placement: str = "round_robin", **limits) -> Cluster:
     """A cluster at time 0 with the given engines, or one PE `p0` and one DE `d0`."""
     made = Cluster(
-        path_policy(policy), RoundRobinPlacement(), started_s=0,
+        path_policy(policy), placement_policy(placement), started_s=0,
         engines=EngineTable(), rooms=RoomTable(**limits),
     )  # fmt: skip
     for beat in engines or (heartbeat("p0"), heartbeat("d0")):

@@ -5,28 +5,33 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from scheduler_svc.intervals import intersection, pages, union
-from scheduler_svc.placement import Pair, RoundRobinPlacement
-from scheduler_svc.policies import PATH_POLICIES, PathChoice, PathRequest, choose_path, path_policy
-from scheduler_svc.protocol import Load
+from scheduler_svc.policies import (
+    PATH_POLICIES,
+    PathChoice,
+    PathRequest,
+    StoreQueue,
+    choose_path,
+    path_policy,
+)
 
 counts = st.integers(0, 200)
 rates = st.just(0.0) | st.floats(0, allow_nan=False, allow_infinity=False) | st.floats(1e6, 1e11)
-loads = st.builds(Load, read_queue_bytes=st.integers(0, 10**12), read_rate_bytes_per_s=rates)
+queues = st.builds(StoreQueue, read_queue_bytes=st.integers(0, 10**12), read_rate_bytes_per_s=rates)
 requests = st.builds(
     PathRequest,
     prefill_local_pages=counts,
     decode_local_pages=counts,
     hit_pages=counts,
     page_bytes=st.integers(1, 10**9),
-    prefill=loads,
-    decode=loads,
+    prefill=queues,
+    decode=queues,
 )
 
 
 def request(prefill_local=0, decode_local=0, hit=10, prefill_queue=0, decode_queue=0) -> PathRequest:
     return PathRequest(
         prefill_local, decode_local, hit, 1000,
-        Load(read_queue_bytes=prefill_queue), Load(read_queue_bytes=decode_queue),
+        StoreQueue(prefill_queue), StoreQueue(decode_queue),
     )  # fmt: skip
 
 
@@ -94,31 +99,6 @@ def test_policies_of_one_name_share_no_state():
     first, second = path_policy("round_robin"), path_policy("round_robin")
     choose_path(first, request())
     assert choose_path(second, request()).split_page == 0
-
-
-def test_placement_takes_turns_among_the_engines_of_each_role():
-    policy = RoundRobinPlacement()
-    pairs = [policy.place(None, ["p0", "p1"], ["d0", "d1", "d2"]) for _ in range(6)]
-    assert [pair.prefill_id for pair in pairs] == ["p0", "p1"] * 3
-    assert [pair.decode_id for pair in pairs] == ["d0", "d1", "d2"] * 2
-
-
-def test_a_session_keeps_its_pair_and_only_a_dead_engine_is_replaced():
-    policy = RoundRobinPlacement()
-    assert policy.place("s", ["p0", "p1"], ["d0", "d1"]) == Pair("p0", "d0")
-    policy.place("other", ["p0", "p1"], ["d0", "d1"])
-    policy.place("third", ["p0", "p1"], ["d0"])
-    assert policy.place("s", ["p0", "p1"], ["d0", "d1"]) == Pair("p0", "d0")
-    assert policy.place("s", ["p0", "p1"], ["d1"]) == Pair("p0", "d1")
-    assert policy.place("s", ["p0", "p1"], ["d0", "d1"]) == Pair("p0", "d1")
-    assert policy.place("s", ["p1"], ["d0", "d1"]) == Pair("p1", "d1")
-
-
-def test_placement_forgets_the_session_unused_for_longest():
-    policy = RoundRobinPlacement(max_sessions=2)
-    for session in ("a", "b", "c"):
-        policy.place(session, ["p0", "p1"], ["d0"])
-    assert list(policy._sessions) == ["b", "c"]
 
 
 ranges = st.lists(st.tuples(st.integers(0, 40), st.integers(0, 40)), max_size=6)

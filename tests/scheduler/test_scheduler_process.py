@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import signal
 import subprocess
 import sys
@@ -15,6 +16,7 @@ from otlp_collector import attributes, collector
 from scheduler_vocabulary import PAGE_BYTES, decode_report, done, heartbeat, lane, prefill_report
 
 from scheduler_svc.client import SchedulerClient
+from scheduler_svc.keys import generate
 from scheduler_svc.protocol import Error, ErrorCode, Plan
 
 WAIT_S = 60.0
@@ -111,22 +113,54 @@ def test_its_spans_reach_an_otlp_endpoint():
         service, span = endpoint.next_span()
     assert (service, span.name) == ("dualpath-scheduler", "plan")
     assert span.trace_id.hex() == CALLER.split("-")[1]
-    assert attributes(span)["dualpath.policy"] == "shorter_queue"
+    assert attributes(span)["dualpath.policy"] == "split"
 
 
 @pytest.mark.parametrize(
     ("options", "words"),
     [
-        (["--policy", "nope"], ["'nope' is unknown", "prefill", "decode", "round_robin", "shorter_queue"]),
-        (["--bind", "tcp://0.0.0.0:0"], ["--insecure-bind"]),
+        (
+            ["--policy", "nope"],
+            ["'nope' is unknown", "prefill", "decode", "round_robin", "shorter_queue", "split"],
+        ),
+        (["--placement", "nope"], ["'nope' is unknown", "affinity", "paper", "round_robin", "random"]),
+        (["--bind", "tcp://0.0.0.0:0"], ["--insecure-bind", "--curve-server-key-file"]),
+        (["--authorized-keys-dir", "nowhere"], ["give both"]),
+        (["--curve-server-key-file", "x", "--authorized-keys-dir", "nowhere"], ["holds no .key file"]),
     ],
 )
 def test_a_bad_option_ends_it_with_the_remedy(options, words):
     command = [sys.executable, "-m", "scheduler_svc", *options]
-    ended = subprocess.run(command, capture_output=True, text=True, timeout=WAIT_S)
+    wide = os.environ | {"COLUMNS": "1000"}  # so that no sentence is broken
+    ended = subprocess.run(command, capture_output=True, text=True, timeout=WAIT_S, env=wide)
     assert ended.returncode == 2 and ended.stdout == ""
     for word in words:
         assert word in ended.stderr
+
+
+def test_a_second_scheduler_process_on_one_address_ends_with_the_remedy():
+    with scheduler("--bind", "tcp://127.0.0.1:0") as (_, address):
+        command = [sys.executable, "-m", "scheduler_svc", "--bind", address]
+        wide = os.environ | {"COLUMNS": "1000"}
+        second = subprocess.run(command, capture_output=True, text=True, timeout=WAIT_S, env=wide)
+        assert second.returncode == 2 and "is another scheduler running there?" in second.stderr
+        with SchedulerClient(address) as peer:
+            assert peer.status(WAIT_S).engines == ()
+
+
+def test_curve_from_end_to_end_with_key_files(tmp_path):
+    generate(tmp_path, ["engine"])
+    options = (
+        "--bind=tcp://127.0.0.1:0",
+        f"--curve-server-key-file={tmp_path / 'scheduler.key_secret'}",
+        f"--authorized-keys-dir={tmp_path / 'peers'}",
+    )
+    with scheduler(*options) as (process, address):
+        files = (tmp_path / "peers/engine.key_secret", tmp_path / "scheduler.key")
+        with SchedulerClient(address, curve_key_files=files) as peer:
+            assert peer.status(WAIT_S).engines == ()
+        process.terminate()
+        assert process.wait(WAIT_S) == 0
 
 
 def test_it_loads_nothing_of_sglang_torch_or_the_other_parts():

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import gc
+
 import pytest
 from scheduler_vocabulary import (
     PAGE_BYTES,
@@ -16,9 +18,11 @@ from scheduler_vocabulary import (
 )
 
 from scheduler_svc.engines import ENGINE_EXPIRY_S
+from scheduler_svc.events import LaneInputs, PlanDecided, ReadEnded
+from scheduler_svc.planning import PLAN_DEADLINE_S
 from scheduler_svc.protocol import Error, ErrorCode, Load, Path, Place, Placement, Role, StatusRequest
 from scheduler_svc.rooms import CLOSED_LINGER_S, ROOM_TTL_S
-from scheduler_svc.state import MAX_FALLBACK_REASONS, PLAN_DEADLINE_S, PlanDecided, Result
+from scheduler_svc.state import MAX_FALLBACK_REASONS, Result
 
 
 def refused(state, message, now_s=0.0) -> Error:
@@ -102,7 +106,60 @@ def test_the_event_of_a_plan_carries_the_callers_trace_and_both_times():
     state.handle(decode_report(1, 0, traceparent="from-decode"), 1.0)
     result = state.handle(prefill_report(1, 0, 10, traceparent="from-prefill"), 1.25)
     (event,) = result.events
-    assert event == PlanDecided(plan_of(result), "from-prefill", 1.0, 1.25)
+    lanes = LaneInputs(0, 0, 0.0, 0.0, None, None)
+    assert event == PlanDecided(plan_of(result), "from-prefill", 1.0, 1.25, lanes)
+
+
+# Predictions
+
+
+def test_a_finished_read_says_how_long_it_was_expected_to_take():
+    load = Load(read_rate_bytes_per_s=1e6, read_queue_bytes=5000)
+    state = cluster("decode", heartbeat("p0", load=load), heartbeat("d0", load=load))
+    state.handle(prefill_report(1, 0, 10), 0.0)
+    lanes = state.handle(decode_report(1, 0, traceparent="caller"), 0.0).events[0].lanes
+    assert lanes == LaneInputs(5000, 5000, 1e6, 1e6, None, 0.015)
+    read = lane("store", 0, 10).model_copy(update={"queue_s": 0.25, "busy_s": 0.5})
+    result = state.handle(done(1, "d0", read), 1.0)
+    (ended,) = [event for event in result.events if isinstance(event, ReadEnded)]
+    assert ended == ReadEnded(1, Role.DECODE, "d0", "caller", 0.015, 0.75)
+    assert ended.error_s == pytest.approx(0.735)
+    # The PE was expected to read nothing, so whatever it read says nothing about the prediction.
+    result = state.handle(done(1, "p0", lane("store", 0, 10)), 1.0)
+    assert not [event for event in result.events if isinstance(event, ReadEnded)]
+
+
+def test_a_read_that_left_its_plan_is_no_measure_of_the_prediction():
+    state = cluster(
+        "decode", *(heartbeat(name, load=Load(read_rate_bytes_per_s=1e6)) for name in ("p0", "d0"))
+    )
+    state.handle(prefill_report(1, 0, 10), 0.0)
+    state.handle(decode_report(1, 0), 0.0)
+    result = state.handle(done(1, "d0", lane("store", 0, 4), reason="store failed"), 1.0)
+    assert not [event for event in result.events if isinstance(event, ReadEnded)]
+
+
+def test_the_life_of_a_request_leaves_nothing_for_the_garbage_collector():
+    state = cluster("split", *(heartbeat(name) for name in ("p0", "d0")), placement="affinity")
+
+    def one_request(now_s):
+        room = state.handle(Place(request_id="r", session_id="s", prompt_tokens=1000), now_s).reply.room
+        state.handle(prefill_report(room, 0, 10), now_s)
+        state.handle(decode_report(room, 0), now_s)
+        state.handle(done(room, "p0", lane("store", 0, 5)), now_s)
+        state.handle(done(room, "d0", lane("store", 5, 10)), now_s)
+        beat_all(state, now_s)
+
+    for second in range(30):
+        one_request(float(second))
+    gc.collect()
+    gc.disable()
+    try:
+        for second in range(30, 90):
+            one_request(float(second))
+        assert gc.collect() == 0
+    finally:
+        gc.enable()
 
 
 # Refusals
@@ -380,15 +437,3 @@ def test_a_placement_names_live_engines_and_a_room_of_its_own():
     assert [placement.prefill.engine_id for placement in placements] == ["p0", "p1", "p0", "p1"]
     assert {placement.decode.role for placement in placements} == {Role.DECODE}
     assert len({placement.room for placement in placements}) == 4
-
-
-def test_a_session_stays_with_its_pair():
-    state = cluster("decode", *(heartbeat(name) for name in ("p0", "p1", "d0", "d1")))
-
-    def place(session):
-        reply = state.handle(Place(request_id="r", session_id=session, prompt_tokens=1), 0.0).reply
-        return reply.prefill.engine_id, reply.decode.engine_id
-
-    first = place("a")
-    assert place("b") != first
-    assert place("a") == first

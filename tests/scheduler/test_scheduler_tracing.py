@@ -6,9 +6,10 @@ import sys
 import pytest
 from opentelemetry import trace
 from otlp_collector import attributes, collector
-from scheduler_vocabulary import cluster, decode_report, plan_of, prefill_report
+from scheduler_vocabulary import cluster, decode_report, heartbeat, plan_of, prefill_report
 
-from scheduler_svc.protocol import Place
+from scheduler_svc.events import ReadEnded
+from scheduler_svc.protocol import Place, Role
 from scheduler_svc.tracing import DecisionSpans, context_from, init_tracing, shutdown, traceparent_of
 
 CALLER = "00-0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331-01"
@@ -45,15 +46,20 @@ def test_a_plan_becomes_a_span_below_the_callers():
         "dualpath.decode.engine": "d0",
         "dualpath.policy": "decode",
         "dualpath.reason": plan_of(result).reason,
+        "dualpath.prefill.queue_bytes": 0,
+        "dualpath.decode.queue_bytes": 0,
+        "dualpath.prefill.rate_bytes_per_s": 0.0,
+        "dualpath.decode.rate_bytes_per_s": 0.0,
     }
 
 
 def test_a_placement_becomes_a_span_of_its_own():
     with collector() as endpoint:
         observe = DecisionSpans(init_tracing("dualpath-scheduler", endpoint.address))
-        result = cluster().handle(
-            Place(request_id="r", session_id="s", prompt_tokens=5, traceparent=CALLER), 0.0
-        )
+        state = cluster("decode", heartbeat("p0"), heartbeat("d0"), placement="affinity")
+        place = Place(request_id="r", session_id="s", prompt_tokens=5, traceparent=CALLER)
+        state.handle(place, 0.0)
+        result = state.handle(place, 0.0)
         for event in result.events:
             observe(event)
         _, span = endpoint.next_span()
@@ -64,6 +70,34 @@ def test_a_placement_becomes_a_span_of_its_own():
         "dualpath.session": "s",
         "dualpath.prefill.engine": "p0",
         "dualpath.decode.engine": "d0",
+        "dualpath.placement": "affinity",
+        "dualpath.prefill.engines": 1,
+        "dualpath.prefill.class": "short_queue",
+        "dualpath.prefill.expected_wait_s": 0.0,
+        "dualpath.prefill.saved_bytes": 0,
+        "dualpath.decode.engines": 1,
+        "dualpath.decode.groups": 1,
+        "dualpath.decode.group_engines": 1,
+        "dualpath.decode.rule": "fewest_sequences",
+        "dualpath.decode.limit_tokens": 1.05 * 10,
+        "dualpath.decode.expected_wait_s": 0.0,
+        "dualpath.decode.saved_bytes": 0,
+    }
+
+
+def test_what_became_of_a_plan_is_a_span_with_the_error_of_its_prediction():
+    with collector() as endpoint:
+        observe = DecisionSpans(init_tracing("dualpath-scheduler", endpoint.address))
+        observe(ReadEnded(7, Role.DECODE, "d0", CALLER, expected_s=0.5, actual_s=0.75))
+        _, span = endpoint.next_span()
+    assert span.name == "plan.outcome" and span.parent_span_id.hex() == CALLER.split("-")[2]
+    assert attributes(span) == {
+        "dualpath.room": 7,
+        "dualpath.side": "decode",
+        "dualpath.engine": "d0",
+        "dualpath.expected_s": 0.5,
+        "dualpath.actual_s": 0.75,
+        "dualpath.error_s": 0.25,
     }
 
 

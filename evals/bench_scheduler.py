@@ -1,0 +1,192 @@
+"""`python -m evals.bench_scheduler`: how much one scheduler process bears, over loopback ZeroMQ.
+
+Each request is placed, reported by both engines, planned, and done on both: five messages to the
+scheduler and three from it.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Annotated, NamedTuple
+
+import psutil
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from evals.scheduler_load import LoadGenerator
+
+IN_FLIGHT = 256
+WARM_UP_S = 2.0
+RATE_PER_S = 1000.0
+MEMORY_HEARTBEAT_S = 2.5
+"""Ten thousand engines a second would be this process's limit; half of their expiry keeps them alive."""
+MIB = 1024 * 1024
+
+console = Console(highlight=False, soft_wrap=True)
+
+
+class Target(NamedTuple):
+    name: str
+    text: str
+    target: float
+    at_least: bool
+
+    def is_met(self, value: float) -> bool:
+        return value >= self.target if self.at_least else value <= self.target
+
+
+TARGETS = (
+    Target("requests_per_s", "requests/s, each placed + 2 reports + 2 plans + 2 dones", 5000, True),
+    Target("plan_p99_ms", "p99 plan latency at 1,000 requests/s, ms", 2.0, False),
+    Target(
+        "rss_mib_10k_engines_100k_rooms",
+        "memory with 10,000 engines and 100,000 live rooms, MiB",
+        1024,
+        False,
+    ),
+)
+
+
+def main(
+    seconds: Annotated[float, typer.Option(min=1, help="Of each timed measurement.")] = 10.0,
+    engines: Annotated[int, typer.Option(min=2, help="Registered in the timed measurements.")] = 1000,
+    memory_engines: Annotated[int, typer.Option(min=2)] = 10_000,
+    memory_rooms: Annotated[int, typer.Option(min=1, max=100_000)] = 100_000,
+    out: Annotated[Path, typer.Option(help="Where summary.json goes.")] = Path("results/bench-scheduler"),
+) -> None:
+    """Measure one scheduler process and print the figures beside their targets."""
+    throughput = _throughput(seconds, engines)
+    latency = _latency(seconds, engines)
+    memory = _memory(memory_engines, memory_rooms)
+    summary = throughput | latency | memory | {"machine": _machine()}
+    out.mkdir(parents=True, exist_ok=True)
+    (out / "summary.json").write_text(json.dumps(summary, indent=2) + "\n")
+
+    table = Table(box=None, pad_edge=False)
+    for column in ("figure", "measured", "target", ""):
+        table.add_column(column, justify="left" if column in ("figure", "") else "right")
+    for target in TARGETS:
+        value = summary[target.name]
+        sign = "≥" if target.at_least else "≤"
+        verdict = "[green]met[/]" if target.is_met(value) else "[red]missed[/]"
+        table.add_row(target.text, f"{value:,.2f}", f"{sign} {target.target:,.0f}", verdict)
+    console.print(table)
+    console.print(
+        f"scheduler: {summary['scheduler_cpu_us_per_request']:.0f} µs of CPU a request at full load "
+        f"({summary['scheduler_cores']:.2f} cores); generator {summary['generator_cores']:.2f} cores; "
+        f"other processes {summary['other_cores']:.2f} of {os.cpu_count()} cores"
+    )
+    console.print(f"{out / 'summary.json'}")
+
+
+@contextmanager
+def _scheduler() -> Iterator[tuple[psutil.Process, str]]:
+    """A scheduler process as `dualpath up` starts it, and its address."""
+    command = [sys.executable, "-m", "scheduler_svc", "--bind=tcp://127.0.0.1:0", "--metrics-port=0"]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    try:
+        ready = process.stdout.readline()
+        if not ready:
+            raise SystemExit(f"the scheduler did not start: {process.stderr.read()}")
+        yield psutil.Process(process.pid), ready.split()[-1]
+    finally:
+        process.kill()
+        process.communicate()
+
+
+@contextmanager
+def _loaded(engines: int, heartbeat_s: float = 1.0) -> Iterator[tuple[psutil.Process, LoadGenerator]]:
+    with _scheduler() as (process, address):
+        generator = LoadGenerator(address, engines, heartbeat_s)
+        try:
+            generator.register()
+            yield process, generator
+        finally:
+            generator.close()
+
+
+@contextmanager
+def _progress(title: str, unit: str) -> Iterator[Callable[[int], None]]:
+    """A line of progress, at most twice a second."""
+    shown_s = time.monotonic()
+    with console.status(title) as status:
+
+        def show(count: int) -> None:
+            nonlocal shown_s
+            if (now_s := time.monotonic()) - shown_s > 0.5:
+                shown_s = now_s
+                status.update(f"{title}: {count:,} {unit}")
+
+        yield show
+    console.print(f"{title}: done")
+
+
+def _throughput(seconds: float, engines: int) -> dict[str, float]:
+    with (
+        _progress(f"throughput, {engines:,} engines", "requests") as show,
+        _loaded(engines) as (process, generator),
+    ):
+        generator.run_for(WARM_UP_S, IN_FLIGHT, show)
+        before, before_s = _cpu(process), time.monotonic()
+        rate = generator.run_for(seconds, IN_FLIGHT, show)
+        elapsed_s = time.monotonic() - before_s
+        scheduler_s, own_s, busy_s = (now - then for now, then in zip(_cpu(process), before, strict=True))
+        return {
+            "requests_per_s": rate,
+            "scheduler_cpu_us_per_request": scheduler_s / (rate * elapsed_s) * 1e6,
+            "scheduler_cores": scheduler_s / elapsed_s,
+            "generator_cores": own_s / elapsed_s,
+            "other_cores": max(0.0, busy_s - scheduler_s - own_s) / elapsed_s,
+        }
+
+
+def _cpu(process: psutil.Process) -> tuple[float, float, float]:
+    """CPU seconds so far: the scheduler's, this process's, the whole machine's."""
+    scheduler, own, machine = process.cpu_times(), psutil.Process().cpu_times(), psutil.cpu_times()
+    return (
+        scheduler.user + scheduler.system,
+        own.user + own.system,
+        sum(machine) - machine.idle - machine.iowait,
+    )
+
+
+def _latency(seconds: float, engines: int) -> dict[str, float]:
+    title = f"latency at {RATE_PER_S:,.0f} requests/s, {engines:,} engines"
+    with _progress(title, "requests") as show, _loaded(engines) as (_, generator):
+        generator.run_at(RATE_PER_S, WARM_UP_S, show)
+        generator.latencies_s.clear()
+        generator.run_at(RATE_PER_S, seconds, show)
+        percentiles = statistics.quantiles(generator.latencies_s, n=1000)
+        return {
+            "plan_p50_ms": percentiles[499] * 1e3,
+            "plan_p99_ms": percentiles[989] * 1e3,
+            "plan_p999_ms": percentiles[998] * 1e3,
+        }
+
+
+def _memory(engines: int, rooms: int) -> dict[str, float]:
+    title = f"memory, {engines:,} engines and {rooms:,} rooms"
+    with _progress(title, "rooms") as show, _loaded(engines, MEMORY_HEARTBEAT_S) as (process, generator):
+        generator.fill(rooms, IN_FLIGHT, show)
+        return {"rss_mib_10k_engines_100k_rooms": process.memory_info().rss / MIB}
+
+
+def _machine() -> dict[str, str | int | float]:
+    return {
+        "cores": os.cpu_count(),
+        "load_average": os.getloadavg()[0],
+        "python": sys.version.split()[0],
+    }
+
+
+if __name__ == "__main__":
+    typer.run(main)

@@ -1,0 +1,177 @@
+"""One running cluster on shaped links, as the load benchmark sees it: fill the store, then measure."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import time
+import urllib.request
+from collections.abc import Sequence
+
+from prometheus_client.parser import text_string_to_metric_families
+
+from evals import jaeger
+from evals.errors import EvalError
+from evals.load_client import Burst, send
+from evals.load_summary import Sample
+from evals.topology.network import Network
+from evals.topology.plan import STORE
+from launch.config import Mode
+from launch.supervisor import Cluster
+from scheduler_svc.client import SchedulerClient
+from scheduler_svc.protocol import Role, Status
+
+STORED_BYTES = "master_allocated_bytes"
+"""Gauge of mooncake_master."""
+STORED_TIMEOUT_S = 60.0
+ROOMS_TIMEOUT_S = 10.0
+POLL_S = 0.1
+RAW_TIMEOUT_S = 120.0
+
+Prompts = Sequence[Sequence[int]]
+
+
+class LoadCluster:
+    """`expected` are the answers that every measurement is compared with; None until `warm`."""
+
+    def __init__(self, cluster: Cluster, expected: list[tuple[int, ...]] | None):
+        if cluster.network is None:
+            raise EvalError("network is missing in the cluster file: give storage_rate and compute_rate")
+        self.cluster = cluster
+        self.network: Network = cluster.network
+        self.expected = expected
+        self.storage_bits_per_s = self.network.plan.link("prefill-0", "storage").bits_per_s
+
+    def warm(self, prompts: Prompts) -> bool:
+        """Send the prompts to empty engines and wait until the store holds all their pages.
+
+        Returns whether the answers are the expected ones.
+        """
+        self.shape_storage(None)
+        answers = [answer.tokens for answer in send(self.cluster.url, prompts).answers]
+        if self.expected is None:
+            self.expected = answers
+        page_size, token_bytes = self.cluster.config.page_size, self.cluster.kv_bytes_per_token
+        wanted_bytes = sum(len(prompt) // page_size * page_size for prompt in prompts) * token_bytes
+        deadline_s = time.monotonic() + STORED_TIMEOUT_S
+        while (stored := self._stored_bytes()) < wanted_bytes:
+            if time.monotonic() > deadline_s:
+                raise EvalError(
+                    f"the store holds {stored:.0f} bytes after {STORED_TIMEOUT_S:g} s, {wanted_bytes} were "
+                    "written; is store.segment_bytes large enough?"
+                )
+            time.sleep(POLL_S)
+        return answers == self.expected[: len(prompts)]
+
+    def shape_storage(self, bits_per_s: int | None) -> None:
+        """Of every engine."""
+        for engine in self.cluster.engines:
+            self.network.shape(engine.name, "storage", bits_per_s)
+        self.storage_bits_per_s = bits_per_s
+
+    def shape_compute(self, bits_per_s: int | None) -> None:
+        for engine in self.cluster.engines:
+            self.network.shape(engine.name, "compute", bits_per_s)
+
+    def measure(self, prompts: Prompts) -> Sample:
+        """Send the prompts, which are the first ones that the store was filled with."""
+        names = [engine.name for engine in self.cluster.engines]
+        before = {name: self._received(name) for name in names}
+        sent_before = self.network.link_bytes(STORE, "storage").sent
+        planned_before = self._planned_read_bytes()
+        burst = send(self.cluster.url, prompts)
+        after = {name: self._received(name) for name in names}
+        sent = self.network.link_bytes(STORE, "storage").sent - sent_before
+        planned = self._planned_read_bytes()
+        storage = {name: after[name][0] - before[name][0] for name in names}
+        return Sample(
+            job_s=burst.job_s,
+            ttft_s=[answer.ttft_s for answer in burst.answers],
+            storage_bytes=storage,
+            storage_utilisation=self._utilisation(storage, burst),
+            compute_bytes={name: after[name][1] - before[name][1] for name in names},
+            store_sent_bytes=sent,
+            cached_tokens=sum(answer.cached_tokens for answer in burst.answers),
+            tokens_equal=[answer.tokens for answer in burst.answers] == self.expected[: len(prompts)],
+            planned_read_bytes=None if planned is None else planned - planned_before,
+        )
+
+    def flush(self, role: Role | None = None) -> None:
+        """Empty the engines' device and host pools (of one role); the store keeps everything."""
+        self._settled()
+        self.cluster.flush_caches(role)
+
+    def raw_read(self, reader: str, server: str, kind: str, size_bytes: int, repetitions: int) -> list[float]:
+        """Bytes per second of Mooncake alone between two members, over their links as they are."""
+        module = [sys.executable, "-m", "evals.topology.raw_read"]
+        address = self.network.plan.link(server, kind).address
+        serve = [*module, "serve", f"--host={address}", f"--bytes={size_bytes}"]
+        own = self.network.plan.link(reader, kind).address
+        read = [*module, "read", f"--host={own}", f"--bytes={size_bytes}", f"--repetitions={repetitions}"]
+        quiet = {"stderr": subprocess.DEVNULL, "text": True}
+        with subprocess.Popen(
+            self.network.enter(server, serve), stdin=subprocess.PIPE, stdout=subprocess.PIPE, **quiet
+        ) as serving:
+            # Mooncake also writes to standard output; the line begins with the address.
+            found = next((line for line in serving.stdout if line.startswith(address)), None)
+            if found is None:
+                raise EvalError(f"raw read: the server on {address} did not start")
+            session, memory = found.split()
+            done = subprocess.run(
+                self.network.enter(reader, [*read, f"--session={session}", f"--address={memory}"]),
+                stdout=subprocess.PIPE,
+                timeout=RAW_TIMEOUT_S,
+                **quiet,
+            )
+            serving.stdin.close()
+        if done.returncode != 0:
+            raise EvalError(f"raw read from {session} failed with status {done.returncode}")
+        return [size_bytes / float(line) for line in done.stdout.split() if _is_number(line)]
+
+    def _utilisation(self, storage: dict[str, int], burst: Burst) -> dict[str, float] | None:
+        if self.storage_bits_per_s is None:
+            return None
+        possible_bytes = self.storage_bits_per_s / 8 * burst.job_s
+        return {name: count / possible_bytes for name, count in storage.items()}
+
+    def _received(self, name: str) -> tuple[int, int]:
+        """Storage and compute bytes."""
+        return (
+            self.network.link_bytes(name, "storage").received,
+            self.network.link_bytes(name, "compute").received,
+        )
+
+    def _stored_bytes(self) -> float:
+        with urllib.request.urlopen(self.cluster.master_metrics_url, timeout=10) as answer:
+            families = text_string_to_metric_families(answer.read().decode())
+            return sum(s.value for family in families for s in family.samples if s.name == STORED_BYTES)
+
+    def _planned_read_bytes(self) -> int | None:
+        status = self._settled()
+        return None if status is None else sum(engine.store_read_bytes for engine in status.engines)
+
+    def _settled(self) -> Status | None:
+        """The scheduler's state once no room is open any more; None without a scheduler."""
+        if self.cluster.config.mode is not Mode.DUALPATH:
+            return None
+        deadline_s = time.monotonic() + ROOMS_TIMEOUT_S
+        with SchedulerClient(self.cluster.scheduler_address) as client:
+            while (status := client.status()).rooms_open and time.monotonic() < deadline_s:
+                time.sleep(POLL_S)
+        return status
+
+
+def forward_rates(cluster: Cluster, begun_ns: int, ended_ns: int) -> list[tuple[int, float]]:
+    """(bytes, bytes per second) of the `forward` spans that began in the given time (since 1970)."""
+    found = []
+    for trace in jaeger.traces(jaeger.read_lines(cluster.spans_path)):
+        for span in trace["spans"]:
+            if span["operationName"] != "forward" or not begun_ns <= span["startTime"] * 1000 < ended_ns:
+                continue
+            tags = {tag["key"]: tag["value"] for tag in span["tags"]}
+            found.append((int(tags["dualpath.bytes"]), float(tags["dualpath.bandwidth_bytes_per_s"])))
+    return found
+
+
+def _is_number(text: str) -> bool:
+    return text.replace(".", "", 1).isdigit()

@@ -1,0 +1,37 @@
+"""What must hold before a cluster is started, asked before anything runs."""
+
+from __future__ import annotations
+
+from launch.config import ClusterConfig, Mode
+from launch.patching import PatchError, State, Tree, stacks
+from launch.system_check import explain, missing_libraries
+
+
+class NotReady(RuntimeError):
+    """The message says what is missing and the command that puts it right."""
+
+
+def require_ready(config: ClusterConfig) -> None:
+    """Raises NotReady: system libraries, patches (mode dualpath), network namespaces (`network`)."""
+    if missing := missing_libraries():
+        raise NotReady(explain(missing))
+    if config.network is not None:
+        from evals.topology.network import obstacles
+
+        if found := obstacles():
+            raise NotReady("\n".join(found))
+    if config.mode is Mode.DUALPATH:
+        _require_patches()
+
+
+def _require_patches() -> None:
+    try:
+        reports = [Tree(stack).check() for stack in stacks()]
+    except PatchError as error:
+        raise NotReady(str(error)) from None
+    for report in reports:
+        if report.state is not State.APPLIED:
+            raise NotReady(
+                f"mode dualpath needs the patches of {report.package} {report.version}, which "
+                f"are {report.state}; run: dualpath patch apply"
+            )

@@ -1,0 +1,35 @@
+"""Two ranks per engine: both agree on the plan and on how many pages landed."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from agents import TURNS, Session, forget_caches, play_all, reads
+
+from launch.config import load
+from launch.supervisor import Cluster
+
+CONFIG = Path(__file__).parents[2] / "launch" / "clusters" / "cpu-1p1d-tp2.yaml"
+
+
+@pytest.fixture(scope="module")
+def two_ranks(tmp_path_factory):
+    with Cluster(load(CONFIG), tmp_path_factory.mktemp("tp2")) as running:
+        yield running
+
+
+@pytest.mark.parametrize("policy", ["decode", "split"])
+def test_two_ranks_per_engine_give_the_tokens_of_one(two_ranks, reference, policy):
+    two_ranks.set_policy(policy)
+    sessions = [Session(name) for name in reference]
+    for turn in range(TURNS):
+        forget_caches(two_ranks)
+        play_all(two_ranks.url, sessions, turn)
+    assert {session.name: session.answers for session in sessions} == reference
+    counted = reads(two_ranks)
+    assert counted.decode_store_bytes > 0
+    assert counted.forwarded_bytes == counted.decode_store_bytes
+    assert (counted.prefill_store_bytes > 0) == (policy == "split")
+    assert counted.duplicate_store_pages == 0
+    assert counted.fallbacks == 0
