@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from functools import cache
+from pathlib import Path
 from typing import Annotated, Literal
 
 from pydantic import Field, ValidationError
@@ -22,6 +23,10 @@ class Settings(BaseSettings):
     """Unique in the cluster, e.g. `prefill-0`."""
     scheduler: str = "tcp://127.0.0.1:5557"
     """ZeroMQ address of the global scheduler."""
+    key_file: Path | None = None
+    """This engine's CURVE secret key (`dualpath keys generate`), with `scheduler_key_file`."""
+    scheduler_key_file: Path | None = None
+    """The scheduler's public CURVE key; both are needed when it listens with CURVE."""
     host: str = "127.0.0.1"
     """This engine's address on the compute network: page server and forwarding listen here."""
     protocol: Literal["tcp", "rdma"] = "tcp"
@@ -35,7 +40,7 @@ class Settings(BaseSettings):
     """A DE that says nothing about a room for this long is given up; its pages are read elsewhere."""
     lease_s: Positive = 30.0
     """A DE keeps pages pinned for a PE this long after it last vouched for them."""
-    subscribe_timeout_s: Positive = 3.0
+    subscribe_timeout_s: Positive = 10.0
     """A DE waits this long for the planned PE to ask for its pages before it stops holding them."""
 
 
@@ -53,4 +58,6 @@ def settings() -> Settings:
         ) from None
     if loaded.enabled and not loaded.engine_id:
         raise ValueError("DUALPATH_ENGINE_ID is empty: give this engine a name unique in the cluster")
+    if (loaded.key_file is None) != (loaded.scheduler_key_file is None):
+        raise ValueError("give both DUALPATH_KEY_FILE and DUALPATH_SCHEDULER_KEY_FILE, or neither")
     return loaded

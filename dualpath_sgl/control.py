@@ -11,6 +11,7 @@ from __future__ import annotations
 import logging
 import threading
 import time
+from pathlib import Path
 from typing import Callable
 
 import zmq
@@ -18,6 +19,7 @@ from zmq.utils.monitor import recv_monitor_message
 
 from dualpath_sgl.mailbox import Mailbox
 from scheduler_svc import protocol
+from scheduler_svc.keys import secure_client
 from scheduler_svc.protocol import Done, Engine, Error, ErrorCode, Heartbeat, Load, Plan, Report, Wire
 
 logger = logging.getLogger(__name__)
@@ -32,13 +34,26 @@ class ControlChannel(threading.Thread):
         engine: Engine,
         load: Callable[[], Load],
         on_plan: Callable[[Plan], None],
+        key_files: tuple[Path, Path] | None = None,
     ) -> None:
+        """`key_files`: this engine's CURVE secret key and the scheduler's public one.
+
+        Raises scheduler_svc.keys.KeyFileError when one of them is no key.
+        """
         super().__init__(name="dualpath-control", daemon=True)
         self.connected = False
         self._address = address
         self._engine = engine
         self._load = load
         self._on_plan = on_plan
+        socket = self._socket = zmq.Context.instance().socket(zmq.DEALER)
+        socket.setsockopt(zmq.LINGER, 0)
+        socket.setsockopt(zmq.IMMEDIATE, 1)
+        socket.setsockopt(zmq.RECONNECT_IVL, 100)
+        socket.setsockopt(zmq.RECONNECT_IVL_MAX, 1000)
+        socket.setsockopt(zmq.MAXMSGSIZE, protocol.MAX_MESSAGE_BYTES)
+        if key_files is not None:
+            secure_client(socket, *key_files)
         self._mailbox: Mailbox[Wire] = Mailbox()
         self._stopping = threading.Event()
         # Reports without an answer, by room: sent again to a scheduler that forgot this engine.
@@ -52,12 +67,7 @@ class ControlChannel(threading.Thread):
         self.join(timeout=5)
 
     def run(self) -> None:
-        socket = zmq.Context.instance().socket(zmq.DEALER)
-        socket.setsockopt(zmq.LINGER, 0)
-        socket.setsockopt(zmq.IMMEDIATE, 1)
-        socket.setsockopt(zmq.RECONNECT_IVL, 100)
-        socket.setsockopt(zmq.RECONNECT_IVL_MAX, 1000)
-        socket.setsockopt(zmq.MAXMSGSIZE, protocol.MAX_MESSAGE_BYTES)
+        socket = self._socket
         monitor = socket.get_monitor_socket(zmq.EVENT_HANDSHAKE_SUCCEEDED | zmq.EVENT_DISCONNECTED)
         socket.connect(self._address)
         poller = zmq.Poller()

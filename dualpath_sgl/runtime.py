@@ -82,6 +82,7 @@ class Runtime:
             ),
             self.side.load,
             self.side.on_plan,
+            (settings.key_file, settings.scheduler_key_file) if settings.key_file else None,
         )
 
     def start(self) -> None:

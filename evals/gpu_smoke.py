@@ -45,7 +45,6 @@ from agents import (
     Session,
     flush,
     forget_caches,
-    generate,
     play_all,
     reads,
     wait_until_persisted,

@@ -30,8 +30,8 @@ LONE = ("basic", "prefill", "decode", "split", "oracle")
 def draw(summary: LoadSummary, out: Path) -> None:
     """JCT of each burst with the time its storage links need at the least, and lone TTFTs."""
     details = summary.details
-    total_bytes = details.requests * details.prompt_tokens * details.kv_bytes_per_token
-    link_s = total_bytes * 8 / details.storage_bits_per_s
+    # Not the prompts' sizes: their last page is always computed, never read.
+    link_s = details.cells["1p1d/basic/burst"].storage_bytes * 8 / details.storage_bits_per_s
     figure, (left, right) = plt.subplots(1, 2, figsize=(12, 4.5), width_ratios=(2, 1))
 
     bursts = [entry for entry in BURSTS if entry[0] in details.cells]

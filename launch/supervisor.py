@@ -327,7 +327,9 @@ class Cluster(Supervisor):
             self._await_ready(["requests"])
 
     def _generates(self) -> bool:
-        body = {"input_ids": [1, 2, 3, 4], "sampling_params": {"temperature": 0, "max_new_tokens": 2}}
+        # Longer than a page: SGLang compiles its page hash when the first page is hashed.
+        prompt = [token % 250 for token in range(2 * self.config.page_size + 1)]
+        body = {"input_ids": prompt, "sampling_params": {"temperature": 0, "max_new_tokens": 2}}
         try:
             return "output_ids" in json.loads(_post(f"{self.url}/generate", body))
         except (OSError, ValueError):

@@ -15,7 +15,10 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Library:
+    """Something of the operating system: a shared library, or what SGLang builds extensions with."""
+
     soname: str
+    """`lib*.so.N`, a header `*.h`, or a command."""
     debian_package: str
     needed_by: str
 
@@ -25,17 +28,20 @@ LIBRARIES = (
     Library("libnuma.so.1", "libnuma1", "Mooncake places buffers on NUMA nodes with it"),
     Library("libcurl.so.4", "libcurl4", "Mooncake's store client links it"),
     Library("libstdc++.so.6", "libstdc++6", "torch, Mooncake and the router are C++"),
+    Library("c++", "g++", "SGLang compiles its page hash at the first request"),
+    Library("ninja", "ninja-build", "SGLang compiles its page hash with it"),
+    Library("openssl/sha.h", "libssl-dev", "SGLang's page hash includes it"),
 )
 
 
 def missing_libraries(libraries: tuple[Library, ...] = LIBRARIES) -> list[Library]:
-    """Those that the dynamic loader does not find."""
-    return [library for library in libraries if not _loads(library.soname)]
+    """Those that the dynamic loader, the compiler or the shell does not find."""
+    return [library for library in libraries if not _found(library.soname)]
 
 
 def explain(missing: list[Library]) -> str:
     """Which, why, and the command that installs them."""
-    lines = [f"missing system library {library.soname}: {library.needed_by}" for library in missing]
+    lines = [f"missing system package: {library.soname}: {library.needed_by}" for library in missing]
     packages = " ".join(library.debian_package for library in missing)
     sudo = "" if os.geteuid() == 0 else "sudo "
     return "\n".join([*lines, f"install: {sudo}apt-get update && {sudo}apt-get install -y {packages}"])
@@ -66,6 +72,22 @@ def main(arguments: list[str]) -> int:
             return 1
     print("system libraries: all found")
     return 0
+
+
+def _found(name: str) -> bool:
+    if name.endswith(".h"):
+        return _includes(name)
+    return _loads(name) if ".so" in name else shutil.which(name) is not None
+
+
+def _includes(header: str) -> bool:
+    compiler = shutil.which("c++")
+    if compiler is None:
+        return False
+    probe = subprocess.run(
+        [compiler, "-E", "-x", "c++", "-"], input=f"#include <{header}>".encode(), capture_output=True
+    )
+    return probe.returncode == 0
 
 
 def _loads(soname: str) -> bool:

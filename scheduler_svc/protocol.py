@@ -25,7 +25,7 @@ MAX_MESSAGE_BYTES = 256 * 1024
 """A longer frame is answered with an error; one several times as long the socket drops together
 with its connection (`ZMQ_MAXMSGSIZE`)."""
 
-PLAN_TIMEOUT_S = 1.0
+PLAN_TIMEOUT_S = 3.0
 """An engine that has no plan this long after its report goes on with the prefill path."""
 
 Name = Annotated[str, Field(min_length=1, max_length=256)]
