@@ -1,4 +1,4 @@
-"""One real cluster for the whole session: real SGLang engines, store, router and scheduler."""
+"""One real cluster per module: real SGLang engines, store, router and scheduler."""
 
 from __future__ import annotations
 
@@ -35,11 +35,12 @@ def reference(config: ClusterConfig, tmp_path_factory: pytest.TempPathFactory) -
     return {session.name: session.answers for session in sessions}
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def cluster(
     config: ClusterConfig, reference: dict, tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[Cluster]:
-    # After the reference: one server less in memory and on the cores.
+    # Per module, and after the reference: SGLang wants 10 GiB to stay free beside its host pools, so
+    # two clusters at once would ask for more than a small machine has.
     with Cluster(config, tmp_path_factory.mktemp("dualpath")) as running:
         yield running
 
