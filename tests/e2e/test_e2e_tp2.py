@@ -19,9 +19,8 @@ def two_ranks(tmp_path_factory):
         yield running
 
 
-@pytest.mark.parametrize("policy", ["decode", "split"])
-def test_two_ranks_per_engine_give_the_tokens_of_one(two_ranks, reference, policy):
-    two_ranks.set_policy(policy)
+def test_two_ranks_per_engine_give_the_tokens_of_one(two_ranks, reference):
+    two_ranks.set_policy("split")
     sessions = [Session(name) for name in reference]
     for turn in range(TURNS):
         forget_caches(two_ranks)
@@ -30,6 +29,6 @@ def test_two_ranks_per_engine_give_the_tokens_of_one(two_ranks, reference, polic
     counted = reads(two_ranks)
     assert counted.decode_store_bytes > 0
     assert counted.forwarded_bytes == counted.decode_store_bytes
-    assert (counted.prefill_store_bytes > 0) == (policy == "split")
+    assert counted.prefill_store_bytes > 0
     assert counted.duplicate_store_pages == 0
     assert counted.fallbacks == 0
