@@ -225,12 +225,12 @@ def assert_applied() -> None:
     from sglang.srt.disaggregation.decode import DecodePreallocQueue
     from sglang.srt.plugins.hook_registry import HookRegistry
 
-    if not HookRegistry._hooks:
-        raise RuntimeError("DualPath's plugin did not run: does SGLANG_PLUGINS admit 'dualpath'?")
-    missing = sorted(set(HookRegistry._hooks) - HookRegistry._patched)
+    wanted = {target for target, _, _ in HOOKS} | set(HookRegistry._hooks)
+    missing = sorted(wanted - HookRegistry._patched)
     if missing:
         raise RuntimeError(
-            f"hooks were not applied to {', '.join(missing)}; is this SGLang 0.5.23?"
+            f"hooks were not applied to {', '.join(missing)}; is this SGLang 0.5.23, and does "
+            "SGLANG_PLUGINS admit 'dualpath'?"
         )
     if not hasattr(DecodePreallocQueue, "admission_gate"):
         raise RuntimeError("SGLang is not patched for DualPath: run `dualpath patch apply`")
