@@ -110,6 +110,22 @@ class PrefillSide:
         if not hit_pages:
             self._done(request)
 
+    def revoked(self, rid: str) -> None:
+        """SGLang gives a prefetch up, on its scheduler thread; for host memory even after the report.
+
+        SGLang may look at the store once more later: by then this room is closed.
+        """
+        request = self._by_rid.get(rid)
+        if request is None or request.reported_s is None:
+            return
+        with self._lock:
+            if request.done or request.started or request.load is not None:
+                return
+            request.started = True
+            request.fallback_reason = "no host memory"
+        self._done(request)
+        self._let_go(request)
+
     # -- SGLang's prefetch I/O thread ---------------------------------------------------------
 
     def take(self, controller: HybridCacheController, operation: PrefetchOperation) -> None:
@@ -156,11 +172,13 @@ class PrefillSide:
         if request is None:
             return
         with self._lock:
-            if request.plan is None and not request.started:
+            if request.plan is None and (request.done or not request.started):
                 request.plan = plan
             ready = request.rid in self._waiting
         if ready:
             self._start(request)
+        elif request.done:
+            self._let_go(request)
 
     # -- any of them --------------------------------------------------------------------------
 
@@ -200,6 +218,12 @@ class PrefillSide:
         if forwarded < load.pages:
             self._runtime.store_lane.submit(load, forwarded, load.pages)
         load.close_part()
+
+    def _let_go(self, request: _Request) -> None:
+        """Nothing will be pulled: the DE need not hold what it reads for this room."""
+        plan = request.plan
+        if plan is not None and self._runtime.rank < len(plan.decode_endpoints):
+            self._lane(plan.decode_endpoints[self._runtime.rank]).let_go(request.room)
 
     def _lane(self, endpoint: str) -> PeerLane:
         with self._lock:
