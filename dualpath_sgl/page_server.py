@@ -14,12 +14,11 @@ from dataclasses import dataclass, field
 from typing import Callable, Sequence
 
 import zmq
-from pydantic import ValidationError
 
 from dualpath_sgl import peer_protocol
 from dualpath_sgl.mailbox import Mailbox
 from dualpath_sgl.peer_protocol import Ended, Pages, Pull, Release, Released, Waiting
-from scheduler_svc.protocol import Wire
+from scheduler_svc.protocol import Wire, encode
 
 logger = logging.getLogger(__name__)
 
@@ -170,8 +169,8 @@ class PageServer(threading.Thread):
     def _receive(self) -> None:
         identity, *frames = self._socket.recv_multipart()
         try:
-            message = peer_protocol.ToServer.validate_json(b"".join(frames))
-        except ValidationError as error:
+            message = peer_protocol.decode_to_server(b"".join(frames))
+        except ValueError as error:
             logger.warning("DualPath page server: ignored a malformed message: %s", error)
             return
         if isinstance(message, Pull):
@@ -252,4 +251,4 @@ class PageServer(threading.Thread):
         return news
 
     def _send(self, identity: bytes, message: Wire) -> None:
-        self._socket.send_multipart([identity, message.model_dump_json().encode()])
+        self._socket.send_multipart([identity, encode(message)])

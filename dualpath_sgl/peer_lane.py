@@ -14,14 +14,13 @@ from dataclasses import dataclass
 from typing import Callable
 
 import zmq
-from pydantic import ValidationError
 
 from dualpath_sgl import peer_protocol
 from dualpath_sgl.forward import Forwarder
 from dualpath_sgl.mailbox import Mailbox
 from dualpath_sgl.page_load import LaneClock, PageLoad
 from dualpath_sgl.peer_protocol import Ended, Pages, Pull, Release, Released
-from scheduler_svc.protocol import Wire
+from scheduler_svc.protocol import Wire, encode
 
 logger = logging.getLogger(__name__)
 
@@ -112,8 +111,8 @@ class PeerLane(threading.Thread):
 
     def _receive(self, frame: bytes) -> None:
         try:
-            message = peer_protocol.ToLane.validate_json(frame)
-        except ValidationError as error:
+            message = peer_protocol.decode_to_lane(frame)
+        except ValueError as error:
             logger.warning("DualPath: page server %s sent nonsense: %s", self._endpoint, error)
             return
         pull = self._pulls.get(message.room)
@@ -186,6 +185,6 @@ class PeerLane(threading.Thread):
 
     def _send(self, message: Wire) -> None:
         try:
-            self._socket.send(message.model_dump_json().encode(), zmq.NOBLOCK)
+            self._socket.send(encode(message), zmq.NOBLOCK)
         except zmq.Again:
             logger.warning("DualPath: page server %s takes no messages", self._endpoint)

@@ -189,7 +189,7 @@ class Server:
         result = self._cluster.handle(message, self._now_s())
         if isinstance(result.reply, Error):
             self._metrics.errors.labels(result.reply.code.value).inc()
-            logger.info("refused %s: %s", message.type, result.reply.message)
+            logger.info("refused %s: %s", type(message).__name__, result.reply.message)
         else:
             self._learn(identity, message)
         self._post(identity, result)

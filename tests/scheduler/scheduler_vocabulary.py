@@ -5,7 +5,18 @@ from __future__ import annotations
 from scheduler_svc.engines import EngineTable
 from scheduler_svc.placement import placement_policy
 from scheduler_svc.policies import path_policy
-from scheduler_svc.protocol import Done, Engine, Heartbeat, LaneRecord, Load, Outcome, Plan, Report, Role
+from scheduler_svc.protocol import (
+    Done,
+    Engine,
+    Heartbeat,
+    LaneRecord,
+    Load,
+    Outcome,
+    Plan,
+    Report,
+    Role,
+    encode,
+)
 from scheduler_svc.rooms import RoomTable
 from scheduler_svc.state import Cluster, Result
 
@@ -81,7 +92,7 @@ def cluster(policy: str = "decode", *engines: Heartbeat, placement: str = "round
 
 def plan_of(result: Result) -> Plan:
     """The single plan in a result, whoever it goes to."""
-    plans = {plan.model_dump_json(): plan for _, plan in result.pushes}
+    plans = {encode(plan): plan for _, plan in result.pushes}
     assert len(plans) == 1, result
     return next(iter(plans.values()))
 

@@ -10,6 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
+from msgspec.structs import replace
 from scheduler_vocabulary import PAGE_TOKENS, cluster, heartbeat, prefill_report
 
 from scheduler_svc.lazy_heap import SLACK_ENTRIES, LazyHeap
@@ -362,7 +363,7 @@ def test_a_session_leaves_an_engine_whose_queue_costs_more_than_its_pages_save()
     state.handle(heartbeat(prefill, load=at_most), 0.0)
     assert place(state, "a", tokens=1000)[0] == prefill
     state.handle(
-        heartbeat(prefill, load=at_most.model_copy(update={"read_queue_bytes": saved_bytes + 1})), 0.0
+        heartbeat(prefill, load=replace(at_most, read_queue_bytes=saved_bytes + 1)), 0.0
     )
     assert place(state, "a", tokens=1000) == ({"p0": "p1", "p1": "p0"}[prefill], decode)
 
