@@ -128,6 +128,7 @@ class DecodeRule(IntEnum):
     here the one with the fewest tokens gets it."""
 
 
+_FEWEST_SEQUENCES, _LEAST_TOKENS, _NONE_FITS = DecodeRule
 DECODE_RULE_NAMES = {member: member.name.lower() for member in DecodeRule}
 
 
@@ -151,11 +152,11 @@ def choose_decode(prompt_tokens: int, engines: Sequence[EngineLoad]) -> DecodeCh
     for index, engine in enumerate(engines):
         tokens, free = engine.tokens, engine.free_device_tokens
         if free is not None and prompt_tokens > free:
-            key = (DecodeRule.NONE_FITS, tokens, 0, index)
+            key = (_NONE_FITS, tokens, 0, index)
         elif tokens + prompt_tokens <= limit:
-            key = (DecodeRule.FEWEST_SEQUENCES, engine.sequences, tokens, index)
+            key = (_FEWEST_SEQUENCES, engine.sequences, tokens, index)
         else:
-            key = (DecodeRule.LEAST_TOKENS, tokens, 0, index)
+            key = (_LEAST_TOKENS, tokens, 0, index)
         if best is None or key < best:
             best = key
     return DecodeChoice(best[3], best[0], limit)
