@@ -178,7 +178,7 @@ class LoadGenerator:
                 handle(frame)
 
     def _beat(self, now_s: float, at_most: int) -> None:
-        for _ in range(at_most):
+        for sent in range(at_most):
             if self._heartbeats[0][0] > now_s:
                 return
             due_s, name, frame = self._heartbeats.popleft()
@@ -186,8 +186,8 @@ class LoadGenerator:
                 raise Stalled("this process is too slow to keep its engines alive; use fewer engines")
             self._socket_of[name].send(frame)
             # First heartbeats come all at once; from then on they are spread over the interval.
-            early_s = 0.0 if due_s else self.heartbeat_s * len(self._heartbeats) / self.engines
-            self._heartbeats.append((now_s + self.heartbeat_s - early_s, name, frame))
+            wait_s = self.heartbeat_s if due_s else self.heartbeat_s * sent / self.engines
+            self._heartbeats.append((now_s + wait_s, name, frame))
 
     def _placed(self, frame: bytes) -> None:
         found = _PLACEMENT.search(frame)
