@@ -73,7 +73,10 @@ class LoadGenerator:
     heartbeat_s: float = 1.0
     context: zmq.Context = field(default_factory=zmq.Context)
     latencies_s: list[float] = field(default_factory=list)
-    """From a room's second report to each of its plans."""
+    """From a room's second report to each of its plans, as this process sees it: its own wait for a
+    core, and for its turn to end, counts too."""
+    turns_s: list[float] = field(default_factory=list)
+    """Between two looks at the sockets: how long an answer may have lain unread."""
     opened: int = 0
     planned: int = 0
     """Rooms both of whose plans have come."""
@@ -100,7 +103,7 @@ class LoadGenerator:
         )
         self._rooms: dict[bytes, _Request] = {}
         self._finish = True
-        self._heard_s = time.monotonic()
+        self._heard_s = self._looked_s = time.monotonic()
 
     def _connect(self) -> zmq.Socket:
         socket = self.context.socket(zmq.DEALER)
@@ -163,7 +166,9 @@ class LoadGenerator:
 
     def _turn(self, now_s: float) -> None:
         self._beat(now_s, at_most=64)
+        self.turns_s.append(time.monotonic() - self._looked_s)
         ready = self._poller.poll(1)
+        self._looked_s = time.monotonic()
         if ready:
             self._heard_s = now_s
         elif self.planned < self.opened and now_s - self._heard_s > STALL_S:

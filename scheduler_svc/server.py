@@ -34,7 +34,7 @@ from scheduler_svc.state import Cluster, Result
 TICK_S = 0.1
 """Longest wait before expiry and the stop flag are looked at again."""
 
-BURST_S = 0.0005
+BURST_S = 0.001
 """How long messages are handled before what they led to is sent.  Each send wakes ZeroMQ's I/O thread
 if that sleeps, which costs as much as a decision; sent together, one waking serves them all.  A plan
 waits no longer than this for the messages after its own."""

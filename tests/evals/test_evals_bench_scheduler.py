@@ -30,6 +30,11 @@ def test_each_counted_request_was_placed_reported_planned_and_done():
 
 
 def test_the_summary_holds_every_figure_with_a_target(tmp_path):
-    bench_scheduler.main(seconds=1, engines=16, memory_engines=16, memory_rooms=20, out=tmp_path)
+    bench_scheduler.main(
+        seconds=1, engines=16, memory_engines=16, memory_rooms=20, repeats=2, out=tmp_path
+    )
     summary = json.loads((tmp_path / "summary.json").read_text())
     assert all(summary[target.name] > 0 for target in TARGETS)
+    for name, figure in (("throughput_runs", "requests_per_s"), ("latency_runs", "plan_p99_ms")):
+        assert len(summary[name]) == 2 and summary[figure] == min(run[figure] for run in summary[name])
+        assert all(run["cores"]["scheduler"] > 0 and run["cores"]["generator"] > 0 for run in summary[name])
