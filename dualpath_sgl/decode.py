@@ -310,8 +310,11 @@ class DecodeSide:
 
     def load(self) -> Load:
         requests = list(self._requests.values())
+        tokens = sum(len(request.req.origin_input_ids) for request in requests)
         return Load(
             sequences=len(requests),
-            tokens=sum(len(request.req.origin_input_ids) for request in requests),
+            tokens=tokens,
+            # Requests are here until SGLang reserves device memory for them.
+            device_free_tokens=max(0, self._runtime.device_free_tokens - tokens),
             **self._runtime.storage_load(),
         )

@@ -286,5 +286,6 @@ class PrefillSide:
         return Load(
             sequences=len(requests),
             tokens=sum(request.prompt_tokens for request in requests),
+            device_free_tokens=self._runtime.device_free_tokens,
             **self._runtime.storage_load(),
         )

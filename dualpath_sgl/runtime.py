@@ -50,6 +50,8 @@ class Runtime:
         self.forwarder = Forwarder(settings.host, settings.protocol, settings.device, _buffers(pool))
         self.store_lane = StoreLane()
         self.unplanned_read_bytes = 0
+        self.device_free_tokens = 0
+        """As of SGLang's last scheduler iteration (an idle one makes at least one a second)."""
         self.rank_sync = RankSync()
         self.server: PageServer | None = None
         if self.role is Role.DECODE:

@@ -101,6 +101,8 @@ class Load(Wire):
     """Measured drain rate of the storage lane; 0 while unknown."""
     host_free_pages: Count = 0
     device_free_tokens: Count = 0
+    """Tokens of KV the device has room for, beyond those of every request it was given; an engine that
+    never says more than 0 is not judged by it."""
     unplanned_read_bytes: Count = 0
     """Read from storage outside any plan since the rank started (late retries of SGLang)."""
 
