@@ -43,6 +43,8 @@ SESSIONS = 10_000
 STALL_S = 30.0
 """Without any answer for this long the run is given up."""
 
+_AT_ONCE = int(zmq.DONTWAIT)
+
 ROOM_MARK = 7_777_777_777_777_777_777
 """Stands for the room in templates."""
 
@@ -177,7 +179,7 @@ class LoadGenerator:
             handle = self._placed if socket is self._router else self._planned
             for _ in range(64):
                 try:
-                    frame = socket.recv(zmq.DONTWAIT)
+                    frame = socket.recv(_AT_ONCE)
                 except zmq.Again:
                     break
                 handle(frame)

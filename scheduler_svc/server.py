@@ -42,6 +42,11 @@ waits no longer than this for the messages after its own."""
 MAX_FRAME_BYTES = 4 * MAX_MESSAGE_BYTES
 """Beyond this the socket drops the peer's connection unread; up to it the peer gets an error."""
 
+# Plain numbers: combining pyzmq's flags anew for each frame takes as long as sending it.
+_AT_ONCE = int(zmq.DONTWAIT)
+_AT_ONCE_MORE = int(zmq.DONTWAIT | zmq.SNDMORE)
+_MORE_PARTS = int(zmq.RCVMORE)
+
 logger = logging.getLogger(__name__)
 
 
@@ -153,9 +158,9 @@ class Server:
         begun_s = now_s = time.monotonic()
         try:
             while now_s - begun_s < BURST_S:
-                identity = socket.recv(zmq.DONTWAIT)
+                identity = socket.recv(_AT_ONCE)
                 frames = [socket.recv()]  # parts of a message come together
-                while socket.getsockopt(zmq.RCVMORE):
+                while socket.getsockopt(_MORE_PARTS):
                     frames.append(socket.recv())
                 received = True
                 try:
@@ -217,8 +222,8 @@ class Server:
 
     def _send(self, identity: bytes, frame: bytes) -> None:
         try:
-            self._socket.send(identity, zmq.DONTWAIT | zmq.SNDMORE)
-            self._socket.send(frame, zmq.DONTWAIT)
+            self._socket.send(identity, _AT_ONCE_MORE)
+            self._socket.send(frame, _AT_ONCE)
         except zmq.ZMQError as error:
             # EHOSTUNREACH: the peer is gone.  EAGAIN: it does not read; never wait for it.
             if error.errno not in (zmq.EHOSTUNREACH, zmq.EAGAIN):
