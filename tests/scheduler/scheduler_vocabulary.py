@@ -15,6 +15,7 @@ from scheduler_svc.protocol import (
     Plan,
     Report,
     Role,
+    decode_request,
     encode,
 )
 from scheduler_svc.rooms import RoomTable
@@ -99,6 +100,14 @@ def plan_of(result: Result) -> Plan:
 
 def receivers(result: Result) -> list[tuple[str, int]]:
     return [tuple(key) for key, _ in result.pushes]
+
+
+def is_a_message(frames: list[bytes]) -> bool:
+    """Whether they are what a peer might send: hypothesis tries constants of the code, too."""
+    try:
+        return len(frames) == 1 and bool(decode_request(frames[0]))
+    except ValueError:
+        return False
 
 
 def planned_bytes(state: Cluster, engine_id: str) -> int:
