@@ -93,12 +93,12 @@ def main(
         f"p99 {_listed(latencies, 'plan_p99_ms', '{:.2f}')} ms; medians count"
     )
     console.print(
-        f"at full load: {throughput['scheduler_cpu_us_per_request']:.0f} µs of the scheduler's CPU a request; "
-        f"cores used: {_cores(throughput)}"
+        f"at full load: {throughput['scheduler_cpu_us_per_request']:.0f} µs of the scheduler's CPU a "
+        f"request; cores used: {_cores(throughput)}"
     )
     console.print(
-        f"at {RATE_PER_S:,.0f}/s: p50 {latency['plan_p50_ms']:.2f} ms, p99.9 {latency['plan_p999_ms']:.2f} ms; "
-        f"an answer may have lain unread for {latency['generator_turn_p99_ms']:.2f} ms (p99); "
+        f"at {RATE_PER_S:,.0f}/s: p50 {latency['plan_p50_ms']:.2f} ms, "
+        f"p99.9 {latency['plan_p999_ms']:.2f} ms; an answer may have lain unread for {latency['generator_turn_p99_ms']:.2f} ms (p99); "
         f"cores used: {_cores(latency)}"
     )
     console.print(f"{out / 'summary.json'}")

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 
+import pytest
+
 from evals import bench_scheduler
 from evals.bench_scheduler import TARGETS
 from evals.scheduler_load import HIT_PAGES, LOCAL_PAGES, PAGE_BYTES
@@ -27,6 +29,14 @@ def test_each_counted_request_was_placed_reported_planned_and_done():
 
         generator.fill(50, in_flight=8, progress=lambda count: None)
         assert observer.status(WAIT_S).rooms_open == 50
+
+
+def test_engines_report_in_turn_and_not_all_at_once():
+    """In step they would measure a burst of a thousand heartbeats instead of a plan."""
+    with bench_scheduler._loaded(16) as (_, generator):
+        due_s = [due for due, _, _ in generator._heartbeats]
+        gaps_s = [later - sooner for sooner, later in zip(due_s, due_s[1:], strict=False)]
+        assert gaps_s == pytest.approx([generator.heartbeat_s / 16] * 15)
 
 
 def test_the_summary_holds_every_figure_with_a_target(tmp_path):

@@ -138,7 +138,7 @@ def test_a_request_just_placed_takes_its_memory_before_any_heartbeat_shows_it():
 
 
 def test_an_engine_has_as_much_memory_as_its_fullest_rank():
-    ranks = [heartbeat("d0", rank=rank, tp_size=2, load=free(tokens)) for rank, tokens in enumerate((9000, 9))]
+    ranks = [heartbeat("d0", rank=rank, tp_size=2, load=free(size)) for rank, size in enumerate((9000, 9))]
     other = heartbeat("d1", load=free(9000, busy=4000))
     state = cluster("decode", heartbeat("p0"), *ranks, other, placement="paper")
     assert place(state, tokens=10)[1] == "d1"
