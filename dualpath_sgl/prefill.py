@@ -16,10 +16,11 @@ import time
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from dualpath_sgl.closing import close_room
 from dualpath_sgl.page_load import PageLoad
 from dualpath_sgl.peer_lane import PeerLane
-from dualpath_sgl.tracing import record_lane, traceparent_of
-from scheduler_svc.protocol import Done, Load, Outcome, Plan, Report, Role
+from dualpath_sgl.tracing import traceparent_of
+from scheduler_svc.protocol import Load, Outcome, Plan, Report, Role
 
 if TYPE_CHECKING:
     from sglang.srt.managers.schedule_batch import Req
@@ -256,30 +257,18 @@ class PrefillSide:
     def _done(self, request: _Request) -> None:
         request.done = True
         load = request.load
-        plan = request.plan
         outcome = Outcome.FALLBACK if request.fallback_reason else Outcome.OK
         if load is not None and load.cancelled:
             outcome = Outcome.ABORTED
-        clocks = load.clocks if load is not None else []
-        self._runtime.control.send(
-            Done(
-                room=request.room,
-                engine_id=self._runtime.settings.engine_id,
-                role=Role.PREFILL,
-                rank=self._runtime.rank,
-                outcome=outcome,
-                fallback_reason=request.fallback_reason,
-                loaded_pages=load.prefix if load is not None else 0,
-                lanes=tuple(clock.record() for clock in clocks),
-            )
+        close_room(
+            self._runtime,
+            request.room,
+            request.traceparent,
+            request.plan,
+            load,
+            outcome,
+            request.fallback_reason,
         )
-        attributes = {"dualpath.room": request.room, "dualpath.side": "prefill"}
-        if plan is not None:
-            attributes |= {"dualpath.path": plan.path.value, "dualpath.split.pages": plan.split_page}
-        if request.fallback_reason:
-            attributes["dualpath.fallback.reason"] = request.fallback_reason
-        for clock in clocks:
-            record_lane(self._runtime.tracer, clock, request.traceparent, attributes)
 
     def load(self) -> Load:
         requests = list(self._by_rid.values())

@@ -14,7 +14,7 @@ from data_path_world import FINGERPRINT, Rank, eventually, rooms
 from dualpath_sgl.config import Settings
 from dualpath_sgl.page_server import PageServer
 from dualpath_sgl.prefill import PrefillSide
-from scheduler_svc.protocol import Done, Outcome, Path, Plan, Report
+from scheduler_svc.protocol import Done, Outcome, Path, Plan, Report, Role
 
 LONG_S = 60.0
 UNTRACED = SimpleNamespace(trace_ctx=SimpleNamespace(tracing_enable=False))
@@ -41,6 +41,7 @@ def engine(decode):
         sent=sent,
         settings=Settings(engine_id="prefill-0"),
         rank=0,
+        role=Role.PREFILL,
         page_size=4,
         fingerprint=FINGERPRINT,
         forwarder=decode.forwarder,
