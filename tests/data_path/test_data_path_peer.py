@@ -291,6 +291,7 @@ def test_a_room_that_is_never_offered_ends_the_pull(prefill, hasty_server, hasty
     hasty_lane.pull(load, room)
     until_acknowledged(load)
     assert hasty_lane.missing_of(load) == [(0, 4, "not offered")]
+    nothing_is_left(hasty_server, hasty_lane, room)
 
 
 def test_a_room_that_closed_before_the_pull_is_refused_at_once(prefill, server, lane):
@@ -300,7 +301,7 @@ def test_a_room_that_closed_before_the_pull_is_refused_at_once(prefill, server, 
     lane.pull(load, room)
     until_acknowledged(load)  # long before the server's subscribe time-out
     assert lane.missing_of(load) == [(0, 4, "lease ended")]
-    nothing_is_left(hasty_server, hasty_lane, room)
+    nothing_is_left(server, lane, room)
 
 
 def test_a_room_that_nobody_asks_for_closes_long_before_its_lease_ends(decode):
