@@ -76,12 +76,6 @@ def after_sync_prefetch_hit_query(
         side.hits_known(operation, hit_tokens)
 
 
-def before_revoke_pending_prefetch(_tree: Any, handle: Any) -> None:
-    side = _prefill()
-    if side is not None:
-        side.revoked(handle.rid)
-
-
 def after_finish(_result: None, _tree: Any, handle: Any, _outcome: Any) -> None:
     side = _prefill()
     if side is not None:
@@ -199,7 +193,6 @@ HOOKS: tuple[tuple[str, Callable, str], ...] = (
     (_SRT + "managers.scheduler.Scheduler._prefetch_kvcache", around_prefetch_kvcache, _AROUND),
     (_CONTROLLER + "submit_prefetch", before_submit_prefetch, _BEFORE),
     (_CONTROLLER + "_sync_prefetch_hit_query", after_sync_prefetch_hit_query, _AFTER),
-    (_TREE + "revoke_pending_prefetch", before_revoke_pending_prefetch, _BEFORE),
     (_SRT + "mem_cache.base_prefix_cache.BasePrefixCache.finish", after_finish, _AFTER),
     (_SRT + "managers.cache_controller.HiCacheController.prefetch_io_aux_func", around_prefetch_io, _AROUND),
     (_CONTROLLER + "prefetch_sync_thread_func", around_prefetch_sync, _AROUND),

@@ -16,10 +16,11 @@ import time
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from dualpath_sgl.closing import close_room
 from dualpath_sgl.page_load import PageLoad
 from dualpath_sgl.peer_lane import PeerLane
-from dualpath_sgl.tracing import record_lane, traceparent_of
-from scheduler_svc.protocol import Done, Load, Outcome, Plan, Report, Role
+from dualpath_sgl.tracing import traceparent_of
+from scheduler_svc.protocol import Load, Outcome, Plan, Report, Role
 
 if TYPE_CHECKING:
     from sglang.srt.managers.schedule_batch import Req
@@ -71,9 +72,12 @@ class PrefillSide:
             self._by_rid[req.rid] = self._by_room[request.room] = request
 
     def matched(self, rid: str, matched_tokens: int) -> None:
-        """SGLang holds `matched_tokens` of the prompt and queries the store for the rest."""
+        """SGLang holds `matched_tokens` of the prompt and queries the store for the rest.
+
+        It does so again when it had no host memory for a planned load: the plan still stands.
+        """
         request = self._by_rid.get(rid)
-        if request is not None and request.reported_s is None:
+        if request is not None and not request.started:
             request.local_pages = matched_tokens // self._runtime.page_size
 
     def not_registered(self, rid: str, matched_tokens: int) -> None:
@@ -96,6 +100,10 @@ class PrefillSide:
         if waiting:
             # SGLang frees the operation's memory on its last acknowledgement: the lanes give it.
             self._start(request)
+        elif request.reported_s is not None and not request.done and request.load is None:
+            request.fallback_reason = "no host memory"
+            self._done(request)
+            self._let_go(request)
 
     # -- SGLang's prefetch thread -------------------------------------------------------------
 
@@ -109,22 +117,6 @@ class PrefillSide:
         self._report(request, request.local_pages + hit_pages)
         if not hit_pages:
             self._done(request)
-
-    def revoked(self, rid: str) -> None:
-        """SGLang gives a prefetch up, on its scheduler thread; for host memory even after the report.
-
-        SGLang may look at the store once more later: by then this room is closed.
-        """
-        request = self._by_rid.get(rid)
-        if request is None or request.reported_s is None:
-            return
-        with self._lock:
-            if request.done or request.started or request.load is not None:
-                return
-            request.started = True
-            request.fallback_reason = "no host memory"
-        self._done(request)
-        self._let_go(request)
 
     # -- SGLang's prefetch I/O thread ---------------------------------------------------------
 
@@ -172,13 +164,11 @@ class PrefillSide:
         if request is None:
             return
         with self._lock:
-            if request.plan is None and (request.done or not request.started):
+            if request.plan is None and not request.started:
                 request.plan = plan
             ready = request.rid in self._waiting
         if ready:
             self._start(request)
-        elif request.done:
-            self._let_go(request)
 
     # -- any of them --------------------------------------------------------------------------
 
@@ -256,30 +246,18 @@ class PrefillSide:
     def _done(self, request: _Request) -> None:
         request.done = True
         load = request.load
-        plan = request.plan
         outcome = Outcome.FALLBACK if request.fallback_reason else Outcome.OK
         if load is not None and load.cancelled:
             outcome = Outcome.ABORTED
-        clocks = load.clocks if load is not None else []
-        self._runtime.control.send(
-            Done(
-                room=request.room,
-                engine_id=self._runtime.settings.engine_id,
-                role=Role.PREFILL,
-                rank=self._runtime.rank,
-                outcome=outcome,
-                fallback_reason=request.fallback_reason,
-                loaded_pages=load.prefix if load is not None else 0,
-                lanes=tuple(clock.record() for clock in clocks),
-            )
+        close_room(
+            self._runtime,
+            request.room,
+            request.traceparent,
+            request.plan,
+            load,
+            outcome,
+            request.fallback_reason,
         )
-        attributes = {"dualpath.room": request.room, "dualpath.side": "prefill"}
-        if plan is not None:
-            attributes |= {"dualpath.path": plan.path.value, "dualpath.split.pages": plan.split_page}
-        if request.fallback_reason:
-            attributes["dualpath.fallback.reason"] = request.fallback_reason
-        for clock in clocks:
-            record_lane(self._runtime.tracer, clock, request.traceparent, attributes)
 
     def load(self) -> Load:
         requests = list(self._by_rid.values())

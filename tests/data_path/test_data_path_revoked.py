@@ -1,4 +1,4 @@
-"""A prefetch that SGLang gives up after its report: the DE must not hold pages nobody will pull.
+"""A prefetch that SGLang gives up after its report, because the host pool is full.
 
 Real page server and lane; the engine around them (scheduler channel, SGLang's request) is a few
 values, since a full host pool at that very moment cannot be ordered from SGLang.
@@ -9,12 +9,13 @@ from __future__ import annotations
 from types import SimpleNamespace
 
 import pytest
-from data_path_world import FINGERPRINT, Rank, eventually, rooms
+import torch
+from data_path_world import FINGERPRINT, Rank, bytes_of, eventually, rooms
 
 from dualpath_sgl.config import Settings
 from dualpath_sgl.page_server import PageServer
 from dualpath_sgl.prefill import PrefillSide
-from scheduler_svc.protocol import Done, Outcome, Path, Plan, Report
+from scheduler_svc.protocol import Done, Outcome, Path, Plan, Report, Role
 
 LONG_S = 60.0
 UNTRACED = SimpleNamespace(trace_ctx=SimpleNamespace(tracing_enable=False))
@@ -41,9 +42,11 @@ def engine(decode):
         sent=sent,
         settings=Settings(engine_id="prefill-0"),
         rank=0,
+        role=Role.PREFILL,
         page_size=4,
         fingerprint=FINGERPRINT,
         forwarder=decode.forwarder,
+        page_bytes=decode.page_bytes,
         controller=SimpleNamespace(prefetch_threshold=4),
         control=SimpleNamespace(send=sent.append, connected=True),
         tracer=None,
@@ -78,33 +81,39 @@ def plan(room: int, endpoint: str) -> Plan:
     )
 
 
-@pytest.mark.parametrize("plan_first", [True, False])
-def test_the_decode_engine_lets_go_at_once(engine, server, plan_first):
+def test_the_decode_engine_lets_go_when_the_request_ends_without_a_load(engine, server):
     side = PrefillSide(engine)
     rid, room = arrived(engine, side)
     server.open(room, 0)
-    steps = [lambda: side.on_plan(plan(room, server.endpoint)), lambda: side.revoked(rid)]
-    for step in steps if plan_first else reversed(steps):
-        step()
+    side.on_plan(plan(room, server.endpoint))
+    side.forget(rid)
     eventually(lambda: server.open_rooms == 0, "room closed")
     done = engine.sent[-1]
     assert isinstance(done, Done) and done.outcome is Outcome.FALLBACK
     assert done.fallback_reason == "no host memory" and done.loaded_pages == 0
 
 
-def test_giving_up_before_the_report_changes_nothing(engine):
+def test_a_second_look_at_the_store_still_follows_the_plan(engine, server, decode):
+    side = PrefillSide(engine)
+    rid, room = arrived(engine, side)
+    side.on_plan(plan(room, server.endpoint))
+    side.matched(rid, 2 * engine.page_size)  # two pages came into SGLang's tree meanwhile
+    source = decode.pages(PAGES)
+    server.open(room, 0)
+    server.publish(room, *decode.blocks(source))
+    server.end(room)
+    load = decode.load(PAGES - 2)
+    load.operation.request_id = rid
+    side.take(decode.controller, load.operation)
+    eventually(lambda: engine.sent[-1].type == "done", "load done")
+    assert engine.sent[-1].outcome is Outcome.OK and engine.sent[-1].loaded_pages == PAGES - 2
+    landed = bytes_of(decode.pool, load.operation.host_indices)
+    assert torch.equal(landed, bytes_of(decode.pool, source)[2:])
+
+
+def test_a_request_without_a_report_ends_silently(engine):
     side = PrefillSide(engine)
     room = next(rooms)
     side.begin(SimpleNamespace(bootstrap_room=room, rid="r", origin_input_ids=[0] * 30, time_stats=UNTRACED))
-    side.revoked("r")
+    side.forget("r")
     assert engine.sent == []
-    side.not_registered("r", 8)
-    assert [type(message) for message in engine.sent] == [Report, Done]
-
-
-def test_giving_up_twice_is_reported_once(engine, server):
-    side = PrefillSide(engine)
-    rid, room = arrived(engine, side)
-    side.revoked(rid)
-    side.revoked(rid)
-    assert [type(message) for message in engine.sent] == [Report, Done]
