@@ -105,7 +105,7 @@ def test_a_second_look_at_the_store_still_follows_the_plan(engine, server, decod
     load = decode.load(PAGES - 2)
     load.operation.request_id = rid
     side.take(decode.controller, load.operation)
-    eventually(lambda: engine.sent[-1].type == "done", "load done")
+    eventually(lambda: isinstance(engine.sent[-1], Done), "load done")
     assert engine.sent[-1].outcome is Outcome.OK and engine.sent[-1].loaded_pages == PAGES - 2
     landed = bytes_of(decode.pool, load.operation.host_indices)
     assert torch.equal(landed, bytes_of(decode.pool, source)[2:])
