@@ -257,6 +257,11 @@ class PrefillSide:
         for clock in clocks:
             record_lane(self._runtime.tracer, clock, request.traceparent, attributes)
 
+    @property
+    def held(self) -> int:
+        """Requests that this PE has not let go of; 0 when idle."""
+        return len(self._by_rid)
+
     def load(self) -> Load:
         requests = list(self._by_rid.values())
         return Load(
