@@ -201,6 +201,8 @@ class Cluster(Supervisor):
     def __init__(self, config: ClusterConfig, run_dir: Path):
         super().__init__(run_dir)
         self.config = config
+        """As it runs now (`set_policy` changes it)."""
+        self.started_as = config
         self.kv_bytes_per_token = kv_bytes_per_token(config)
         free = FreePorts(config.host)
         self.addresses: Addresses = on_one_host(config.host)
