@@ -69,7 +69,11 @@ def play_from_store(cluster, sessions: list[Session], turn: int) -> None:
 
 
 def assert_right(sessions: list[Session], reference: dict[str, list[list[int]]]) -> None:
-    wrong = [session.name for session in sessions if session.answers != reference[session.name][: len(session.answers)]]
+    wrong = [
+        session.name
+        for session in sessions
+        if session.answers != reference[session.name][: len(session.answers)]
+    ]
     assert not wrong, f"not the single server's tokens: {wrong}"
 
 
