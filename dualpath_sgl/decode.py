@@ -96,8 +96,7 @@ class DecodeSide:
 
     def tick(self, queue: DecodePreallocQueue) -> None:
         """Advance every queued request; called once per scheduler iteration, never waits."""
-        while self._unlocks:
-            self._unlocks.popleft()()
+        self._unlock()
         if not self._requests:
             return
         queued = {decode_req.req.rid for decode_req in queue.queue}
@@ -112,13 +111,23 @@ class DecodeSide:
                 self._follow(queue, request)
 
     def reset(self) -> None:
-        """SGLang drops its whole cache (it is idle): nothing may be served or unlocked after."""
+        """SGLang drops its whole cache (it is idle): nothing may be served or stay locked after."""
         self._runtime.server.close_all()
-        self._unlocks.clear()
+        self._unlock()
         self.restores.reset()
         self._requests.clear()
         self._rooms.clear()
         self._plans.clear()
+
+    @property
+    def held(self) -> int:
+        """Requests, rooms, pins and promises that this DE has not let go of; 0 when idle."""
+        rooms = self._runtime.server.open_rooms
+        return len(self._requests) + rooms + len(self._unlocks) + self.restores.held
+
+    def _unlock(self) -> None:
+        while self._unlocks:
+            self._unlocks.popleft()()
 
     # -- one request --------------------------------------------------------------------------
 

@@ -149,10 +149,13 @@ def around_query_storage_hit_length(original: Callable, tree: Any, *args: Any, *
     return 0 if _decode() is not None else original(tree, *args, **kwargs)
 
 
-def before_tree_reset(_tree: Any) -> None:
-    side = _decode()
-    if side is not None:
-        side.reset()
+def before_tree_reset(tree: Any) -> None:
+    current = runtime.current()
+    if current is None:
+        return
+    if isinstance(current.side, DecodeSide):
+        current.side.reset()
+    current.pool_check.before_flush(tree)
 
 
 # -- DE: from the promise to the load-back -----------------------------------------------------------

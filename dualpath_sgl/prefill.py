@@ -259,6 +259,11 @@ class PrefillSide:
             request.fallback_reason,
         )
 
+    @property
+    def held(self) -> int:
+        """Requests that this PE has not let go of; 0 when idle."""
+        return len(self._by_rid)
+
     def load(self) -> Load:
         requests = list(self._by_rid.values())
         return Load(

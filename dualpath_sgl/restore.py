@@ -61,7 +61,9 @@ class RestoreGuard:
             )
 
     def reset(self) -> None:
-        """SGLang drops its whole cache: the locks are gone with it."""
+        """SGLang drops its whole cache: no promise may keep a part of it."""
+        for unlock in self._unlocks.values():
+            unlock()
         self._unlocks.clear()
         self._begun_ns.clear()
 

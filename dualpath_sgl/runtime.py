@@ -10,6 +10,7 @@ from dualpath_sgl.config import Settings
 from dualpath_sgl.control import ControlChannel
 from dualpath_sgl.decode import DecodeSide
 from dualpath_sgl.forward import Forwarder
+from dualpath_sgl.integrity import PoolCheck
 from dualpath_sgl.page_load import PageLoad
 from dualpath_sgl.page_server import PageServer
 from dualpath_sgl.prefill import PrefillSide
@@ -52,6 +53,7 @@ class Runtime:
         self.unplanned_read_bytes = 0
         self.device_free_tokens = 0
         """As of SGLang's last scheduler iteration (an idle one makes at least one a second)."""
+        self.pool_check = PoolCheck(pool)
         self.rank_sync = RankSync()
         self.server: PageServer | None = None
         if self.role is Role.DECODE:
@@ -118,6 +120,9 @@ class Runtime:
             "read_rate_bytes_per_s": self.store_lane.rate_bytes_per_s,
             "unplanned_read_bytes": self.unplanned_read_bytes,
             "host_free_pages": self.pool.available_size() // self.page_size,
+            "held": self.side.held,
+            "pool_checks": self.pool_check.checks,
+            "kept_pages": self.pool_check.kept_pages,
         }
 
 

@@ -40,8 +40,16 @@ class ProcessDied(RuntimeError):
 class ManagedProcess:
     """`name` is unique in its cluster; `env` is the complete environment."""
 
-    def __init__(self, name: str, argv: Sequence[str], env: Mapping[str, str], log_path: Path):
+    def __init__(
+        self,
+        name: str,
+        argv: Sequence[str],
+        env: Mapping[str, str],
+        log_path: Path,
+        stop_signal: signal.Signals = signal.SIGTERM,
+    ):
         self.name = name
+        self.stop_signal = stop_signal
         self.argv = list(argv)
         self.env = dict(env)
         self.log_path = log_path
@@ -86,7 +94,7 @@ class ManagedProcess:
 
     def terminate(self) -> None:
         if self.running:
-            self.send(signal.SIGTERM)
+            self.send(self.stop_signal)
 
     def finish(self, deadline_s: float) -> None:
         """Wait for it until `deadline_s` (time.monotonic), then kill what is left of its group."""
@@ -126,7 +134,7 @@ class ManagedProcess:
 
 
 def stop_all(processes: Sequence[ManagedProcess], grace_s: float) -> None:
-    """SIGTERM to all at once, then SIGKILL to the groups of those still there after `grace_s`."""
+    """The stop signal to all at once, then SIGKILL to the groups of those still there after `grace_s`."""
     for process in processes:
         process.terminate()
     deadline_s = time.monotonic() + grace_s

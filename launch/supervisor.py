@@ -138,8 +138,16 @@ class Supervisor:
         """The command that runs `argv` where the named process belongs."""
         return argv
 
-    def _launch(self, name: str, argv: list[str], env: dict[str, str], ready: Probe) -> None:
-        process = ManagedProcess(name, self._enter(name, argv), env, self.run_dir / "logs" / f"{name}.log")
+    def _launch(
+        self,
+        name: str,
+        argv: list[str],
+        env: dict[str, str],
+        ready: Probe,
+        stop_signal: signal.Signals = signal.SIGTERM,
+    ) -> None:
+        log_path = self.run_dir / "logs" / f"{name}.log"
+        process = ManagedProcess(name, self._enter(name, argv), env, log_path, stop_signal)
         process.log_path.unlink(missing_ok=True)
         self.processes[name] = process
         self._probes[name] = ready
@@ -193,6 +201,8 @@ class Cluster(Supervisor):
     def __init__(self, config: ClusterConfig, run_dir: Path):
         super().__init__(run_dir)
         self.config = config
+        """As it runs now (`set_policy` changes it)."""
+        self.started_as = config
         self.kv_bytes_per_token = kv_bytes_per_token(config)
         free = FreePorts(config.host)
         self.addresses: Addresses = on_one_host(config.host)
@@ -292,7 +302,9 @@ class Cluster(Supervisor):
         for spec in self._specs:
             argv = commands.engine_command(config, addresses, spec, ports)
             environment = commands.engine_environment(config, addresses, spec, ports, base)
-            self._launch(spec.name, argv, environment, _healthy(spec.url(addresses)))
+            self._launch(
+                spec.name, argv, environment, _healthy(spec.url(addresses)), _engine_stop_signal(config)
+            )
         argv = commands.router_command(config, addresses, ports, self._specs)
         self._launch("router", argv, base, _healthy(self.url))
         self._write_state()
@@ -389,6 +401,12 @@ class SingleServer(Supervisor):
 
 def single_server(config: ClusterConfig, run_dir: Path) -> SingleServer:
     return SingleServer(config, run_dir)
+
+
+def _engine_stop_signal(config: ClusterConfig) -> signal.Signals:
+    """SGLang looks for a SIGTERM every 5 s, then drains and lets its ranks release their GPUs.  On a
+    CPU nothing needs releasing, and the router, stopped first, has left nothing to drain."""
+    return signal.SIGINT if config.device == "cpu" else signal.SIGTERM
 
 
 def _bits_per_s(rate: str | None) -> int | None:

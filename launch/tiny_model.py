@@ -1,4 +1,4 @@
-"""The seeded tiny Qwen3 that lets the whole system run on a CPU.
+"""The seeded tiny models that let the whole system run on a CPU: Qwen3 (GQA) or DeepSeek-V2 (MLA).
 
 `python -m launch.tiny_model` builds the default, which the CPU examples in `clusters/` use.
 
@@ -14,14 +14,17 @@ import json
 import os
 import shutil
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
 
 from pydantic import BaseModel, ConfigDict, Field
 
 SPECIAL_TOKENS = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
 VOCABULARY_SIZE = 512
-FORMAT = 1
+FORMAT = 2
 """Part of the cache key: raise it when the files written below change."""
+ROPE_DIM = 16
+"""Rotated part of a query and of a token's KV (MLA)."""
 CHAT_TEMPLATE = (
     "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n{% endfor %}"
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
@@ -38,6 +41,9 @@ class TinyModel(BaseModel):
     heads: int = Field(16, ge=1, le=128)
     kv_heads: int = Field(16, ge=1, le=128)
     head_dim: int = Field(64, ge=8, le=256, multiple_of=8)
+    kv_lora_rank: int | None = Field(None, ge=16, le=512)
+    """Makes it an MLA model (DeepSeek-V2, dense): a token's KV is one vector of this width plus
+    ROPE_DIM per layer, whatever the heads; `head_dim` is then the part of a head without rotation."""
     context_length: int = Field(32768, ge=128, le=1_048_576)
     """Longest prompt plus output, in tokens."""
     seed: int = Field(7, ge=0)
@@ -54,7 +60,8 @@ def cache_directory() -> Path:
 def build(model: TinyModel, cache: Path | None = None) -> Path:
     """Directory of the model, made on first use; safe when several processes build at once."""
     key = hashlib.sha256(json.dumps([FORMAT, model.model_dump()]).encode()).hexdigest()[:16]
-    directory = (cache or cache_directory()) / f"tiny-qwen3-{key}"
+    architecture = "qwen3" if model.kv_lora_rank is None else "deepseek-v2"
+    directory = (cache or cache_directory()) / f"tiny-{architecture}-{key}"
     if directory.exists():
         return directory
     directory.parent.mkdir(parents=True, exist_ok=True)
@@ -74,14 +81,11 @@ def _write(directory: Path, model: TinyModel) -> None:
     token_ids = _write_tokenizer(directory, model)
     stop = token_ids["<|im_end|>"]
     config = {
-        "architectures": ["Qwen3ForCausalLM"],
-        "model_type": "qwen3",
         "hidden_size": model.hidden,
         "intermediate_size": 2 * model.hidden,
         "num_hidden_layers": model.layers,
         "num_attention_heads": model.heads,
         "num_key_value_heads": model.kv_heads,
-        "head_dim": model.head_dim,
         "vocab_size": VOCABULARY_SIZE,
         "max_position_embeddings": model.context_length,
         "rms_norm_eps": 1e-6,
@@ -92,10 +96,49 @@ def _write(directory: Path, model: TinyModel) -> None:
         "torch_dtype": "float32",
         "bos_token_id": None,
         "eos_token_id": stop,
+        **(_gqa_config(model) if model.kv_lora_rank is None else _mla_config(model)),
     }
     (directory / "config.json").write_text(json.dumps(config, indent=1))
     (directory / "generation_config.json").write_text(json.dumps({"eos_token_id": stop}))
     _write_weights(directory, model)
+
+
+def _gqa_config(model: TinyModel) -> dict:
+    return {"architectures": ["Qwen3ForCausalLM"], "model_type": "qwen3", "head_dim": model.head_dim}
+
+
+def _mla_config(model: TinyModel) -> dict:
+    return {
+        "architectures": ["DeepseekV2ForCausalLM"],
+        "model_type": "deepseek_v2",
+        "num_key_value_heads": model.heads,
+        "kv_lora_rank": model.kv_lora_rank,
+        "q_lora_rank": None,
+        "qk_nope_head_dim": model.head_dim,
+        "qk_rope_head_dim": ROPE_DIM,
+        "v_head_dim": model.head_dim,
+        # SGLang's CPU rotation of an MLA model is YaRN's only; a factor of 1 changes no position.
+        "rope_scaling": {
+            "type": "yarn",
+            "factor": 1.0,
+            "original_max_position_embeddings": model.context_length,
+            "mscale": 1.0,
+            "mscale_all_dim": 1.0,
+        },
+        # Dense: no layer reaches the experts, which SGLang's loader wants described all the same.
+        "first_k_dense_replace": model.layers,
+        "n_routed_experts": 1,
+        "n_shared_experts": 1,
+        "moe_intermediate_size": model.hidden,
+        "moe_layer_freq": 1,
+        "num_experts_per_tok": 1,
+        "n_group": 1,
+        "topk_group": 1,
+        "norm_topk_prob": False,
+        "routed_scaling_factor": 1.0,
+        "scoring_func": "softmax",
+        "topk_method": "greedy",
+    }
 
 
 def _write_tokenizer(directory: Path, model: TinyModel) -> dict[str, int]:
@@ -131,30 +174,53 @@ def _write_weights(directory: Path, model: TinyModel) -> None:
         return torch.randn(rows, columns, generator=generator) * scale * columns**-0.5
 
     hidden, inner = model.hidden, 2 * model.hidden
-    query, key_value = model.heads * model.head_dim, model.kv_heads * model.head_dim
     weights = {
         "model.embed_tokens.weight": random(VOCABULARY_SIZE, hidden, scale=hidden**0.5),
         "model.norm.weight": torch.ones(hidden),
         # Large logits: the best token leads clearly, so rounding does not change it.
         "lm_head.weight": random(VOCABULARY_SIZE, hidden, scale=4.0),
     }
+    attention = _gqa_weights if model.kv_lora_rank is None else _mla_weights
     for layer in range(model.layers):
         prefix = f"model.layers.{layer}."
         weights |= {
             prefix + "input_layernorm.weight": torch.ones(hidden),
-            prefix + "self_attn.q_proj.weight": random(query, hidden),
-            prefix + "self_attn.k_proj.weight": random(key_value, hidden),
-            prefix + "self_attn.v_proj.weight": random(key_value, hidden),
-            # Attention must weigh as much as the residual, or the prompt would not matter.
-            prefix + "self_attn.o_proj.weight": random(hidden, query, scale=2.0),
-            prefix + "self_attn.q_norm.weight": torch.full((model.head_dim,), 2.0),
-            prefix + "self_attn.k_norm.weight": torch.full((model.head_dim,), 2.0),
+            **{f"{prefix}self_attn.{name}.weight": w for name, w in attention(model, random).items()},
             prefix + "post_attention_layernorm.weight": torch.ones(hidden),
             prefix + "mlp.gate_proj.weight": random(inner, hidden),
             prefix + "mlp.up_proj.weight": random(inner, hidden),
             prefix + "mlp.down_proj.weight": random(hidden, inner),
         }
     save_file(weights, directory / "model.safetensors", metadata={"format": "pt"})
+
+
+def _gqa_weights(model: TinyModel, random: Callable) -> dict:
+    import torch
+
+    query, key_value = model.heads * model.head_dim, model.kv_heads * model.head_dim
+    return {
+        "q_proj": random(query, model.hidden),
+        "k_proj": random(key_value, model.hidden),
+        "v_proj": random(key_value, model.hidden),
+        # Attention must weigh as much as the residual, or the prompt would not matter.
+        "o_proj": random(model.hidden, query, scale=2.0),
+        "q_norm": torch.full((model.head_dim,), 2.0),
+        "k_norm": torch.full((model.head_dim,), 2.0),
+    }
+
+
+def _mla_weights(model: TinyModel, random: Callable) -> dict:
+    import torch
+
+    rank, heads = model.kv_lora_rank, model.heads
+    return {
+        # No norms on query and key here: larger weights make attention as sharp as above.
+        "q_proj": random(heads * (model.head_dim + ROPE_DIM), model.hidden, scale=2.0),
+        "kv_a_proj_with_mqa": random(rank + ROPE_DIM, model.hidden, scale=2.0),
+        "kv_a_layernorm": torch.ones(rank),
+        "kv_b_proj": random(heads * 2 * model.head_dim, rank, scale=2.0),
+        "o_proj": random(model.hidden, heads * model.head_dim, scale=2.0),
+    }
 
 
 if __name__ == "__main__":

@@ -172,6 +172,9 @@ class EngineState:
             host_free_pages=min(rank.load.host_free_pages for rank in ranks),
             device_free_tokens=min(rank.load.device_free_tokens for rank in ranks),
             unplanned_read_bytes=sum(rank.load.unplanned_read_bytes for rank in ranks),
+            held=sum(rank.load.held for rank in ranks),
+            pool_checks=min(rank.load.pool_checks for rank in ranks),
+            kept_pages=sum(rank.load.kept_pages for rank in ranks),
         )
 
 

@@ -105,6 +105,12 @@ class Load(Wire):
     never says more than 0 is not judged by it."""
     unplanned_read_bytes: Count = 0
     """Read from storage outside any plan since the rank started (late retries of SGLang)."""
+    held: Count = 0
+    """Requests, pinned rooms and restore promises that the rank has not let go of; 0 when idle."""
+    pool_checks: Count = 0
+    """Times since the rank's start that its pools were checked, empty, before a flush."""
+    kept_pages: Count = 0
+    """Pages that those checks found pinned or lost (must stay 0)."""
 
 
 class Heartbeat(Wire, tag="heartbeat"):

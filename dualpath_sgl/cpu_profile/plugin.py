@@ -32,6 +32,10 @@ def activate() -> None:
     from sglang.srt.managers.scheduler import Scheduler
     from sglang.srt.mem_cache.pool_host import mha, mla
     from sglang.srt.mem_cache.pool_host.base import HostKVCache
+    from sglang.srt.models.deepseek_common.attention_backend_handler import AttentionBackendRegistry
+    from sglang.srt.models.deepseek_common.attention_forward_methods.forward_methods import (
+        AttnForwardMethod,
+    )
 
     # The alternative copies page indices through pinned memory behind a CUDA event.
     MooncakeKVSender.supports_host_tensor_indices = False
@@ -41,6 +45,9 @@ def activate() -> None:
     for module in (mha, mla):
         for name in _COPIES:
             setattr(module, name, getattr(kvcacheio, name))
+    # An MLA model computes the first part of a prompt as plain multi-head attention elsewhere; the
+    # torch-native backend reads keys and values from the pool, which holds the compressed vectors.
+    AttentionBackendRegistry.register("torch_native", lambda attention, batch: AttnForwardMethod.MLA)
     activated = True
 
 

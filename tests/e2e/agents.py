@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 
 from launch.supervisor import Cluster
 from scheduler_svc.client import SchedulerClient
-from scheduler_svc.protocol import Path, Status
+from scheduler_svc.protocol import Load, Path, Status
 
 FIRST_PROMPT_TOKENS = 700
 APPEND_TOKENS = 75
@@ -23,6 +23,9 @@ ANSWER_TOKENS = 12
 TURNS = 3
 REQUEST_TIMEOUT_S = 120.0
 SETTLE_TIMEOUT_S = 30.0
+SERVED_TIMEOUT_S = 120.0
+IDLE_TIMEOUT_S = 60.0
+"""Longer than a lease: whatever a request held is let go by then."""
 
 
 def generate(url: str, prompt: list[int], traceparent: str | None = None) -> list[int]:
@@ -44,11 +47,12 @@ class Session:
     """One agent: `answers` grows by one per turn."""
 
     name: str
+    first_prompt_tokens: int = FIRST_PROMPT_TOKENS
     answers: list[list[int]] = field(default_factory=list)
 
     def prompt(self, turn: int) -> list[int]:
         rng = random.Random(f"e2e/{self.name}")
-        tokens = [rng.randrange(250) for _ in range(FIRST_PROMPT_TOKENS)]
+        tokens = [rng.randrange(250) for _ in range(self.first_prompt_tokens)]
         for answer in self.answers[:turn]:
             tokens += answer + [rng.randrange(250) for _ in range(APPEND_TOKENS)]
         return tokens
@@ -80,7 +84,10 @@ class Reads:
 
 def reads(cluster: Cluster) -> Reads:
     """Totals since the scheduler started, once every room is closed."""
-    status = settled_status(cluster)
+    return reads_of(settled_status(cluster))
+
+
+def reads_of(status: Status) -> Reads:
     store = {"prefill": 0, "decode": 0}
     for engine in status.engines:
         store[engine.engine.role.value] += engine.store_read_bytes
@@ -92,6 +99,21 @@ def reads(cluster: Cluster) -> Reads:
         sum(status.fallbacks.values()),
         status.duplicate_store_pages,
     )
+
+
+def wait_until_served(cluster: Cluster) -> None:
+    """The router notices a returned engine by itself, after a while."""
+    deadline_s = time.monotonic() + SERVED_TIMEOUT_S
+    served = 0
+    pairs = cluster.config.prefill.count * cluster.config.decode.count
+    while served < pairs:
+        try:
+            generate(cluster.url, [1, 2, 3, 4])
+            served += 1
+        except OSError as error:
+            served = 0
+            assert time.monotonic() < deadline_s, f"not every pair serves after the restart: {error}"
+            time.sleep(1)
 
 
 def settled_status(cluster: Cluster) -> Status:
@@ -121,6 +143,32 @@ def stored_keys(cluster: Cluster) -> int:
             if line.startswith("master_key_count "):
                 return int(float(line.split()[1]))
     raise AssertionError("mooncake_master exports no master_key_count")
+
+
+def assert_nothing_is_held(cluster: Cluster) -> None:
+    """Once idle, no engine holds a request's pages, and its pools can be emptied to the last page."""
+    checked = {name: engine.pool_checks for name, engine in loads(cluster).items()}
+    forget_caches(cluster)
+    deadline_s = time.monotonic() + IDLE_TIMEOUT_S
+    while True:
+        now = loads(cluster)
+        held = {name: load.held for name, load in now.items() if load.held or load.read_queue_bytes}
+        unchecked = [name for name, load in now.items() if load.pool_checks <= checked[name]]
+        if not held and not unchecked:
+            break
+        assert time.monotonic() < deadline_s, f"idle, but held: {held}; pools not checked: {unchecked}"
+        if unchecked:
+            # SGLang was still copying to the host pool or the store when it was asked.
+            forget_caches(cluster)
+        time.sleep(0.5)
+    kept = {name: load.kept_pages for name, load in now.items() if load.kept_pages}
+    assert not kept, f"pages that nobody can give back: {kept}; the engines' logs say when"
+
+
+def loads(cluster: Cluster) -> dict[str, Load]:
+    """What every live engine says of itself, by engine."""
+    with SchedulerClient(cluster.scheduler_address) as client:
+        return {engine.engine.engine_id: engine.load for engine in client.status(2.0).engines}
 
 
 def forget_caches(cluster: Cluster, *roles: str) -> None:

@@ -1,4 +1,8 @@
-"""One real cluster per module: real SGLang engines, store, router and scheduler."""
+"""Real clusters, one at a time: real SGLang engines, store, router and scheduler.
+
+Starting one is most of the time, so modules with the same cluster share it; their names sort
+together.  After every module its cluster must hold nothing that belongs to a request.
+"""
 
 from __future__ import annotations
 
@@ -10,25 +14,69 @@ import pytest
 
 sys.path.insert(0, str(Path(__file__).parent))
 
-from agents import TURNS, Session  # noqa: E402
+from agents import TURNS, Session, assert_nothing_is_held  # noqa: E402
 
-from launch.config import ClusterConfig, load  # noqa: E402
-from launch.supervisor import Cluster, single_server  # noqa: E402
+from launch.config import ClusterConfig, Mode, load  # noqa: E402
+from launch.supervisor import Cluster, SingleServer  # noqa: E402
 
-CONFIG = Path(__file__).parents[2] / "launch" / "clusters" / "cpu-1p1d.yaml"
+CLUSTERS = Path(__file__).parent / "clusters"
 SESSIONS = ("ada", "bob", "eve")
+
+
+class OneCluster:
+    """The cluster that runs now; another one starts only after it has stopped.
+
+    SGLang wants 10 GiB to stay free beside its host pools, so two clusters at once would ask for
+    more than a small machine has.
+    """
+
+    def __init__(self, run_dirs: pytest.TempPathFactory) -> None:
+        self._run_dirs = run_dirs
+        self.running: Cluster | None = None
+
+    def get(self, config: ClusterConfig) -> Cluster:
+        """The running cluster if `config` started it, else a fresh one."""
+        if self.running is None or self.running.started_as != config:
+            self.stop()
+            self.running = Cluster(config, self._run_dirs.mktemp(config.name))
+            self.running.start()
+        return self.running
+
+    def single_server(self, config: ClusterConfig) -> SingleServer:
+        """One plain SGLang server of the cluster's model, to be entered; it knows the right answers."""
+        self.stop()
+        return SingleServer(config, self._run_dirs.mktemp("single"))
+
+    def stop(self) -> None:
+        if self.running is not None:
+            self.running.stop()
+            self.running = None
+
+
+@pytest.fixture(scope="session")
+def one_cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[OneCluster]:
+    clusters = OneCluster(tmp_path_factory)
+    yield clusters
+    clusters.stop()
+
+
+@pytest.fixture(scope="module", autouse=True)
+def nothing_is_left_behind(one_cluster: OneCluster) -> Iterator[None]:
+    yield
+    if one_cluster.running is not None and one_cluster.running.config.mode is Mode.DUALPATH:
+        assert_nothing_is_held(one_cluster.running)
 
 
 @pytest.fixture(scope="session")
 def config() -> ClusterConfig:
-    return load(CONFIG)
+    return load(CLUSTERS / "gqa-1p1d.yaml")
 
 
 @pytest.fixture(scope="session")
-def reference(config: ClusterConfig, tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[list[int]]]:
+def reference(config: ClusterConfig, one_cluster: OneCluster) -> dict[str, list[list[int]]]:
     """Answers of one plain SGLang server: session name -> generated token ids of each turn."""
-    with single_server(config, tmp_path_factory.mktemp("single")) as server:
-        sessions = [Session(name) for name in SESSIONS]
+    sessions = [Session(name) for name in SESSIONS]
+    with one_cluster.single_server(config) as server:
         for session in sessions:
             for turn in range(TURNS):
                 session.play(server.url, turn)
@@ -36,13 +84,8 @@ def reference(config: ClusterConfig, tmp_path_factory: pytest.TempPathFactory) -
 
 
 @pytest.fixture(scope="module")
-def cluster(
-    config: ClusterConfig, reference: dict, tmp_path_factory: pytest.TempPathFactory
-) -> Iterator[Cluster]:
-    # Per module, and after the reference: SGLang wants 10 GiB to stay free beside its host pools, so
-    # two clusters at once would ask for more than a small machine has.
-    with Cluster(config, tmp_path_factory.mktemp("dualpath")) as running:
-        yield running
+def cluster(config: ClusterConfig, reference: dict, one_cluster: OneCluster) -> Cluster:
+    return one_cluster.get(config)
 
 
 @pytest.fixture

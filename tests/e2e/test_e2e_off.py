@@ -5,16 +5,16 @@ from __future__ import annotations
 from agents import TURNS, forget_caches, play_all
 
 from launch.config import Mode
-from launch.supervisor import Cluster
 
 
-def test_with_dualpath_off_a_patched_cluster_serves_as_upstream_does(config, reference, sessions, tmp_path):
-    basic = config.model_copy(update={"mode": Mode.BASIC})
-    with Cluster(basic, tmp_path / "basic") as cluster:
-        for turn in range(TURNS):
-            forget_caches(cluster)
-            play_all(cluster.url, sessions, turn)
-        assert "scheduler" not in cluster.processes
-        logs = [(tmp_path / "basic" / "logs" / f"{name}.log").read_text() for name in ("prefill-0", "decode-0")]
+def test_with_dualpath_off_a_patched_cluster_serves_as_upstream_does(
+    config, reference, sessions, one_cluster
+):
+    cluster = one_cluster.get(config.model_copy(update={"name": "basic", "mode": Mode.BASIC}))
+    for turn in range(TURNS):
+        forget_caches(cluster)
+        play_all(cluster.url, sessions, turn)
+    assert "scheduler" not in cluster.processes
+    logs = [(cluster.run_dir / "logs" / f"{name}.log").read_text() for name in ("prefill-0", "decode-0")]
     assert {session.name: session.answers for session in sessions} == reference
     assert not any("DualPath" in log for log in logs)

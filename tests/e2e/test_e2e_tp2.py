@@ -2,21 +2,16 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import pytest
 from agents import TURNS, Session, forget_caches, play_all, reads
+from conftest import CLUSTERS
 
 from launch.config import load
-from launch.supervisor import Cluster
-
-CONFIG = Path(__file__).parents[2] / "launch" / "clusters" / "cpu-1p1d-tp2.yaml"
 
 
 @pytest.fixture(scope="module")
-def two_ranks(tmp_path_factory):
-    with Cluster(load(CONFIG), tmp_path_factory.mktemp("tp2")) as running:
-        yield running
+def two_ranks(reference, one_cluster):
+    return one_cluster.get(load(CLUSTERS / "gqa-1p1d-tp2.yaml"))
 
 
 def test_two_ranks_per_engine_give_the_tokens_of_one(two_ranks, reference):

@@ -54,6 +54,22 @@ class Three(Supervisor):
         self._await_ready(list(self._codes), timeout_s=PATIENCE_S)
 
 
+def test_a_process_is_stopped_with_the_signal_it_was_given(tmp_path):
+    code = """
+        import signal, sys, time
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
+        signal.signal(signal.SIGINT, lambda *_: (print("interrupted", flush=True), sys.exit(0)))
+        print("up", flush=True)
+        time.sleep(600)
+    """
+    argv = [sys.executable, "-c", textwrap.dedent(code)]
+    child = ManagedProcess("child", argv, dict(os.environ), tmp_path / "child.log", signal.SIGINT)
+    child.start()
+    until(lambda: child.tail() == "up")
+    stop_all([child], grace_s=PATIENCE_S)
+    assert "interrupted" in child.log_path.read_text()
+
+
 def test_stopping_ends_the_children_of_a_child_too(tmp_path):
     parent = process(tmp_path, WITH_CHILD)
     parent.start()

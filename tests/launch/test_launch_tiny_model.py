@@ -28,6 +28,16 @@ def test_a_built_model_is_reused(tmp_path):
     assert (directory / "model.safetensors").stat().st_mtime_ns == stamp
 
 
+def test_an_mla_model_keeps_one_vector_per_token_and_layer(tmp_path):
+    from transformers import AutoConfig
+
+    mla = SMALL.model_copy(update={"kv_lora_rank": 48})
+    config = AutoConfig.from_pretrained(build(mla, tmp_path))
+    assert config.architectures == ["DeepseekV2ForCausalLM"]
+    assert (config.kv_lora_rank, config.qk_rope_head_dim) == (48, 16)
+    assert config.first_k_dense_replace == config.num_hidden_layers, "no layer may need experts"
+
+
 def test_nothing_but_the_finished_model_stays_behind(tmp_path):
     directory = build(SMALL, tmp_path)
     assert list(tmp_path.iterdir()) == [directory]

@@ -438,3 +438,11 @@ def test_a_placement_names_live_engines_and_a_room_of_its_own():
     assert [placement.prefill.engine_id for placement in placements] == ["p0", "p1", "p0", "p1"]
     assert {placement.decode.role for placement in placements} == {Role.DECODE}
     assert len({placement.room for placement in placements}) == 4
+
+
+def test_what_any_rank_holds_or_lost_shows_in_its_engines_status():
+    loads = [Load(held=1, pool_checks=3, kept_pages=2), Load(held=0, pool_checks=2, kept_pages=4)]
+    ranks = [heartbeat("p0", rank=rank, tp_size=2, load=load) for rank, load in enumerate(loads)]
+    state = cluster("decode", *ranks)
+    [engine] = state.handle(StatusRequest(), 0.0).reply.engines
+    assert (engine.load.held, engine.load.pool_checks, engine.load.kept_pages) == (1, 2, 6)

@@ -7,8 +7,7 @@ import threading
 import time
 import urllib.error
 
-import pytest
-from agents import TURNS, forget_caches, play_all, reads
+from agents import TURNS, forget_caches, play_all, reads, wait_until_served
 
 REQUEST_ANSWERED_WITHIN_S = 60.0
 """After the death of its decode engine; not a target, only the difference from a hang."""
@@ -71,18 +70,3 @@ def test_a_decode_engine_that_hangs_and_dies_mid_forward_fails_only_its_own_requ
         play_all(cluster.url, sessions, turn)
     assert {session.name: session.answers for session in sessions} == reference
     assert reads(cluster).decode_store_bytes > 0
-
-
-def wait_until_served(cluster) -> None:
-    """The router notices a returned engine by itself, after a while."""
-    from agents import generate
-
-    deadline_s = time.monotonic() + 120
-    while True:
-        try:
-            generate(cluster.url, [1, 2, 3, 4])
-            return
-        except OSError as error:
-            if time.monotonic() > deadline_s:
-                pytest.fail(f"the cluster serves no request after the restart: {error}")
-            time.sleep(1)
