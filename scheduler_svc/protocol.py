@@ -206,6 +206,16 @@ class Done(Wire):
     lanes: tuple[LaneRecord, ...] = ()
 
 
+class Ping(Wire):
+    """Whether the scheduler answers; costs it nothing and changes nothing."""
+
+    type: Literal["ping"] = "ping"
+
+
+class Pong(Wire):
+    type: Literal["pong"] = "pong"
+
+
 class StatusRequest(Wire):
     type: Literal["status_request"] = "status_request"
 
@@ -261,8 +271,8 @@ class Error(Wire):
     request_id: str | None = None
 
 
-Request = Annotated[Union[Heartbeat, Place, Report, Done, StatusRequest], Field(discriminator="type")]
-Reply = Annotated[Union[Placement, Plan, Status, Error], Field(discriminator="type")]
+Request = Annotated[Union[Heartbeat, Place, Report, Done, StatusRequest, Ping], Field(discriminator="type")]
+Reply = Annotated[Union[Placement, Plan, Status, Pong, Error], Field(discriminator="type")]
 
 _request = TypeAdapter(Request)
 _reply = TypeAdapter(Reply)

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from scheduler_vocabulary import decode_report, done, engine, heartbeat, lane, prefill_report, snapshot
 from test_scheduler_server import WAIT_S, pair, running
 
-from scheduler_svc.protocol import Error, ErrorCode, Place, StatusRequest, decode_request, encode
+from scheduler_svc.protocol import Error, ErrorCode, Ping, Place, StatusRequest, decode_request, encode
 
 VALID = [
     encode(message)
@@ -25,6 +25,7 @@ VALID = [
         decode_report(1, 0),
         done(1, "p0", lane("store", 0, 10)),
         StatusRequest(),
+        Ping(),
     )
 ]
 values = st.recursive(
