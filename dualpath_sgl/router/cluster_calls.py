@@ -28,11 +28,20 @@ class ClusterCalls:
         return web.Response()
 
     async def ready(self, request: web.Request) -> web.Response:
-        """Whether a request could be served."""
-        missing = [role for role in Role if not any(engine.is_up for engine in self._directory.of(role))]
-        if missing:
-            return web.Response(status=HTTPStatus.SERVICE_UNAVAILABLE, text=f"no {missing[0]} engine is up")
-        return web.Response()
+        """Whether a request could be served, and what is known of each engine."""
+        ready = all(any(engine.is_up for engine in self._directory.of(role)) for role in Role)
+        engines = [
+            {
+                "role": engine.role,
+                "url": engine.url,
+                "up": engine.is_up,
+                "problem": None if engine.is_up else engine.problem,
+                "in_flight": engine.in_flight,
+            }
+            for engine in self._directory
+        ]
+        status = HTTPStatus.OK if ready else HTTPStatus.SERVICE_UNAVAILABLE
+        return web.json_response({"ready": ready, "engines": engines}, status=status)
 
     async def any_engine(self, request: web.Request) -> web.Response:
         """What every engine would answer alike."""

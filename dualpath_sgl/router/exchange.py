@@ -38,8 +38,12 @@ class Beginning(NamedTuple):
     """The whole answer, or a stream's first chunk."""
 
 
+_closing: set[asyncio.Task] = set()
+"""Exchanges whose client has everything or is gone."""
+
+
 class Exchange:
-    """`async with`: leaving it ends both halves, whatever they are doing."""
+    """`async with`: leaving it with an error ends both halves at once, whatever they are doing."""
 
     def __init__(
         self,
@@ -68,10 +72,22 @@ class Exchange:
     async def __aexit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        for task in self._tasks:
-            task.cancel()
-        await asyncio.gather(*self._tasks, return_exceptions=True)
-        self._stack.close()
+        # A task of its own: the client may close its connection now, which cancels the caller.
+        closing = asyncio.create_task(self._close(is_whole=error is None))
+        _closing.add(closing)
+        closing.add_done_callback(_closing.discard)
+        await asyncio.shield(closing)
+
+    async def _close(self, *, is_whole: bool) -> None:
+        try:
+            if is_whole:
+                # Let the PE's answer end by itself, so that its connection can be used again.
+                await asyncio.wait([self._computing], timeout=SETTLE_TIMEOUT_S)
+            for task in self._tasks:
+                task.cancel()
+            await asyncio.gather(*self._tasks, return_exceptions=True)
+        finally:
+            self._stack.close()
 
     async def first(self) -> Beginning:
         """Raises EngineRefused, EngineAnswered or EngineFailed."""
@@ -87,10 +103,6 @@ class Exchange:
         """A stream's chunks after the first.  Raises EngineFailed."""
         while chunk := await self._decode.chunk():
             yield self._merger.feed(chunk) if self._merger else chunk
-
-    async def settle(self) -> None:
-        """Let the PE's answer end by itself, so that its connection can be used again."""
-        await asyncio.wait([self._computing], timeout=SETTLE_TIMEOUT_S)
 
     def _begin(self, work) -> asyncio.Task:
         task = asyncio.create_task(work)

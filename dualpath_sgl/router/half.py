@@ -129,4 +129,6 @@ class Half:
 
 
 def _text(error: BaseException) -> str:
-    return str(error) or type(error).__name__
+    if isinstance(error, aiohttp.ClientConnectorError):
+        error = error.os_error  # without aiohttp's words about TLS
+    return getattr(error, "strerror", None) or str(error) or type(error).__name__

@@ -16,9 +16,15 @@ class Reply:
     def __init__(self, request: web.Request) -> None:
         self._request = request
         self._response: web.StreamResponse | None = None
-        self._ended = False
+        self.ended = False
+        """The client was sent everything."""
         self._event_is_open = False
         """What was written last is not the end of an event."""
+
+    @property
+    def status(self) -> int | None:
+        """Once the answer has begun."""
+        return None if self._response is None else self._response.status
 
     async def whole(self, status: int, headers: dict[str, str], content: bytes) -> web.StreamResponse:
         self._response = web.Response(status=status, headers=headers, body=content)
@@ -37,8 +43,8 @@ class Reply:
             await self._response.write(chunk)
 
     async def end(self) -> None:
-        self._ended = True
         await self._response.write_eof()
+        self.ended = True
 
     async def fail(self, error: RouteError) -> web.StreamResponse:
         """As an HTTP error, or as the last events of a stream that has begun."""
@@ -47,7 +53,7 @@ class Reply:
             if error.status is HTTPStatus.SERVICE_UNAVAILABLE:
                 headers["Retry-After"] = str(RETRY_AFTER_S)
             return await self.whole(error.status, headers, error.body())
-        if not self._ended:
+        if not self.ended:
             await self.write((EVENT_END if self._event_is_open else b"") + error.event())
             await self.end()
         return self._response

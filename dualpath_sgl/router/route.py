@@ -54,9 +54,12 @@ class Route:
             except RouteError as error:
                 response = await self._fail(reply, span, error)
             except (asyncio.CancelledError, ConnectionError):
-                span.set_attribute("dualpath.client.disconnected", True)
+                if not reply.ended:
+                    span.set_attribute("dualpath.client.disconnected", True)
                 raise
-            span.set_attribute("http.response.status_code", response.status)
+            finally:
+                if reply.status is not None:
+                    span.set_attribute("http.response.status_code", reply.status)
             return response
 
     async def _fail(self, reply: Reply, span: Span, error: RouteError) -> web.StreamResponse:
@@ -74,14 +77,14 @@ class Route:
         refusals: dict[Engine, str] = {}
         while True:
             span.set_attributes(attributes_of(pair) | {"dualpath.attempts": len(refusals) + 1})
-            async with Exchange(self._http, self._spans, span, request, pair) as exchange:
-                try:
+            try:
+                async with Exchange(self._http, self._spans, span, request, pair) as exchange:
                     return await self._relay(exchange, request, reply, span)
-                except EngineAnswered as answer:
-                    return await reply.whole(answer.status, answer.headers, answer.content)
-                except EngineRefused as refused:
-                    logger.info("room %d: %s", pair.room, refused)
-                    refusals[refused.engine] = refused.problem
+            except EngineAnswered as answer:
+                return await reply.whole(answer.status, answer.headers, answer.content)
+            except EngineRefused as refused:
+                logger.info("room %d: %s", pair.room, refused)
+                refusals[refused.engine] = refused.problem
             if len(refusals) > self._max_retries:
                 raise NoEngine(f"{'; '.join(refusals.values())}; try again later")
             pair = self._pairing.again(pair, refusals)
@@ -99,5 +102,4 @@ class Route:
             await reply.end()
         else:
             response = await reply.whole(200, beginning.headers, beginning.content)
-        await exchange.settle()
         return response
