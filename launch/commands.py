@@ -141,7 +141,7 @@ def router_command(
             workers += ["--prefill", engine.url(addresses), str(engine.bootstrap_port)]
         else:
             workers += ["--decode", engine.url(addresses)]
-    kind = _placing_flags if asks_for_placement(config) else _rust_flags
+    kind = placing_flags if asks_for_placement(config) else rust_flags
     return _python(
         "sglang_router.launch_router",
         "--pd-disaggregation",
@@ -159,7 +159,7 @@ def asks_for_placement(config: ClusterConfig) -> bool:
     return config.router.kind is RouterKind.PLACING and config.mode is Mode.DUALPATH
 
 
-def _rust_flags(config: ClusterConfig, addresses: Addresses, ports: Ports) -> list[str]:
+def rust_flags(config: ClusterConfig, addresses: Addresses, ports: Ports) -> list[str]:
     return [
         f"--policy={config.router.policy}",
         f"--prometheus-host={addresses.hub}",
@@ -172,7 +172,7 @@ def _rust_flags(config: ClusterConfig, addresses: Addresses, ports: Ports) -> li
     ]
 
 
-def _placing_flags(config: ClusterConfig, addresses: Addresses, ports: Ports) -> list[str]:
+def placing_flags(config: ClusterConfig, addresses: Addresses, ports: Ports) -> list[str]:
     collector = f"--otlp-traces-endpoint={addresses.hub}:{ports.collector}"
     return [
         "--mini-lb",
