@@ -11,6 +11,7 @@
     exchange.py    one attempt: both halves at once, and the end of one when the other fails
     half.py        one engine's half: POST, answer
 
-Beside it: engines.py (what is known of each engine), health.py (how that stays true), answers.py
-(errors inside answers, log-probabilities), spans.py, errors.py, cluster_calls.py (models, caches).
+Beside it: reply.py (the client's side), engines.py (what is known of each engine), health.py (how that
+stays true), answers.py (errors inside answers, log-probabilities), headers.py, spans.py, errors.py,
+settings.py, cluster_calls.py (models, caches).
 """

@@ -22,10 +22,19 @@ ANSWERED = {"content-length", "date", "server"}
 
 
 def to_engine(headers: Mapping[str, str], traceparent: str | None) -> dict[str, str]:
-    kept = {name: value for name, value in headers.items() if name.lower() not in HOP_BY_HOP | OWN}
+    kept = {
+        name: value
+        for name, value in headers.items()
+        if name.lower() not in HOP_BY_HOP | OWN and _is_utf8(value)
+    }
     kept["Content-Type"] = "application/json"
     return kept | ({"traceparent": traceparent} if traceparent else {})
 
 
 def to_client(headers: Mapping[str, str]) -> dict[str, str]:
     return {name: value for name, value in headers.items() if name.lower() not in HOP_BY_HOP | ANSWERED}
+
+
+def _is_utf8(value: str) -> bool:
+    """aiohttp takes other bytes from a client (as surrogates), but cannot send them on."""
+    return not any("\ud800" <= character <= "\udfff" for character in value)

@@ -16,6 +16,8 @@ SESSION_HEADERS = ("X-Session-Id", "X-SMG-Routing-Key")
 MAX_SESSION_CHARACTERS = 256
 BYTES_PER_TOKEN = 4
 """Of English text and code, roughly; prompts given as token ids are counted exactly."""
+MAX_DEPTH = 8
+"""Of lists and objects in a prompt: more than messages with parts and tool calls have."""
 
 
 class ClientRequest:
@@ -57,7 +59,8 @@ def _session_id(headers: Mapping[str, str], body: Mapping[str, Any]) -> str | No
     named = [headers.get(name) for name in SESSION_HEADERS]
     named += [body.get("session_id"), parameters.get("id") if isinstance(parameters, dict) else None]
     found = next((name for name in named if isinstance(name, str) and name), None)
-    return None if found is None else found[:MAX_SESSION_CHARACTERS]
+    # Headers may hold bytes that are no UTF-8, which the wire to the scheduler does not take.
+    return None if found is None else found.encode(errors="replace").decode()[:MAX_SESSION_CHARACTERS]
 
 
 def prompt_tokens(body: Mapping[str, Any]) -> int:
@@ -69,22 +72,21 @@ def prompt_tokens(body: Mapping[str, Any]) -> int:
     return _size(body.get("messages")) + tools
 
 
-def _size(part: Any) -> int:
+def _size(part: Any, depth: int = MAX_DEPTH) -> int:
     """Token ids count one each; texts by length, wherever they are in messages."""
+    if depth == 0:
+        return 0
     match part:
         case str():
-            return len(part.encode("utf-8", "replace")) // BYTES_PER_TOKEN
+            return len(part.encode()) // BYTES_PER_TOKEN
         case int():
             return 1
         case list() if part and isinstance(part[0], int):
             return len(part)
         case list():
-            return sum(_size(inner) for inner in part)
+            return sum(_size(inner, depth - 1) for inner in part)
         case {"content": content}:
-            return _size(content) + _size(part.get("tool_calls"))
-        case {"text": text}:
-            return _size(text)
-        case {"function": {"arguments": arguments}}:
-            return _size(arguments)
+            return _size(content, depth - 1) + _size(part.get("tool_calls"), depth - 1)
+        case {"text": inner} | {"function": {"arguments": inner}}:
+            return _size(inner, depth - 1)
     return 0
-

@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import orjson
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from dualpath_sgl.router.engines import Engine
+from dualpath_sgl.router.errors import BadRequest
 from dualpath_sgl.router.request import ClientRequest, prompt_tokens
 from scheduler_svc.protocol import Role
 
@@ -66,3 +69,31 @@ def test_engines_get_everything_the_client_said_and_the_bootstrap_of_the_prefill
         "bootstrap_port": 8998,
         "bootstrap_room": 2**63 - 1,
     }
+
+
+anything = st.recursive(
+    st.none() | st.booleans() | st.integers(-(2**63), 2**63 - 1) | st.floats() | st.text(),
+    lambda inner: st.lists(inner, max_size=4)
+    | st.dictionaries(st.sampled_from(["content", "text", "function", "arguments", "id"]), inner, max_size=3),
+    max_leaves=10,
+)
+fields = st.sampled_from(["input_ids", "text", "prompt", "messages", "tools", "session_id", "session_params"])
+
+
+@given(st.dictionaries(fields, anything, max_size=4))
+def test_no_body_is_too_strange_to_be_passed_on(body):
+    found = request(**body)
+    assert found.prompt_tokens >= 0
+    assert found.session_id is None or 1 <= len(found.session_id) <= 256
+
+
+@given(st.binary(max_size=200))
+def test_bytes_are_a_request_or_a_bad_request(content):
+    try:
+        ClientRequest("/generate", {}, content)
+    except BadRequest as refusal:
+        assert refusal.status == 400
+
+
+def test_a_prompt_nested_without_end_is_counted_as_nothing():
+    assert ClientRequest("/generate", {}, b'{"text":' + b"[" * 900 + b"]" * 900 + b"}").prompt_tokens == 0

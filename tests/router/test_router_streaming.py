@@ -144,6 +144,14 @@ def test_headers_of_the_client_reach_the_engines(world, router):
             assert "Accept-Encoding" not in seen.headers
 
 
+def test_bytes_that_are_no_text_in_a_header_are_not_passed_on_and_do_no_harm(world, router):
+    strange = {"X-Session-Id": b"\xff\xfe", "X-Other": b"\xff", "X-Kept": "yes"}
+    assert router.ask(headers=strange).status == 200
+    for engine in world.engines.values():
+        for seen in engine.seen:
+            assert seen.headers["X-Kept"] == "yes" and "X-Other" not in seen.headers
+
+
 def test_connections_to_the_engines_are_used_again(world, router):
     for _ in range(4):
         router.ask(headers={"X-Session-Id": "same pair"})
