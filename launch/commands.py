@@ -177,6 +177,8 @@ def placing_flags(config: ClusterConfig, addresses: Addresses, ports: Ports) -> 
     return [
         "--mini-lb",
         f"--dualpath-scheduler=tcp://{addresses.hub}:{ports.scheduler}",
+        # An engine that has come up is used at once.
+        "--health-success-threshold=1",
         *(["--enable-trace", collector] if config.tracing.enabled else []),
     ]
 

@@ -11,6 +11,7 @@ from aiohttp import web
 
 from dualpath_sgl.router import headers
 from dualpath_sgl.router.engines import Engine, EngineDirectory
+from dualpath_sgl.router.errors import words_of
 from scheduler_svc.protocol import Role
 
 CALL_TIMEOUT_S = 60.0
@@ -55,8 +56,8 @@ class ClusterCalls:
                     headers=headers.to_client(answer.headers),
                     body=await answer.read(),
                 )
-        except (aiohttp.ClientError, OSError) as error:
-            return _bad_gateway([f"{able[0].url}: {error or type(error).__name__}"])
+        except (aiohttp.ClientError, OSError, TimeoutError) as error:
+            return _bad_gateway([f"{able[0].url}: {words_of(error)}"])
 
     async def every_engine(self, request: web.Request) -> web.Response:
         """Done when all engines have done it."""
@@ -97,7 +98,7 @@ class ClusterCalls:
         except TimeoutError:
             return f"{engine.url} does not answer within {CALL_TIMEOUT_S:g} s", None
         except (aiohttp.ClientError, OSError) as error:
-            return f"{engine.url}: {error or type(error).__name__}", None
+            return f"{engine.url}: {words_of(error)}", None
 
 
 def _bad_gateway(problems: list[str]) -> web.Response:

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from http import HTTPStatus
 
+import aiohttp
 import orjson
 
 from dualpath_sgl.router.engines import Engine
@@ -85,3 +86,10 @@ class EngineAnswered(Exception):
         self.status = status
         self.headers = headers
         self.content = content
+
+
+def words_of(error: BaseException) -> str:
+    """A connection's error, never empty and without aiohttp's words about TLS."""
+    if isinstance(error, aiohttp.ClientConnectorError):
+        error = error.os_error
+    return getattr(error, "strerror", None) or str(error) or type(error).__name__

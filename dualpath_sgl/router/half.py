@@ -10,7 +10,7 @@ from opentelemetry.trace import Span
 
 from dualpath_sgl.router import headers
 from dualpath_sgl.router.engines import Engine
-from dualpath_sgl.router.errors import EngineAnswered, EngineFailed, EngineRefused
+from dualpath_sgl.router.errors import EngineAnswered, EngineFailed, EngineRefused, words_of
 from dualpath_sgl.router.request import ClientRequest
 from dualpath_sgl.router.spans import RouterSpans, failed
 from scheduler_svc.tracing import traceparent_of
@@ -80,12 +80,12 @@ class Half:
                 allow_redirects=False,
             )
         except (aiohttp.ClientConnectorError, aiohttp.ConnectionTimeoutError) as error:
-            problem = f"takes no connection: {_text(error)}"
+            problem = f"takes no connection: {words_of(error)}"
             failed(self._span, problem)
             self.engine.refused(problem)
             raise EngineRefused(self.engine, problem) from None
         except (aiohttp.ClientError, OSError) as error:
-            raise self._failure(_text(error)) from None
+            raise self._failure(words_of(error)) from None
         status = self._response.status
         self._span.set_attribute("http.response.status_code", status)
         if status == 200:
@@ -104,14 +104,14 @@ class Half:
         try:
             return await self._response.content.readany()
         except (aiohttp.ClientError, OSError) as error:
-            raise self._failure(_text(error)) from None
+            raise self._failure(words_of(error)) from None
 
     async def whole(self) -> bytes:
         """The rest of the answer.  Raises EngineFailed."""
         try:
             return await self._response.read()
         except (aiohttp.ClientError, OSError) as error:
-            raise self._failure(_text(error)) from None
+            raise self._failure(words_of(error)) from None
 
     async def lost(self) -> None:
         """Until health checks have given the engine up.  Then raises EngineFailed, here and in any
@@ -126,9 +126,3 @@ class Half:
         problem = self.engine.problem if self._lost else problem
         failed(self._span, problem)
         return EngineFailed(self.engine, problem)
-
-
-def _text(error: BaseException) -> str:
-    if isinstance(error, aiohttp.ClientConnectorError):
-        error = error.os_error  # without aiohttp's words about TLS
-    return getattr(error, "strerror", None) or str(error) or type(error).__name__

@@ -13,6 +13,7 @@ from contextlib import suppress
 import aiohttp
 
 from dualpath_sgl.router.engines import Engine, EngineDirectory
+from dualpath_sgl.router.errors import words_of
 from dualpath_sgl.router.settings import HealthSettings
 
 logger = logging.getLogger(__name__)
@@ -48,7 +49,7 @@ class HealthWatch:
         except TimeoutError:
             return f"{self._settings.path} does not answer within {self._settings.timeout_s:g} s"
         except (aiohttp.ClientError, OSError) as error:
-            return str(error) or type(error).__name__
+            return words_of(error)
 
     async def _watch(self, directory: EngineDirectory, engine: Engine) -> None:
         clock = asyncio.get_running_loop()

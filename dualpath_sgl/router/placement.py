@@ -132,7 +132,7 @@ class PlacementClient:
                 case Pong():
                     self._pong.set()
                 case _:
-                    logger.warning("scheduler sent an unexpected %s: %.200s", message.type, message)
+                    logger.warning("scheduler sent something else: %.200s", message)
 
     def _answer(self, request_id: str, result: Placement | SchedulerAway) -> None:
         """To whoever still waits for it."""

@@ -162,8 +162,8 @@ def router(config: ClusterConfig) -> str:
 
 def test_a_placing_router_asks_the_clusters_scheduler_and_exports_spans():
     made = router(cluster(router={"kind": "placing"}))
-    assert "--mini-lb --dualpath-scheduler=tcp://127.0.0.1:3 --enable-trace" in made
-    assert "--otlp-traces-endpoint=127.0.0.1:4" in made
+    assert "--mini-lb --dualpath-scheduler=tcp://127.0.0.1:3 " in made
+    assert "--enable-trace --otlp-traces-endpoint=127.0.0.1:4" in made
     untraced = cluster(router={"kind": "placing"}, tracing={"enabled": False})
     assert "--enable-trace" not in router(untraced)
 
