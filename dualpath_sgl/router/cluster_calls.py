@@ -56,7 +56,7 @@ class ClusterCalls:
                     headers=headers.to_client(answer.headers),
                     body=await answer.read(),
                 )
-        except (aiohttp.ClientError, OSError, TimeoutError) as error:
+        except (aiohttp.ClientError, OSError) as error:
             return _bad_gateway([f"{able[0].url}: {words_of(error)}"])
 
     async def every_engine(self, request: web.Request) -> web.Response:
