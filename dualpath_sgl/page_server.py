@@ -10,6 +10,7 @@ from __future__ import annotations
 import logging
 import threading
 import time
+from collections import OrderedDict
 from dataclasses import dataclass, field
 from typing import Callable, Sequence
 
@@ -25,6 +26,8 @@ logger = logging.getLogger(__name__)
 
 WAITING_S = 0.5
 """How often a PE with an open room and no news is told to wait on."""
+CLOSED_REMEMBERED = 4096
+"""Rooms.  A PE that asks for one of them is told so at once and need not wait for a plan to arrive."""
 
 
 @dataclass
@@ -65,6 +68,7 @@ class PageServer(threading.Thread):
         self._lease_s = lease_s
         self._subscribe_timeout_s = subscribe_timeout_s
         self._rooms: dict[int, _Room] = {}
+        self._closed: OrderedDict[int, None] = OrderedDict()
         self._pullers: dict[int, _Puller] = {}
         self._lock = threading.Lock()
         self._wake: Mailbox[None] = Mailbox()
@@ -80,6 +84,7 @@ class PageServer(threading.Thread):
         self.close(room)
         now_s = time.monotonic()
         with self._lock:
+            self._closed.pop(room, None)
             self._rooms[room] = _Room(
                 first_page, now_s + self._lease_s, now_s + self._subscribe_timeout_s
             )
@@ -135,6 +140,10 @@ class PageServer(threading.Thread):
         """Take the pages back now: what is read from here on does not count."""
         with self._lock:
             state = self._rooms.pop(room, None)
+            if state is not None:
+                self._closed[room] = None
+                if len(self._closed) > CLOSED_REMEMBERED:
+                    self._closed.popitem(last=False)
         for callback in state.on_close if state is not None else ():
             try:
                 callback()
@@ -214,6 +223,8 @@ class PageServer(threading.Thread):
                 if state is not None:
                     state.subscribed = True
                     news = self._news(puller, state)
+                elif room in self._closed:
+                    news = [Ended(room=room, end_page=puller.next_page, reason="lease ended")]
                 elif now_s < puller.since_s + self._subscribe_timeout_s:
                     news = []  # the plan may reach the PE first
                 else:

@@ -63,12 +63,16 @@ class PeerLane(threading.Thread):
         self._fingerprint = fingerprint
         self._timeout_s = timeout_s
         self._on_missing = on_missing
-        self._mailbox: Mailbox[_Pull] = Mailbox()
+        self._mailbox: Mailbox[_Pull | Release] = Mailbox()
         self._pulls: dict[int, _Pull] = {}
 
     def submit(self, load: PageLoad, room: int, end: int) -> None:
         """Forward pages `[0, end)` of `load`; the part is open from now on."""
         self._mailbox.put(_Pull(load, room, end, load.open_part("peer", 0)))
+
+    def let_go(self, room: int) -> None:
+        """No page of `room` will be pulled."""
+        self._mailbox.put(Release(room=room))
 
     def run(self) -> None:
         self._socket = zmq.Context.instance().socket(zmq.DEALER)
@@ -84,8 +88,11 @@ class PeerLane(threading.Thread):
         poller.register(self._mailbox.fd, zmq.POLLIN)
         while True:
             poller.poll(POLL_MS)
-            for pull in self._mailbox.drain():
-                self._begin(pull)
+            for item in self._mailbox.drain():
+                if isinstance(item, Release):
+                    self._send(item)
+                else:
+                    self._begin(item)
             while self._socket.poll(0):
                 self._receive(self._socket.recv())
             self._give_up_overdue()

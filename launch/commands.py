@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from launch.addresses import Addresses, EngineAddresses
-from launch.config import ClusterConfig, Group, Mode, RouterKind
+from launch.config import ClusterConfig, Group, Mode, RouterKind, bits_per_s
 from scheduler_svc.protocol import Role
 
 OFFLINE_ENV = {"HF_HUB_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
@@ -44,6 +44,12 @@ DUALPATH_BACKEND = {
     "backend_name": "dualpath",
     "module_path": "dualpath_sgl.storage",
     "class_name": "DualPathStorage",
+    "interface_v1": 1,
+}
+LIMITED_BACKEND = {
+    "backend_name": "mooncake_limited",
+    "module_path": "dualpath_sgl.limited_store",
+    "class_name": "LimitedStore",
     "interface_v1": 1,
 }
 
@@ -288,11 +294,16 @@ def _hicache_flags(config: ClusterConfig, group: Group) -> list[str]:
     extra = {
         "prefetch_threshold": config.page_size
     }  # SGLang's default of 256 tokens would hide short prefixes.
+    rate = config.store.read_rate
+    backend = "mooncake"
     if config.mode is Mode.DUALPATH:
         backend = "dynamic"
-        extra = DUALPATH_BACKEND | extra
-    else:
-        backend = "mooncake"
+        extra |= DUALPATH_BACKEND
+    elif rate is not None:
+        backend = "dynamic"
+        extra |= LIMITED_BACKEND
+    if rate is not None:
+        extra["read_rate_bytes_per_s"] = bits_per_s(rate) // 8
     return [
         "--enable-hierarchical-cache",
         _host_pool_flag(group),

@@ -92,6 +92,8 @@ class ModelDirectory(_Section):
 class Store(_Section):
     segment_bytes: int = Field(1 << 30, ge=16 << 20)
     """DRAM that the store node contributes; engines contribute none."""
+    read_rate: BitRate | None = None
+    """Each engine reads no faster than this: for measuring where links cannot be shaped (`network`)."""
 
 
 class Scheduler(_Section):

@@ -294,6 +294,16 @@ def test_a_room_that_is_never_offered_ends_the_pull(prefill, hasty_server, hasty
     nothing_is_left(hasty_server, hasty_lane, room)
 
 
+def test_a_room_that_closed_before_the_pull_is_refused_at_once(prefill, server, lane):
+    room, load = next(rooms), prefill.load(4)
+    server.open(room, 0)
+    server.close(room)
+    lane.pull(load, room)
+    until_acknowledged(load)  # long before the server's subscribe time-out
+    assert lane.missing_of(load) == [(0, 4, "lease ended")]
+    nothing_is_left(server, lane, room)
+
+
 def test_a_room_that_nobody_asks_for_closes_long_before_its_lease_ends(decode):
     room = next(rooms)
     unpin, closed = Calls(), Calls()

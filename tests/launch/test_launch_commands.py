@@ -73,6 +73,19 @@ def test_the_dualpath_backend_is_named_to_sglang_as_a_class_to_import():
     assert extra["prefetch_threshold"] == 32
 
 
+@pytest.mark.parametrize(
+    ("mode", "backend"), [("basic", "LimitedStore"), ("both", "LimitedStore"), ("dualpath", "DualPathStorage")]
+)
+def test_a_read_rate_limits_every_mode_alike(mode, backend):
+    config = cluster(mode=mode, store={"read_rate": "80mbit"})
+    spec = engine_specs(config, lambda: 7)[0]
+    command = engine_command(config, HERE, spec, PORTS)
+    flag = "--hicache-storage-backend-extra-config="
+    extra = json.loads(next(part for part in command if part.startswith(flag)).removeprefix(flag))
+    assert "--hicache-storage-backend=dynamic" in command
+    assert (extra["class_name"], extra["read_rate_bytes_per_s"]) == (backend, 10_000_000)
+
+
 def test_only_mode_dualpath_switches_dualpath_on():
     inherited = {"DUALPATH_ENABLED": "1", "PATH": "/bin"}
     assert "DUALPATH_ENABLED" not in environment(cluster(mode="basic"), inherited)
