@@ -108,6 +108,14 @@ async def fail_inside_the_stream(engine: FaultyEngine, request: web.Request, bod
     return stream
 
 
+async def wrong_request_inside_the_stream(
+    engine: FaultyEngine, request: web.Request, body: dict
+) -> web.StreamResponse:
+    stream = await engine.begin_stream(request)
+    await stream.write(event({"error": {"message": "prompt too long", "code": 400}}))
+    return stream
+
+
 def event(content: dict) -> bytes:
     return b"data: " + json.dumps(content).encode() + b"\n\n"
 
@@ -188,6 +196,7 @@ class FaultyEngine:
             [
                 web.post("/generate", self._generate),
                 web.post("/v1/chat/completions", self._generate),
+                web.post("/v1/completions", self._generate),
                 web.get("/health", self._health),
                 web.get("/v1/models", self._health),
                 web.post("/flush_cache", self._health),

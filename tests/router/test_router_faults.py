@@ -7,10 +7,12 @@ from faulty_engine import (
     broken,
     busy,
     die,
+    event,
     fail_inside_the_stream,
     hang,
     one_chunk_then_wait,
     wrong_request,
+    wrong_request_inside_the_stream,
 )
 from otlp_collector import attributes
 from router_world import Router, World
@@ -130,6 +132,14 @@ def test_what_the_engines_call_a_wrong_request_is_passed_on_unchanged(world, rou
     assert answer.status == 400
     assert answer.json == {"error": {"message": "temperature is -1"}}
     assert sum(len(engine.seen) for engine in world.of(Role.PREFILL)) == 1
+
+
+def test_a_wrong_request_is_passed_on_unchanged_inside_a_stream_too(world, router):
+    all_of(world, Role.PREFILL, wrong_request_inside_the_stream)
+    all_of(world, Role.DECODE, hang)
+    answer = router.ask(stream=True)
+    assert answer.status == 200
+    assert answer.content == event({"error": {"message": "prompt too long", "code": 400}})
 
 
 def test_a_body_that_is_no_json_object_is_a_400(world, router):

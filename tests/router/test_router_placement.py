@@ -35,6 +35,13 @@ def test_both_engines_get_the_request_with_the_room_and_the_prefill_engines_addr
     assert 0 <= body["bootstrap_room"] < 2**63
 
 
+@pytest.mark.parametrize("path", ["/v1/chat/completions", "/v1/completions"])
+def test_openais_endpoints_are_placed_like_generate(world, router, path):
+    answer = router.ask(path, messages=[{"role": "user", "content": "hello"}])
+    assert answer.json["text"] in {"d0", "d1"}
+    assert world.placed_by(answer) == "scheduler"
+
+
 def test_the_scheduler_places_and_its_span_names_the_same_room(world, router):
     answer = router.ask()
     assert world.placed_by(answer) == "scheduler"
