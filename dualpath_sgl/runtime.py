@@ -75,7 +75,7 @@ class Runtime:
                 role=self.role,
                 rank=self.rank,
                 tp_size=config.tp_size,
-                url=f"http://{args.host}:{args.port}",
+                url=settings.http_url(args.host, args.port),
                 bootstrap_port=(
                     args.disaggregation_bootstrap_port if self.role is Role.PREFILL else None
                 ),

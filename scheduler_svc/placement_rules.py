@@ -168,9 +168,11 @@ def is_worth_staying(last: EngineLoad, best: EngineLoad, saved_bytes: int) -> bo
 
         expected_wait_s(last) - expected_wait_s(best)  <=  saved_bytes / read rate of best
 
-    A saved page is one `best` would have to read.  With no read rate known any saving is worth it.
+    A saved page is one `best` would have to read.  An engine that has not read yet is taken to be as
+    fast as the other: a session would never move to it otherwise, however idle it is.  With neither
+    rate known any saving is worth it.
     """
-    rate = best.read_rate_bytes_per_s
+    rate = best.read_rate_bytes_per_s or last.read_rate_bytes_per_s
     if rate <= 0:
         return True
     return expected_wait_s(last) - expected_wait_s(best) <= saved_bytes / rate

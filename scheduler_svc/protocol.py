@@ -210,6 +210,14 @@ class Done(Wire, tag="done", kw_only=True):
     lanes: tuple[LaneRecord, ...] = ()
 
 
+class Ping(Wire, tag="ping"):
+    """Whether the scheduler answers; costs it nothing and changes nothing."""
+
+
+class Pong(Wire, tag="pong"):
+    """It does."""
+
+
 class StatusRequest(Wire, tag="status_request"):
     """A tool asks for everything at once."""
 
@@ -263,8 +271,8 @@ class Error(Wire, tag="error"):
     request_id: str | None = None
 
 
-Request = Heartbeat | Place | Report | Done | StatusRequest
-Reply = Placement | Plan | Status | Error
+Request = Heartbeat | Place | Report | Done | StatusRequest | Ping
+Reply = Placement | Plan | Status | Pong | Error
 
 _request = msgspec.json.Decoder(Request)
 _reply = msgspec.json.Decoder(Reply)

@@ -28,9 +28,11 @@ from scheduler_svc.protocol import (
     Heartbeat,
     Outcome,
     Path,
+    Ping,
     Place,
     Placement,
     Plan,
+    Pong,
     Report,
     Request,
     Role,
@@ -56,6 +58,7 @@ class Result(NamedTuple):
 
 
 NOTHING = Result()
+PONG = Result(Pong())
 
 
 class Refused(Exception):
@@ -99,6 +102,7 @@ class Cluster:
             Report: self._report,
             Done: self._done,
             StatusRequest: self._status,
+            Ping: lambda message, now_s: PONG,
         }
 
     def handle(self, message: Request, now_s: float) -> Result:

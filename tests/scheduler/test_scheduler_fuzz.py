@@ -23,7 +23,7 @@ from scheduler_vocabulary import (
 )
 from test_scheduler_server import WAIT_S, pair, running
 
-from scheduler_svc.protocol import Error, ErrorCode, Place, StatusRequest, encode
+from scheduler_svc.protocol import Error, ErrorCode, Ping, Place, StatusRequest, encode
 
 VALID = [
     encode(message)
@@ -34,6 +34,7 @@ VALID = [
         decode_report(1, 0),
         done(1, "p0", lane("store", 0, 10)),
         StatusRequest(),
+        Ping(),
     )
 ]
 values = st.recursive(

@@ -156,6 +156,8 @@ def test_staying_is_worth_it_while_the_saved_read_outlasts_the_longer_wait():
     assert is_worth_staying(last, best, saved_bytes=2_000_000_000)
     assert not is_worth_staying(last, best, saved_bytes=1_999_999_999)
     best.read_rate_bytes_per_s = 0
+    assert not is_worth_staying(last, best, saved_bytes=1_999_999_999), "as fast as the one that has read"
+    last.read_rate_bytes_per_s = 0
     assert is_worth_staying(last, best, saved_bytes=1)
 
 

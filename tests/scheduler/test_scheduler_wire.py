@@ -57,6 +57,7 @@ requests = st.one_of(
         lanes=st.lists(lanes, max_size=3).map(tuple),
     ),
     st.just(protocol.StatusRequest()),
+    st.just(protocol.Ping()),
 )  # fmt: skip
 replies = st.one_of(
     st.builds(protocol.Placement, request_id=names, room=rooms, prefill=engines, decode=engines),
@@ -74,6 +75,7 @@ replies = st.one_of(
         paths=st.dictionaries(st.sampled_from(protocol.Path), counts, max_size=4),
         fallbacks=st.dictionaries(names, counts, max_size=3), duplicate_store_pages=counts, errors=counts,
     ),
+    st.just(protocol.Pong()),
     st.builds(
         protocol.Error, code=st.sampled_from(protocol.ErrorCode), message=names, room=st.none() | rooms,
         request_id=st.none() | names,
@@ -94,8 +96,10 @@ def test_every_reply_survives_the_wire(message):
 def test_the_round_trips_cover_every_message_type():
     asked = get_args(protocol.Request)
     answered = get_args(protocol.Reply)
-    assert {kind.__name__ for kind in asked} == {"Heartbeat", "Place", "Report", "Done", "StatusRequest"}
-    assert {kind.__name__ for kind in answered} == {"Placement", "Plan", "Status", "Error"}
+    assert {kind.__name__ for kind in asked} == {
+        "Heartbeat", "Place", "Report", "Done", "StatusRequest", "Ping",
+    }  # fmt: skip
+    assert {kind.__name__ for kind in answered} == {"Placement", "Plan", "Status", "Pong", "Error"}
 
 
 json_values = st.recursive(
