@@ -46,9 +46,9 @@ class Hardware(BaseModel):
     attention_quota_s: Positive = 0.3
     """Attention time of one prefill step on one engine.  Paper, section 6.2 and appendix A.4."""
 
-    layer_step_s: Positive = 0.00052
+    layer_step_s: Positive = 0.00047
     """A step's least time for one layer, however small its batch (launches, EP dispatch and combine,
     reading weights).  ASSUMPTION for prefill and decode alike, from the paper's TPOT of 36 ms at
     44P88D and 8.8 APS: 8.8 agents/s x 157 turns x 176 tokens x 0.036 s / 704 engines = 12.4 sequences
-    an engine, whose own work (`Model.decode_sequence_s`, 0.35 ms each) leaves 31.6 ms for 61 layers.
+    an engine, whose own work (`Model.decode_sequence_s`, 0.57 ms each) leaves 28.9 ms for 61 layers.
     TPOT is a published result, but not one of those compared."""

@@ -42,7 +42,7 @@ class StorageLink:
 
 
 WINDOW_S = 60.0
-"""Over which the load of the links is compared.  ASSUMPTION: the paper gives no interval."""
+"""Over which the load of the links is compared; the paper gives no interval."""
 
 
 class Balance:

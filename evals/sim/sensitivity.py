@@ -1,0 +1,52 @@
+"""How the headline speed-ups move when an assumption is turned."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+from evals.sim.bench import Bench, Nodes
+from evals.sim.hardware import Hardware
+from evals.sim.models import DS_27B, DS_660B
+
+CLUSTERS = ((DS_660B, Nodes(2, 4)), (DS_27B, Nodes(1, 1)))
+TURNED = ("prefill_flop_per_s", "layer_step_s", "hbm_bytes")
+"""Fields of `Hardware` that the paper does not give."""
+SHARE = 0.25
+
+
+class Variation(NamedTuple):
+    name: str
+    speedup_660b: float
+    """2P4D."""
+    speedup_27b: float
+    """1P1D."""
+
+
+def variations(bench: Bench, agents: int) -> list[Variation]:
+    """Each with `agents` agents of 64K unless it says otherwise."""
+    default = Hardware()
+    found = [_variation(bench, f"as calibrated, {agents:,} agents", agents)]
+    for name in TURNED:
+        for change in (-SHARE, SHARE):
+            turned = default.model_copy(update={name: getattr(default, name) * (1 + change)})
+            found.append(_variation(bench, f"{name} {change:+.0%}", agents, hardware=turned))
+    indexed = [
+        (model._replace(token_bytes=model.token_bytes + model.index_dim + 4), nodes)
+        for model, nodes in CLUSTERS
+    ]
+    found.append(_variation(bench, "KV with the indexer's keys", agents, indexed))
+    two_byte = [(model._replace(token_bytes=2 * (512 + 64)), nodes) for model, nodes in CLUSTERS]
+    found.append(_variation(bench, "KV of two bytes a value", agents, two_byte))
+    found += [
+        _variation(bench, f"trajectories of seed {seed}", agents, trajectories=bench.trajectories("64k", seed))
+        for seed in (2, 3)
+    ]
+    found.append(_variation(bench, f"{2 * agents:,} agents", 2 * agents))
+    found.append(_variation(bench, "the service's whole state object", agents, scheduler="service"))
+    return found
+
+
+def _variation(bench: Bench, name: str, agents: int, clusters=CLUSTERS, **settings) -> Variation:
+    return Variation(
+        name, *(bench.speedup(model, nodes, agents, label=name, **settings) for model, nodes in clusters)
+    )
