@@ -36,6 +36,10 @@ class Report(Protocol):
         """More turns of it are done."""
 
 
+Note = Callable[[str, str], None]
+"""Takes name and value of something that has no counterpart among the paper's figures."""
+
+
 class Bench:
     """The paper's set-up unless an experiment says otherwise."""
 
@@ -88,5 +92,3 @@ class Bench:
         return capacity(met, FIRST_RATE_PER_S, precision)
 
 
-Note = Callable[[str, str], None]
-"""Takes name and value of something that has no counterpart among the paper's figures."""

@@ -51,12 +51,12 @@ def run(
     modes: Annotated[
         str,
         typer.Option(
-            help=f"Comma-separated, the first is the reference: {', '.join(MODES)}, or PLACEMENT/PATH such as "
-            "paper/split or random/shorter_queue."
+            help=f"Comma-separated, the first is the reference: {', '.join(MODES)}, or PLACEMENT/PATH such "
+            "as paper/split or random/shorter_queue."
         ),
     ] = "basic,dualpath,split,oracle",
     scheduler: Annotated[
-        str, typer.Option(help="policies, or service: the scheduler's whole state fed with messages (slower).")
+        str, typer.Option(help="policies, or service: the scheduler's whole state, by messages (slower).")
     ] = "policies",
     seed: Annotated[int, typer.Option(help="Of trajectories, their choice and random placement.")] = 1,
 ) -> None:
@@ -76,10 +76,11 @@ def run(
             raise EvalError("modes is empty; name at least one")
         setups = {
             name: Setup(
-                MODELS[model], hardware, prefill_nodes, decode_nodes, _mode(name), scheduler=scheduler, seed=seed
+                MODELS[model], hardware, prefill_nodes, decode_nodes, _mode(name), scheduler, seed
             )
             for name in names
         }
+        console.print("[dim]drawing trajectories[/]" if trace is None else f"[dim]reading {trace}[/]")
         trajectories = trace_trajectories(trace) if trace else table2_trajectories(row, seed)
         load = workload(trajectories, agents, MODELS[model], hardware, seed)
         hit_tokens = sum(turn.hit_pages for turns in load.agents for turn in turns) * PAGE_TOKENS
@@ -90,7 +91,7 @@ def run(
         )
         table = Table("mode", box=None, pad_edge=False)
         for column in (
-            "JCT s", "speed-up", "TTFT s", "TPOT ms", "storage links busy P", "D", "SNIC max/avg", "turns/s",
+            "JCT s", "speed-up", "TTFT s", "TPOT ms", "P busy", "D busy", "max/avg", "turns/s",
         ):  # fmt: skip
             table.add_column(column, justify="right")
         reference_s = None
@@ -112,6 +113,7 @@ def run(
                     f"{found.turns / found.jct_s:,.1f}",
                 )
     console.print(table)
+    console.print("busy: share of the run in which storage links of P and D nodes read; max/avg: their bytes")
 
 
 @sim_app.command("paper")
@@ -154,7 +156,7 @@ def compare(
     )
     console.print(f"{path}")
     if quick:
-        console.print("[yellow]--quick: few agents do not saturate storage; these are not the paper's set-ups[/]")
+        console.print("[yellow]--quick: few agents do not saturate storage; compare the full run instead[/]")
 
 
 def _comparison(figures: list[Figure]) -> Table:

@@ -99,11 +99,10 @@ def sweep_27b(bench: Bench, size: Size, note: Note) -> list[Figure]:
             }
             speedups[nodes, row] = _speedup(found)
             for mode, outcome in found.items():
-                note(f"27B {nodes} {row}, {size.sweep_agents:,} agents, {mode}", _describe(outcome, found["basic"]))
+                name = f"27B {nodes} {row}, {size.sweep_agents:,} agents, {mode}"
+                note(name, _describe(outcome, found["basic"]))
     return [
-        Figure.of(
-            "offline_speedup_27b_1p1d", 1.78, max(speedups[SWEEP[0], row] for row in size.rows)
-        ),
+        Figure.of("offline_speedup_27b_1p1d", 1.78, max(speedups[SWEEP[0], row] for row in size.rows)),
         Figure.of("pd_sweep_27b_mean", 1.64, fmean(speedups.values())),
         Figure.of("pd_sweep_27b_max", 2.46, max(speedups.values())),
     ]
@@ -120,12 +119,13 @@ def pairs_27b(bench: Bench, size: Size, note: Note) -> list[Figure]:
                 _describe(runs[str(nodes), mode], runs[str(nodes), "basic"]),
             )
     pairs = {
-        "dualpath_1p1d_over_basic_2p1d": (("1P1D", "dualpath"), ("2P1D", "basic")),
-        "dualpath_2p1d_over_dualpath_1p2d": (("2P1D", "dualpath"), ("1P2D", "dualpath")),
-        "basic_1p1d_over_basic_1p2d": (("1P1D", "basic"), ("1P2D", "basic")),
+        "dualpath_1p1d_basic_2p1d": (("1P1D", "dualpath"), ("2P1D", "basic")),
+        "dualpath_2p1d_1p2d": (("2P1D", "dualpath"), ("1P2D", "dualpath")),
+        "basic_1p1d_1p2d": (("1P1D", "basic"), ("1P2D", "basic")),
     }
     return [
-        Figure.of(PAIR + name, 1.0, runs[one].jct_s / runs[other].jct_s) for name, (one, other) in pairs.items()
+        Figure.of(PAIR + name, 1.0, runs[one].jct_s / runs[other].jct_s)
+        for name, (one, other) in pairs.items()
     ]
 
 

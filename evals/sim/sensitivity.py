@@ -37,10 +37,9 @@ def variations(bench: Bench, agents: int) -> list[Variation]:
     found.append(_variation(bench, "KV with the indexer's keys", agents, indexed))
     two_byte = [(model._replace(token_bytes=2 * (512 + 64)), nodes) for model, nodes in CLUSTERS]
     found.append(_variation(bench, "KV of two bytes a value", agents, two_byte))
-    found += [
-        _variation(bench, f"trajectories of seed {seed}", agents, trajectories=bench.trajectories("64k", seed))
-        for seed in (2, 3)
-    ]
+    for seed in (2, 3):
+        drawn = bench.trajectories("64k", seed)
+        found.append(_variation(bench, f"trajectories of seed {seed}", agents, trajectories=drawn))
     found.append(_variation(bench, f"{2 * agents:,} agents", 2 * agents))
     found.append(_variation(bench, "the service's whole state object", agents, scheduler="service"))
     return found

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import NamedTuple
 
 from evals.errors import EvalError
 from evals.sim.hardware import Hardware
 from evals.sim.models import Model
+from evals.sim.scheduling import path_of, placement_of
 
 SCHEDULERS = ("policies", "service")
 
@@ -45,6 +46,9 @@ class Setup:
     seed: int = 1
 
     def __post_init__(self) -> None:
+        """Raises EvalError."""
+        placement_of(self.mode.placement, self.seed)
+        path_of(self.mode.path)
         for name in ("prefill_nodes", "decode_nodes"):
             if getattr(self, name) < 1:
                 raise EvalError(f"{name} is {getattr(self, name)}; give at least 1")
@@ -55,15 +59,9 @@ class Setup:
                 weights = self._weight_bytes(group) / 1e9
                 usable = self.hardware.hbm_bytes * self.hardware.hbm_usable / 1e9
                 raise EvalError(
-                    f"{self.model.name} needs {weights:.1f} GB of weights on each of {group} {role} engines, but "
-                    f"{usable:.1f} GB are usable; give more {role} nodes or a smaller model"
+                    f"{self.model.name} needs {weights:.1f} GB of weights on each of {group} {role} engines, "
+                    f"but {usable:.1f} GB are usable; give more {role} nodes or a smaller model"
                 )
-
-    def with_mode(self, name: str) -> Setup:
-        """Raises EvalError."""
-        if name not in MODES:
-            raise EvalError(f"mode {name!r} is unknown; choose one of {', '.join(MODES)}")
-        return replace(self, mode=MODES[name])
 
     @property
     def gpus(self) -> int:

@@ -9,7 +9,7 @@ every hit page is read from the store.
 from __future__ import annotations
 
 import random
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -82,11 +82,12 @@ def table2_trajectories(row: str, seed: int) -> list[Trajectory]:
     return [tuple(_growing(session)) for session in sessions]
 
 
-def _growing(session: TraceSession):
+def _growing(session: TraceSession) -> Iterator[Lengths]:
     """Every prompt holds the whole transcript before it; its last generated token has no KV yet."""
     context = 0
     for request in session.requests:
-        yield Lengths(request.prompt_tokens, max(0, context - 1) // PAGE_TOKENS * PAGE_TOKENS, request.output_tokens)
+        hit = max(0, context - 1) // PAGE_TOKENS * PAGE_TOKENS
+        yield Lengths(request.prompt_tokens, hit, request.output_tokens)
         context = request.prompt_tokens + request.output_tokens
 
 
