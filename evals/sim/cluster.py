@@ -71,8 +71,10 @@ class Simulation:
         self._build_engines()
         self._scheduler = self._build_scheduler()
         self.on_turn: Callable[[TurnTimes], None] | None = None
+        self.on_all_done: Callable[[], None] | None = None
+        """When no agent that was started has a turn left."""
         self.turns = 0
-        self.agents_left = 0
+        self._agents_left = 0
         self._ttft_sum_s = 0.0
         self._tpot_sum_s = 0.0
         self._tpot_turns = 0
@@ -99,22 +101,15 @@ class Simulation:
         )
         sequence_s = model.decode_sequence_s(self._workload.mean_context_tokens, hardware)
         decode_costs = DecodeCosts(fixed_s, sequence_s, self._nic)
-        self.prefill_groups = [
-            PrefillGroup(self.loop, engines, prefill_costs, self._prefilled)
-            for engines in _groups(self.prefill_engines, setup.prefill_group)
-        ]
-        decode_groups = [
-            (engines, DecodeGroup(self.loop, engines, decode_costs, self._finished))
-            for engines in _groups(self.decode_engines, setup.decode_group)
-        ]
-        self._prefill_group = {
-            engine: group
-            for group, engines in zip(
-                self.prefill_groups, _groups(self.prefill_engines, setup.prefill_group), strict=True
-            )
-            for engine in engines
-        }
-        self._decode_group = {engine: group for engines, group in decode_groups for engine in engines}
+        self._prefill_groups: list[PrefillGroup] = []
+        self._prefill_group: dict[SimEngine, PrefillGroup] = {}
+        for engines in _groups(self.prefill_engines, setup.prefill_group):
+            self._prefill_groups.append(PrefillGroup(self.loop, engines, prefill_costs, self._prefilled))
+            self._prefill_group |= dict.fromkeys(engines, self._prefill_groups[-1])
+        self._decode_group: dict[SimEngine, DecodeGroup] = {}
+        for engines in _groups(self.decode_engines, setup.decode_group):
+            group = DecodeGroup(self.loop, engines, decode_costs, self._finished)
+            self._decode_group |= dict.fromkeys(engines, group)
 
     def _nodes(
         self, role: Role, nodes: int, kv_tokens: int | None
@@ -154,7 +149,7 @@ class Simulation:
 
     def start(self, agent: int) -> None:
         """Agent `agent` of the workload begins its trajectory now."""
-        self.agents_left += 1
+        self._agents_left += 1
         self._next_turn(agent, 0)
 
     def _next_turn(self, agent: int, index: int) -> None:
@@ -208,12 +203,9 @@ class Simulation:
         if request.index + 1 < len(self._workload.agents[request.agent]):
             self._next_turn(request.agent, request.index + 1)
         else:
-            self.agents_left -= 1
-            if not self.agents_left:
-                self._all_done()
-
-    def _all_done(self) -> None:
-        """May be overruled by whoever starts more agents."""
+            self._agents_left -= 1
+            if not self._agents_left and self.on_all_done:
+                self.on_all_done()
 
     def _measure(self, request: Request) -> None:
         ttft_s = request.prefilled_s - request.arrived_s
@@ -239,7 +231,7 @@ class Simulation:
             balance.is_open = False
             self.stop()
 
-        self._all_done = all_done
+        self.on_all_done = all_done
         # Millions of short-lived objects and no cycles: the collector would only look at them again.
         gc.disable()
         try:
@@ -259,7 +251,7 @@ class Simulation:
         jct_s = self.loop.now_s
         links = self.prefill_links + self.decode_links
         rate = self._setup.hardware.storage_bytes_per_s
-        attention_s = sum(group.mean_attention_s for group in self.prefill_groups)
+        attention_s = sum(group.mean_attention_s for group in self._prefill_groups)
         read = [link.read_bytes for link in links]
         return Outcome(
             jct_s,
@@ -268,10 +260,10 @@ class Simulation:
             self._tpot_sum_s / max(1, self._tpot_turns),
             fmean(balance.ratios) if balance.ratios else 1.0,
             max_over_mean(read) if any(read) else 1.0,
-            sum(group.longest_attention_s for group in self.prefill_groups) / attention_s,
+            sum(group.longest_attention_s for group in self._prefill_groups) / attention_s,
             fmean(link.read_bytes for link in self.prefill_links) / rate / jct_s,
             fmean(link.read_bytes for link in self.decode_links) / rate / jct_s,
-            fmean(group.busy_s for group in self.prefill_groups) / jct_s,
+            fmean(group.busy_s for group in self._prefill_groups) / jct_s,
             sum(read),
         )
 
