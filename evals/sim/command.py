@@ -125,31 +125,28 @@ def compare(
 ) -> None:
     """The paper's results beside the simulated ones (about 12 minutes of one core)."""
     size = paper.QUICK if quick else paper.FULL
-    notes: list[tuple[str, str]] = []
 
     def note(name: str, value: str) -> None:
-        notes.append((name, value))
+        console.print(f"[dim]{name}: {value}[/]")
 
     begun_s = time.process_time()
     with _failures_explained(), _Bars() as bars:
         bench = Bench(bars)
-        scale_figure, scale_run = paper.scale(bench, size, note)
         figures = [
             *paper.offline_660b(bench, size, note),
             *paper.sweep_27b(bench, size, note),
-            *paper.online(bench, size, note),
-            scale_figure,
             *paper.pairs_27b(bench, size, note),
+            *paper.online(bench, size, note),
         ]
-        turned = variations(bench, size.sensitivity_agents) if size.sensitivity_agents else []
-    for name, value in notes:
-        console.print(f"[dim]{name}: {value}[/]")
-    console.print()
-    console.print(_comparison(figures))
-    if turned:
+        scale_figure, scale_run = paper.scale(bench, size, note)
+        figures.append(scale_figure)
+        path = write(figures, out)
         console.print()
-        console.print(_sensitivity(turned))
-    path = write(figures, out)
+        console.print(_comparison(figures))
+        if size.sensitivity_agents:
+            turned = variations(bench, size.sensitivity_agents)
+            console.print()
+            console.print(_sensitivity(turned))
     console.print(
         f"\n{scale_run.gpus:,} GPUs and {scale_run.agents:,} agents ({scale_run.turns:,} turns) simulated in "
         f"{scale_run.cpu_s:.0f} s of one core; everything in {time.process_time() - begun_s:.0f} s"
@@ -186,7 +183,7 @@ def _sensitivity(turned: list[Variation]) -> Table:
 
 
 class _Bars:
-    """A bar for the experiment at hand; ended ones stay as lines."""
+    """A bar for the experiment at hand; on what is no terminal, its name on stderr."""
 
     def __init__(self) -> None:
         self._progress = Progress(
@@ -195,9 +192,8 @@ class _Bars:
             MofNCompleteColumn(),
             TextColumn("turns"),
             TimeElapsedColumn(),
-            console=errors,
-            transient=False,
-            disable=not errors.is_terminal,
+            console=console,
+            disable=not console.is_terminal,
         )
         self._task = None
 
@@ -211,7 +207,7 @@ class _Bars:
     def begin(self, name: str, turns: int | None) -> None:
         if self._task is not None:
             self._progress.update(self._task, visible=False)
-        if not errors.is_terminal:
+        if not console.is_terminal:
             errors.print(name)
         self._task = self._progress.add_task(name, total=turns)
 

@@ -44,7 +44,7 @@ class Size(NamedTuple):
     """None: leave the sensitivities out."""
 
 
-FULL = Size((1024, 2048), 4096, 1024, ("32k", "48k", "64k"), 2048, 24, 2000, 0.04, 512)
+FULL = Size((1024, 2048), 4096, 1024, ("32k", "48k", "64k"), 2048, 24, 2000, 0.06, 512)
 QUICK = Size((256,), 512, 256, ("64k",), 256, 4, 128, None, None)
 """For development: so few agents do not keep storage busy."""
 

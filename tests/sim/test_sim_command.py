@@ -11,6 +11,7 @@ from evals.sim import figures, paper
 from evals.sim.bench import Bench
 from evals.sim.command import sim_app
 from evals.sim.figures import Figure
+from evals.sim.sensitivity import variations
 
 TINY = paper.Size((12,), 16, 12, ("32k",), 12, 2, 12, None, None)
 
@@ -92,6 +93,16 @@ def test_every_figure_of_the_paper_gets_a_row_in_the_summary(tmp_path, monkeypat
     # Round robin spreads half of the bytes over two links and half over four.
     assert by_name["snic_max_over_mean_round_robin"]["simulated"] == pytest.approx(1.5, rel=0.05)
     assert len(set(notes)) > 10
+
+
+def test_every_assumption_can_be_turned(monkeypatch):
+    monkeypatch.setattr("evals.sim.workload.TRAJECTORIES", 3)
+    found = variations(Bench(Silent()), agents=3)
+    assert len({one.name for one in found}) == len(found) == 11
+    as_calibrated, slower_gpu = found[0], found[1]
+    assert slower_gpu.name == "prefill_flop_per_s -25%"
+    assert slower_gpu[1:] != as_calibrated[1:]
+    assert all(0.5 < ratio < 3.0 for one in found for ratio in one[1:])
 
 
 def test_online_figures_are_the_ratio_of_two_capacities():
