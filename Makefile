@@ -1,7 +1,12 @@
 # make demo    the whole thing on this machine's CPU: set-up, cluster, agent trace, report
 # make test    every test, the end-to-end ones on a real cluster included
 # make bench-load    the load paths on shaped links against upstream (root, about 20 minutes)
+<<<<<<< HEAD
 # make bench-scheduler    requests a second, plan latency and memory of the scheduler (two minutes)
+=======
+# make bench-scheduler    requests a second, plan latency and memory of the scheduler (a minute)
+# make sim-paper    the paper's results beside simulated ones (about 12 minutes of one core)
+>>>>>>> h-sim
 # make setup   only the virtual environment, the patches and the tiny model
 PYTHON ?= python3.11
 VENV := .venv
@@ -10,7 +15,7 @@ PIP := $(PY) -m pip --disable-pip-version-check
 TORCH := torch==2.13.0+cpu
 TORCH_INDEX := https://download.pytorch.org/whl/cpu
 
-.PHONY: setup demo test bench-load bench-scheduler clean
+.PHONY: setup demo test bench-load bench-scheduler sim-paper clean
 .DELETE_ON_ERROR:
 
 setup: $(VENV)/.patched $(VENV)/.model $(VENV)/.bytecode
@@ -26,6 +31,9 @@ bench-load: setup
 
 bench-scheduler: setup
 	$(PY) -m evals.bench_scheduler
+
+sim-paper: setup
+	$(VENV)/bin/dualpath sim paper
 
 clean:
 	rm -rf $(VENV) .cache build dist *.egg-info

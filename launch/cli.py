@@ -24,6 +24,7 @@ from scheduler_svc.keys import keys_app
 DEFAULT_RUN_DIR = Path("runs/current")
 LAZY_COMMANDS = {
     "eval": ("evals.cli", "eval_app", "Replay agent traces and compare modes."),
+    "sim": ("evals.sim.command", "sim_app", "Simulate clusters that are not at hand."),
     "trace": ("evals.cli", "trace_app", "Look at recorded request traces."),
 }
 
