@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from statistics import median
-from typing import Any
+from typing import Any, NamedTuple
 
 from evals.gpu_loads import BURST_POLICIES, LONE_POLICIES, Cell, LoadPlan, cell_name
 
@@ -38,29 +38,43 @@ def stage_times(
 ) -> dict[str, tuple[float, float]]:
     """Stage -> medians of (begin after the window's, length) in seconds; a window is one lone request.
 
-    `traces` are Jaeger's (evals/jaeger.py).  A stage that ran twice in a window counts from its first
+    `traces` are Jaeger's (evals/jaeger.py).  A stage that ran twice for a request counts from its first
     begin to its last end; one that did not run in every window is left out.
     """
-    found: dict[str, dict[int, tuple[int, int]]] = {}
-    for trace in traces:
-        for span in trace["spans"]:
-            role = trace["processes"][span["processID"]]["serviceName"].partition("-")[0]
-            stage = (role, span["operationName"])
-            begun_ns = span["startTime"] * 1000
-            ended_ns = begun_ns + span["duration"] * 1000
-            for number, (first_ns, last_ns) in enumerate(windows_ns):
-                if stage in STAGES and first_ns <= begun_ns < last_ns:
-                    of_stage = found.setdefault(" ".join(stage), {})
-                    before = of_stage.get(number, (begun_ns, ended_ns))
-                    of_stage[number] = (min(begun_ns, before[0]), max(ended_ns, before[1]))
+    found: dict[str, list[tuple[int, int]]] = {}
+    spans = [_span(trace, span) for trace in traces for span in trace["spans"]]
+    for first_ns, last_ns in windows_ns:
+        began = [span for span in spans if first_ns <= span.begun_ns < last_ns]
+        for role in {role for role, _ in STAGES}:
+            of_role = [span for span in began if span.role == role]
+            # Health checks pass through engines too; the request is the longest thing in its window.
+            request = max(of_role, key=lambda span: span.ended_ns - span.begun_ns, default=None)
+            for name in {span.name for span in of_role if (role, span.name) in STAGES}:
+                parts = [span for span in of_role if span.name == name and span.trace == request.trace]
+                if parts:
+                    begun_ns = min(span.begun_ns for span in parts)
+                    length_ns = max(span.ended_ns for span in parts) - begun_ns
+                    found.setdefault(f"{role} {name}", []).append((begun_ns - first_ns, length_ns))
     return {
-        stage: (
-            median(begun - windows_ns[number][0] for number, (begun, _) in of_stage.items()) / 1e9,
-            median(ended - begun for begun, ended in of_stage.values()) / 1e9,
-        )
-        for stage, of_stage in found.items()
-        if len(of_stage) == len(windows_ns)
+        stage: (median(begun for begun, _ in times) / 1e9, median(length for _, length in times) / 1e9)
+        for stage, times in found.items()
+        if len(times) == len(windows_ns)
     }
+
+
+class _Span(NamedTuple):
+    trace: str
+    role: str
+    name: str
+    begun_ns: int
+    ended_ns: int
+
+
+def _span(trace: dict[str, Any], span: dict[str, Any]) -> _Span:
+    service = trace["processes"][span["processID"]]["serviceName"]
+    begun_ns = span["startTime"] * 1000
+    ended_ns = begun_ns + span["duration"] * 1000
+    return _Span(trace["traceID"], service.partition("-")[0], span["operationName"], begun_ns, ended_ns)
 
 
 def tables(cells: Cells, plan: LoadPlan) -> str:
@@ -133,7 +147,7 @@ def _bursts(cells: Cells, plan: LoadPlan) -> str:
         return [
             label,
             f"{found.median_job_s:.2f}",
-            _ratio(upstream.median_job_s if upstream else None, found.median_job_s),
+            "-" if limit is None else _ratio(upstream.median_job_s if upstream else None, found.median_job_s),
             "-" if limit is None else f"{limit:g}",
             *(f"{count:.0f}" for count in read),
         ]

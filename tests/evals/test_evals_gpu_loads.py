@@ -64,3 +64,12 @@ def test_stages_are_medians_over_the_requests_of_a_cell_and_of_no_other_request(
 def test_a_stage_that_one_request_did_not_have_is_left_out():
     traces = jaeger.traces([otlp("decode-0", span("1" * 16, "storage.read", 1_100, 1_400))])
     assert stage_times(traces, [(1_000_000, 2_000_000), (2_000_000, 3_000_000)]) == {}
+
+
+def test_a_health_check_that_passes_during_a_request_is_not_counted():
+    request = (span("1" * 16, "prefill Req", 1_000, 1_900), span("2" * 16, "prefill_forward", 1_700, 1_800))
+    check = (span("3" * 16, "prefill Req", 1_100, 1_150), span("4" * 16, "prefill_forward", 1_110, 1_140))
+    of_another_trace = [item | {"traceId": "f" * 32} for item in check]
+    traces = jaeger.traces([otlp("prefill-0", *request, *of_another_trace)])
+    begun_s, length_s = stage_times(traces, [(1_000_000, 2_000_000)])["prefill prefill_forward"]
+    assert (begun_s, length_s) == (pytest.approx(700e-6), pytest.approx(100e-6))
