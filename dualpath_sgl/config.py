@@ -11,6 +11,7 @@ from pydantic_settings import BaseSettings, SettingsConfigDict
 
 from scheduler_svc.protocol import PLAN_TIMEOUT_S
 
+EVERY_ADDRESS = ("0.0.0.0", "::", "")
 Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 
 
@@ -42,6 +43,11 @@ class Settings(BaseSettings):
     """A DE keeps pages pinned for a PE this long after it last vouched for them."""
     subscribe_timeout_s: Positive = 10.0
     """A DE waits this long for the planned PE to ask for its pages before it stops holding them."""
+
+    def http_url(self, listens_on: str, port: int) -> str:
+        """Where routers reach this engine's HTTP server: `host` when that listens on every address."""
+        address = self.host if listens_on in EVERY_ADDRESS else listens_on
+        return f"http://[{address}]:{port}" if ":" in address else f"http://{address}:{port}"
 
 
 @cache

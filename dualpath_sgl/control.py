@@ -9,6 +9,7 @@ plan that cannot come.
 from __future__ import annotations
 
 import logging
+import random
 import threading
 import time
 from pathlib import Path
@@ -25,6 +26,8 @@ from scheduler_svc.protocol import Done, Engine, Error, ErrorCode, Heartbeat, Lo
 logger = logging.getLogger(__name__)
 
 HEARTBEAT_S = 1.0
+"""The one after (re)connecting comes sooner, at random: engines that all lost the same scheduler would
+otherwise report in step from then on, and plans wait behind their heartbeats."""
 
 
 class ControlChannel(threading.Thread):
@@ -73,17 +76,17 @@ class ControlChannel(threading.Thread):
         poller = zmq.Poller()
         for source in (socket, monitor, self._mailbox.fd):
             poller.register(source, zmq.POLLIN)
-        next_heartbeat_s = 0.0
+        next_heartbeat_s, interval_s = 0.0, HEARTBEAT_S
         try:
             while not self._stopping.is_set():
                 wait_s = max(0.0, min(next_heartbeat_s - time.monotonic(), HEARTBEAT_S))
                 ready = dict(poller.poll(wait_s * 1000))
                 if monitor in ready:
                     self._follow_connection(monitor)
-                    next_heartbeat_s = 0.0
+                    next_heartbeat_s, interval_s = 0.0, random.uniform(0, HEARTBEAT_S)
                 if time.monotonic() >= next_heartbeat_s:
                     self._transmit(socket, Heartbeat(engine=self._engine, load=self._load()))
-                    next_heartbeat_s = time.monotonic() + HEARTBEAT_S
+                    next_heartbeat_s, interval_s = time.monotonic() + interval_s, HEARTBEAT_S
                 for message in self._mailbox.drain():
                     if isinstance(message, Report):
                         self._unanswered[message.room] = message

@@ -20,12 +20,13 @@ from typing import TYPE_CHECKING, Callable
 
 import torch
 
+from dualpath_sgl.closing import close_room
 from dualpath_sgl.host_tree import HostPrefix, held_on_host
 from dualpath_sgl.layout import page_blocks
 from dualpath_sgl.page_load import PageLoad
 from dualpath_sgl.restore import RestoreGuard
-from dualpath_sgl.tracing import record_lane, traceparent_of
-from scheduler_svc.protocol import Done, Load, Outcome, Plan, Report, Role
+from dualpath_sgl.tracing import traceparent_of
+from scheduler_svc.protocol import Load, Outcome, Plan, Report, Role
 
 if TYPE_CHECKING:
     from sglang.srt.disaggregation.decode import DecodePreallocQueue, DecodeRequest
@@ -255,27 +256,15 @@ class DecodeSide:
         self._report_done(request, Outcome.ABORTED)
 
     def _report_done(self, request: _Request, outcome: Outcome) -> None:
-        clocks = request.load.clocks if request.load is not None else []
-        self._runtime.control.send(
-            Done(
-                room=request.room,
-                engine_id=self._runtime.settings.engine_id,
-                role=Role.DECODE,
-                rank=self._runtime.rank,
-                outcome=outcome,
-                fallback_reason=request.fallback_reason,
-                loaded_pages=request.load.prefix if request.load is not None else 0,
-                lanes=tuple(clock.record() for clock in clocks),
-            )
+        close_room(
+            self._runtime,
+            request.room,
+            request.traceparent,
+            request.plan,
+            request.load,
+            outcome,
+            request.fallback_reason,
         )
-        attributes = {"dualpath.room": request.room, "dualpath.side": "decode"}
-        if request.plan is not None:
-            attributes |= {
-                "dualpath.path": request.plan.path.value,
-                "dualpath.split.pages": request.plan.split_page,
-            }
-        for clock in clocks:
-            record_lane(self._runtime.tracer, clock, request.traceparent, attributes)
 
     # -- other threads ------------------------------------------------------------------------
 
@@ -319,8 +308,11 @@ class DecodeSide:
 
     def load(self) -> Load:
         requests = list(self._requests.values())
+        tokens = sum(len(request.req.origin_input_ids) for request in requests)
         return Load(
             sequences=len(requests),
-            tokens=sum(len(request.req.origin_input_ids) for request in requests),
+            tokens=tokens,
+            # Requests are here until SGLang reserves device memory for them.
+            device_free_tokens=max(0, self._runtime.device_free_tokens - tokens),
             **self._runtime.storage_load(),
         )

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, Callable
 
 from dualpath_sgl import runtime, stages
 from dualpath_sgl.decode import DecodeSide
+from dualpath_sgl.device_memory import free_tokens
 from dualpath_sgl.prefill import PrefillSide
 
 if TYPE_CHECKING:
@@ -79,6 +80,15 @@ def after_finish(_result: None, _tree: Any, handle: Any, _outcome: Any) -> None:
     side = _prefill()
     if side is not None:
         side.forget(handle.rid)
+
+
+# -- both: once an iteration of SGLang's scheduler loop ----------------------------------------------
+
+
+def after_check_hicache_events(_result: None, tree: Any) -> None:
+    current = runtime.current()
+    if current is not None:
+        current.device_free_tokens = free_tokens(tree)
 
 
 # -- both: the prefetch I/O thread becomes a dispatcher to the lanes ---------------------------------
@@ -189,6 +199,7 @@ HOOKS: tuple[tuple[str, Callable, str], ...] = (
     (_SRT + "mem_cache.base_prefix_cache.BasePrefixCache.finish", after_finish, _AFTER),
     (_SRT + "managers.cache_controller.HiCacheController.prefetch_io_aux_func", around_prefetch_io, _AROUND),
     (_CONTROLLER + "prefetch_sync_thread_func", around_prefetch_sync, _AROUND),
+    (_TREE + "check_hicache_events", after_check_hicache_events, _AFTER),
     (_PREALLOC + "__init__", after_prealloc_queue_init, _AFTER),
     (_PREALLOC + "add", after_prealloc_add, _AFTER),
     (_PREALLOC + "pop_preallocated", before_pop_preallocated, _BEFORE),

@@ -10,21 +10,23 @@ from __future__ import annotations
 import logging
 import threading
 import time
+from collections import OrderedDict
 from dataclasses import dataclass, field
 from typing import Callable, Sequence
 
 import zmq
-from pydantic import ValidationError
 
 from dualpath_sgl import peer_protocol
 from dualpath_sgl.mailbox import Mailbox
 from dualpath_sgl.peer_protocol import Ended, Pages, Pull, Release, Released, Waiting
-from scheduler_svc.protocol import Wire
+from scheduler_svc.protocol import Wire, encode
 
 logger = logging.getLogger(__name__)
 
 WAITING_S = 0.5
 """How often a PE with an open room and no news is told to wait on."""
+CLOSED_REMEMBERED = 4096
+"""Rooms.  A PE that asks for one of them is told so at once and need not wait for a plan to arrive."""
 
 
 @dataclass
@@ -65,6 +67,7 @@ class PageServer(threading.Thread):
         self._lease_s = lease_s
         self._subscribe_timeout_s = subscribe_timeout_s
         self._rooms: dict[int, _Room] = {}
+        self._closed: OrderedDict[int, None] = OrderedDict()
         self._pullers: dict[int, _Puller] = {}
         self._lock = threading.Lock()
         self._wake: Mailbox[None] = Mailbox()
@@ -80,6 +83,7 @@ class PageServer(threading.Thread):
         self.close(room)
         now_s = time.monotonic()
         with self._lock:
+            self._closed.pop(room, None)
             self._rooms[room] = _Room(
                 first_page, now_s + self._lease_s, now_s + self._subscribe_timeout_s
             )
@@ -135,6 +139,10 @@ class PageServer(threading.Thread):
         """Take the pages back now: what is read from here on does not count."""
         with self._lock:
             state = self._rooms.pop(room, None)
+            if state is not None:
+                self._closed[room] = None
+                if len(self._closed) > CLOSED_REMEMBERED:
+                    self._closed.popitem(last=False)
         for callback in state.on_close if state is not None else ():
             try:
                 callback()
@@ -170,8 +178,8 @@ class PageServer(threading.Thread):
     def _receive(self) -> None:
         identity, *frames = self._socket.recv_multipart()
         try:
-            message = peer_protocol.ToServer.validate_json(b"".join(frames))
-        except ValidationError as error:
+            message = peer_protocol.decode_to_server(b"".join(frames))
+        except ValueError as error:
             logger.warning("DualPath page server: ignored a malformed message: %s", error)
             return
         if isinstance(message, Pull):
@@ -214,6 +222,8 @@ class PageServer(threading.Thread):
                 if state is not None:
                     state.subscribed = True
                     news = self._news(puller, state)
+                elif room in self._closed:
+                    news = [Ended(room=room, end_page=puller.next_page, reason="lease ended")]
                 elif now_s < puller.since_s + self._subscribe_timeout_s:
                     news = []  # the plan may reach the PE first
                 else:
@@ -252,4 +262,4 @@ class PageServer(threading.Thread):
         return news
 
     def _send(self, identity: bytes, message: Wire) -> None:
-        self._socket.send_multipart([identity, message.model_dump_json().encode()])
+        self._socket.send_multipart([identity, encode(message)])

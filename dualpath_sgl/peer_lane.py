@@ -14,14 +14,13 @@ from dataclasses import dataclass
 from typing import Callable
 
 import zmq
-from pydantic import ValidationError
 
 from dualpath_sgl import peer_protocol
 from dualpath_sgl.forward import Forwarder
 from dualpath_sgl.mailbox import Mailbox
 from dualpath_sgl.page_load import LaneClock, PageLoad
 from dualpath_sgl.peer_protocol import Ended, Pages, Pull, Release, Released
-from scheduler_svc.protocol import Wire
+from scheduler_svc.protocol import Wire, encode
 
 logger = logging.getLogger(__name__)
 
@@ -63,12 +62,16 @@ class PeerLane(threading.Thread):
         self._fingerprint = fingerprint
         self._timeout_s = timeout_s
         self._on_missing = on_missing
-        self._mailbox: Mailbox[_Pull] = Mailbox()
+        self._mailbox: Mailbox[_Pull | Release] = Mailbox()
         self._pulls: dict[int, _Pull] = {}
 
     def submit(self, load: PageLoad, room: int, end: int) -> None:
         """Forward pages `[0, end)` of `load`; the part is open from now on."""
         self._mailbox.put(_Pull(load, room, end, load.open_part("peer", 0)))
+
+    def let_go(self, room: int) -> None:
+        """No page of `room` will be pulled."""
+        self._mailbox.put(Release(room=room))
 
     def run(self) -> None:
         self._socket = zmq.Context.instance().socket(zmq.DEALER)
@@ -84,8 +87,11 @@ class PeerLane(threading.Thread):
         poller.register(self._mailbox.fd, zmq.POLLIN)
         while True:
             poller.poll(POLL_MS)
-            for pull in self._mailbox.drain():
-                self._begin(pull)
+            for item in self._mailbox.drain():
+                if isinstance(item, Release):
+                    self._send(item)
+                else:
+                    self._begin(item)
             while self._socket.poll(0):
                 self._receive(self._socket.recv())
             self._give_up_overdue()
@@ -105,8 +111,8 @@ class PeerLane(threading.Thread):
 
     def _receive(self, frame: bytes) -> None:
         try:
-            message = peer_protocol.ToLane.validate_json(frame)
-        except ValidationError as error:
+            message = peer_protocol.decode_to_lane(frame)
+        except ValueError as error:
             logger.warning("DualPath: page server %s sent nonsense: %s", self._endpoint, error)
             return
         pull = self._pulls.get(message.room)
@@ -179,6 +185,6 @@ class PeerLane(threading.Thread):
 
     def _send(self, message: Wire) -> None:
         try:
-            self._socket.send(message.model_dump_json().encode(), zmq.NOBLOCK)
+            self._socket.send(encode(message), zmq.NOBLOCK)
         except zmq.Again:
             logger.warning("DualPath: page server %s takes no messages", self._endpoint)

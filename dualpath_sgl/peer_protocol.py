@@ -13,60 +13,69 @@ handles the release, so everything read before it was read from pinned memory.
 
 from __future__ import annotations
 
-from typing import Annotated, Literal, Union
+from typing import Annotated
 
-from pydantic import Field, TypeAdapter
+import msgspec
+from msgspec import Meta
 
-from scheduler_svc.protocol import Count, Name, Room, Wire
+from scheduler_svc.protocol import Count, Name, Room, Wire, decode
 
 MAX_MESSAGE_BYTES = 8 * 1024 * 1024
-Pointer = Annotated[int, Field(ge=0, lt=2**64)]
+Pointer = Annotated[int, Meta(ge=0, le=2**63 - 1)]
+"""An address in user space."""
 
 
-class Pull(Wire):
-    type: Literal["pull"] = "pull"
+class Pull(Wire, tag="pull"):
     room: Room
     first_page: Count
     end_page: Count
     fingerprint: Name
 
 
-class Release(Wire):
-    type: Literal["release"] = "release"
+class Release(Wire, tag="release"):
     room: Room
 
 
-class Pages(Wire):
+class Pages(Wire, tag="pages"):
     """Consecutive pages; page `first_page + i` is made of `len(sizes)` blocks."""
 
-    type: Literal["pages"] = "pages"
     room: Room
     session: Name
     first_page: Count
     pointers: tuple[Pointer, ...]
     """Addresses in the DE's memory, page by page, `len(sizes)` for each."""
-    sizes: tuple[Annotated[int, Field(gt=0)], ...]
+    sizes: tuple[Annotated[int, Meta(ge=1)], ...]
     """Bytes of each block of one page."""
 
 
-class Waiting(Wire):
-    type: Literal["waiting"] = "waiting"
+class Waiting(Wire, tag="waiting"):
     room: Room
 
 
-class Ended(Wire):
-    type: Literal["ended"] = "ended"
+class Ended(Wire, tag="ended"):
     room: Room
     end_page: Count
-    reason: Annotated[str, Field(max_length=256)] | None = None
+    reason: Annotated[str, Meta(max_length=256)] | None = None
     """None when every asked page was offered."""
 
 
-class Released(Wire):
-    type: Literal["released"] = "released"
+class Released(Wire, tag="released"):
     room: Room
     valid: bool
 
 
-ToServer = TypeAdapter(Annotated[Union[Pull, Release], Field(discriminator="type")])
-ToLane = TypeAdapter(Annotated[Union[Pages, Waiting, Ended, Released], Field(discriminator="type")])
+ToServer = Pull | Release
+ToLane = Pages | Waiting | Ended | Released
+
+_to_server = msgspec.json.Decoder(ToServer)
+_to_lane = msgspec.json.Decoder(ToLane)
+
+
+def decode_to_server(frame: bytes) -> ToServer:
+    """Parse what a PE sent.  Raises ValueError naming field, value and problem."""
+    return decode(_to_server, frame, MAX_MESSAGE_BYTES)
+
+
+def decode_to_lane(frame: bytes) -> ToLane:
+    """Parse what a DE sent.  Raises ValueError naming field, value and problem."""
+    return decode(_to_lane, frame, MAX_MESSAGE_BYTES)

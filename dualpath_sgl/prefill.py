@@ -16,10 +16,11 @@ import time
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from dualpath_sgl.closing import close_room
 from dualpath_sgl.page_load import PageLoad
 from dualpath_sgl.peer_lane import PeerLane
-from dualpath_sgl.tracing import record_lane, traceparent_of
-from scheduler_svc.protocol import Done, Load, Outcome, Plan, Report, Role
+from dualpath_sgl.tracing import traceparent_of
+from scheduler_svc.protocol import Load, Outcome, Plan, Report, Role
 
 if TYPE_CHECKING:
     from sglang.srt.managers.schedule_batch import Req
@@ -71,9 +72,12 @@ class PrefillSide:
             self._by_rid[req.rid] = self._by_room[request.room] = request
 
     def matched(self, rid: str, matched_tokens: int) -> None:
-        """SGLang holds `matched_tokens` of the prompt and queries the store for the rest."""
+        """SGLang holds `matched_tokens` of the prompt and queries the store for the rest.
+
+        It does so again when it had no host memory for a planned load: the plan still stands.
+        """
         request = self._by_rid.get(rid)
-        if request is not None and request.reported_s is None:
+        if request is not None and not request.started:
             request.local_pages = matched_tokens // self._runtime.page_size
 
     def not_registered(self, rid: str, matched_tokens: int) -> None:
@@ -96,6 +100,10 @@ class PrefillSide:
         if waiting:
             # SGLang frees the operation's memory on its last acknowledgement: the lanes give it.
             self._start(request)
+        elif request.reported_s is not None and not request.done and request.load is None:
+            request.fallback_reason = "no host memory"
+            self._done(request)
+            self._let_go(request)
 
     # -- SGLang's prefetch thread -------------------------------------------------------------
 
@@ -201,6 +209,12 @@ class PrefillSide:
             self._runtime.store_lane.submit(load, forwarded, load.pages)
         load.close_part()
 
+    def _let_go(self, request: _Request) -> None:
+        """Nothing will be pulled: the DE need not hold what it reads for this room."""
+        plan = request.plan
+        if plan is not None and self._runtime.rank < len(plan.decode_endpoints):
+            self._lane(plan.decode_endpoints[self._runtime.rank]).let_go(request.room)
+
     def _lane(self, endpoint: str) -> PeerLane:
         with self._lock:
             lane = self._lanes.get(endpoint)
@@ -232,30 +246,18 @@ class PrefillSide:
     def _done(self, request: _Request) -> None:
         request.done = True
         load = request.load
-        plan = request.plan
         outcome = Outcome.FALLBACK if request.fallback_reason else Outcome.OK
         if load is not None and load.cancelled:
             outcome = Outcome.ABORTED
-        clocks = load.clocks if load is not None else []
-        self._runtime.control.send(
-            Done(
-                room=request.room,
-                engine_id=self._runtime.settings.engine_id,
-                role=Role.PREFILL,
-                rank=self._runtime.rank,
-                outcome=outcome,
-                fallback_reason=request.fallback_reason,
-                loaded_pages=load.prefix if load is not None else 0,
-                lanes=tuple(clock.record() for clock in clocks),
-            )
+        close_room(
+            self._runtime,
+            request.room,
+            request.traceparent,
+            request.plan,
+            load,
+            outcome,
+            request.fallback_reason,
         )
-        attributes = {"dualpath.room": request.room, "dualpath.side": "prefill"}
-        if plan is not None:
-            attributes |= {"dualpath.path": plan.path.value, "dualpath.split.pages": plan.split_page}
-        if request.fallback_reason:
-            attributes["dualpath.fallback.reason"] = request.fallback_reason
-        for clock in clocks:
-            record_lane(self._runtime.tracer, clock, request.traceparent, attributes)
 
     @property
     def held(self) -> int:
@@ -267,5 +269,6 @@ class PrefillSide:
         return Load(
             sequences=len(requests),
             tokens=sum(request.prompt_tokens for request in requests),
+            device_free_tokens=self._runtime.device_free_tokens,
             **self._runtime.storage_load(),
         )

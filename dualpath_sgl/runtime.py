@@ -51,6 +51,8 @@ class Runtime:
         self.forwarder = Forwarder(settings.host, settings.protocol, settings.device, _buffers(pool))
         self.store_lane = StoreLane()
         self.unplanned_read_bytes = 0
+        self.device_free_tokens = 0
+        """As of SGLang's last scheduler iteration (an idle one makes at least one a second)."""
         self.pool_check = PoolCheck(pool)
         self.rank_sync = RankSync()
         self.server: PageServer | None = None
@@ -73,7 +75,7 @@ class Runtime:
                 role=self.role,
                 rank=self.rank,
                 tp_size=config.tp_size,
-                url=f"http://{args.host}:{args.port}",
+                url=settings.http_url(args.host, args.port),
                 bootstrap_port=(
                     args.disaggregation_bootstrap_port if self.role is Role.PREFILL else None
                 ),

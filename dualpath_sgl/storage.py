@@ -10,21 +10,21 @@ from __future__ import annotations
 from typing import Any
 
 from sglang.srt.mem_cache.hicache_storage import HiCacheStorageConfig, PoolName
-from sglang.srt.mem_cache.storage.mooncake_store.mooncake_store import MooncakeStore
 
 from dualpath_sgl import runtime
 from dualpath_sgl.config import settings
 from dualpath_sgl.hooks import assert_applied
+from dualpath_sgl.limited_store import LimitedStore
 
 SUPPORTED_LAYOUT = "page_first_direct"
 
 
-class DualPathStorage(MooncakeStore):
-    def __init__(self, storage_config: HiCacheStorageConfig, _kwargs: dict[str, Any]) -> None:
+class DualPathStorage(LimitedStore):
+    def __init__(self, storage_config: HiCacheStorageConfig, kwargs: dict[str, Any]) -> None:
         """Connect to the store.
 
         Raises RuntimeError when DualPath is off or its hooks did not apply, and whatever
-        MooncakeStore raises.
+        LimitedStore raises.
         """
         if not settings().enabled:
             raise RuntimeError(
@@ -32,7 +32,7 @@ class DualPathStorage(MooncakeStore):
                 "--hicache-storage-backend mooncake"
             )
         assert_applied()
-        super().__init__(storage_config)
+        super().__init__(storage_config, kwargs)
 
     def register_mem_host_pool_v2(self, host_pool: Any, host_pool_name: Any) -> None:
         if host_pool_name != PoolName.KV and self.storage_config.tp_size > 1:

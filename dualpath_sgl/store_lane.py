@@ -18,8 +18,8 @@ logger = logging.getLogger(__name__)
 
 BATCH_BYTES = 8 * 1024 * 1024
 """One read: large enough to keep the link busy, small enough to forward behind it."""
-RATE_WEIGHT = 0.2
-"""Weight of the newest batch in the drain rate's moving average."""
+RATE_MEMORY = 0.8
+"""What bytes and seconds of earlier batches still count in the drain rate after one more batch."""
 
 
 class _Part(NamedTuple):
@@ -36,8 +36,14 @@ class StoreLane(threading.Thread):
         self._lock = threading.Lock()
         self.queue_bytes = 0
         """Submitted and not yet read."""
-        self.rate_bytes_per_s = 0.0
-        """Moving average over batches; 0 until the first one."""
+        self._recent_bytes = 0.0
+        self._recent_s = 0.0
+
+    @property
+    def rate_bytes_per_s(self) -> float:
+        """Over the last batches, long ones counting for their length; 0 until the first one."""
+        with self._lock:
+            return self._recent_bytes / self._recent_s if self._recent_s else 0.0
 
     def submit(self, load: PageLoad, first: int, end: int) -> None:
         """Read pages `[first, end)` of `load`; the part is open from now on."""
@@ -80,9 +86,9 @@ class StoreLane(threading.Thread):
     def _account(self, byte_count: int, elapsed_s: float) -> None:
         with self._lock:
             self.queue_bytes -= byte_count
-        if byte_count:
-            weight = RATE_WEIGHT if self.rate_bytes_per_s else 1.0
-            self.rate_bytes_per_s += weight * (byte_count / elapsed_s - self.rate_bytes_per_s)
+            if byte_count:
+                self._recent_bytes = RATE_MEMORY * self._recent_bytes + byte_count
+                self._recent_s = RATE_MEMORY * self._recent_s + elapsed_s
 
 
 def read_pages(load: PageLoad, first: int, end: int) -> int:

@@ -1,7 +1,10 @@
 """`python -m evals.bench_scheduler`: how much one scheduler process bears, over loopback ZeroMQ.
 
 Each request is placed, reported by both engines, planned, and done on both: five messages to the
-scheduler and three from it.
+scheduler and three from it.  Each timed measurement is made several times with a new scheduler, and
+the median one counts.  Scheduler and generator share the machine: how much of it each of them and
+everything else used stands beside the figures.  Plan latency is taken in the generator, from before
+it sends a room's second report until it has read the plan: an upper bound of what the scheduler needs.
 """
 
 from __future__ import annotations
@@ -57,17 +60,22 @@ TARGETS = (
 
 
 def main(
-    seconds: Annotated[float, typer.Option(min=1, help="Of each timed measurement.")] = 10.0,
+    seconds: Annotated[float, typer.Option(min=1, help="Of each timed measurement.")] = 8.0,
     engines: Annotated[int, typer.Option(min=2, help="Registered in the timed measurements.")] = 1000,
     memory_engines: Annotated[int, typer.Option(min=2)] = 10_000,
     memory_rooms: Annotated[int, typer.Option(min=1, max=100_000)] = 100_000,
+    repeats: Annotated[int, typer.Option(min=1, help="Of each timed measurement; the median counts.")] = 3,
     out: Annotated[Path, typer.Option(help="Where summary.json goes.")] = Path("results/bench-scheduler"),
 ) -> None:
     """Measure one scheduler process and print the figures beside their targets."""
-    throughput = _throughput(seconds, engines)
-    latency = _latency(seconds, engines)
+    throughputs = [_throughput(seconds, engines) for _ in range(repeats)]
+    latencies = [_latency(seconds, engines) for _ in range(repeats)]
+    throughput = _median_run(throughputs, "requests_per_s")
+    latency = _median_run(latencies, "plan_p99_ms")
     memory = _memory(memory_engines, memory_rooms)
-    summary = throughput | latency | memory | {"machine": _machine()}
+    summary = {name: value for run in (throughput, latency) for name, value in run.items() if name != "cores"}
+    summary |= memory
+    summary |= {"throughput_runs": throughputs, "latency_runs": latencies, "machine": _machine()}
     out.mkdir(parents=True, exist_ok=True)
     (out / "summary.json").write_text(json.dumps(summary, indent=2) + "\n")
 
@@ -81,11 +89,36 @@ def main(
         table.add_row(target.text, f"{value:,.2f}", f"{sign} {target.target:,.0f}", verdict)
     console.print(table)
     console.print(
-        f"scheduler: {summary['scheduler_cpu_us_per_request']:.0f} µs of CPU a request at full load "
-        f"({summary['scheduler_cores']:.2f} cores); generator {summary['generator_cores']:.2f} cores; "
-        f"other processes {summary['other_cores']:.2f} of {os.cpu_count()} cores"
+        f"runs: {_listed(throughputs, 'requests_per_s', '{:,.0f}')} requests/s, "
+        f"p99 {_listed(latencies, 'plan_p99_ms', '{:.2f}')} ms; medians count"
+    )
+    console.print(
+        f"at full load: {throughput['scheduler_cpu_us_per_request']:.0f} µs of the scheduler's CPU a "
+        f"request; cores used: {_cores(throughput)}"
+    )
+    console.print(
+        f"at {RATE_PER_S:,.0f}/s: p50 {latency['plan_p50_ms']:.2f} ms, "
+        f"p99.9 {latency['plan_p999_ms']:.2f} ms; an answer may have lain unread for {latency['generator_turn_p99_ms']:.2f} ms (p99); "
+        f"cores used: {_cores(latency)}"
     )
     console.print(f"{out / 'summary.json'}")
+
+
+def _median_run(runs: list[dict], name: str) -> dict:
+    """The run in the middle; of an even number the lower one."""
+    return sorted(runs, key=lambda run: run[name])[(len(runs) - 1) // 2]
+
+
+def _listed(runs: list[dict], name: str, form: str) -> str:
+    return ", ".join(form.format(run[name]) for run in runs)
+
+
+def _cores(run: dict) -> str:
+    used = run["cores"]
+    return (
+        f"scheduler {used['scheduler']:.2f}, generator {used['generator']:.2f}, "
+        f"other processes {used['other']:.2f} of {os.cpu_count()}"
+    )
 
 
 @contextmanager
@@ -130,26 +163,51 @@ def _progress(title: str, unit: str) -> Iterator[Callable[[int], None]]:
     console.print(f"{title}: done")
 
 
-def _throughput(seconds: float, engines: int) -> dict[str, float]:
+def _throughput(seconds: float, engines: int) -> dict:
     with (
         _progress(f"throughput, {engines:,} engines", "requests") as show,
         _loaded(engines) as (process, generator),
     ):
         generator.run_for(WARM_UP_S, IN_FLIGHT, show)
-        before, before_s = _cpu(process), time.monotonic()
-        rate = generator.run_for(seconds, IN_FLIGHT, show)
-        elapsed_s = time.monotonic() - before_s
-        scheduler_s, own_s, busy_s = (now - then for now, then in zip(_cpu(process), before, strict=True))
+        with _cpu_of(process) as cores:
+            rate = generator.run_for(seconds, IN_FLIGHT, show)
         return {
             "requests_per_s": rate,
-            "scheduler_cpu_us_per_request": scheduler_s / (rate * elapsed_s) * 1e6,
-            "scheduler_cores": scheduler_s / elapsed_s,
-            "generator_cores": own_s / elapsed_s,
-            "other_cores": max(0.0, busy_s - scheduler_s - own_s) / elapsed_s,
+            "scheduler_cpu_us_per_request": cores["scheduler"] / rate * 1e6,
+            "cores": cores,
         }
 
 
-def _cpu(process: psutil.Process) -> tuple[float, float, float]:
+def _latency(seconds: float, engines: int) -> dict:
+    title = f"latency at {RATE_PER_S:,.0f} requests/s, {engines:,} engines"
+    with _progress(title, "requests") as show, _loaded(engines) as (process, generator):
+        generator.run_at(RATE_PER_S, WARM_UP_S, show)
+        generator.latencies_s.clear()
+        generator.turns_s.clear()
+        with _cpu_of(process) as cores:
+            generator.run_at(RATE_PER_S, seconds, show)
+        percentiles = statistics.quantiles(generator.latencies_s, n=1000)
+        return {
+            "plan_p50_ms": percentiles[499] * 1e3,
+            "plan_p99_ms": percentiles[989] * 1e3,
+            "plan_p999_ms": percentiles[998] * 1e3,
+            "generator_turn_p99_ms": statistics.quantiles(generator.turns_s, n=100)[98] * 1e3,
+            "cores": cores,
+        }
+
+
+@contextmanager
+def _cpu_of(process: psutil.Process) -> Iterator[dict[str, float]]:
+    """Filled at the end: cores that the scheduler, this process and all others used meanwhile."""
+    cores: dict[str, float] = {}
+    before, begun_s = _cpu_s(process), time.monotonic()
+    yield cores
+    elapsed_s = time.monotonic() - begun_s
+    used = [(now - then) / elapsed_s for now, then in zip(_cpu_s(process), before, strict=True)]
+    cores |= {"scheduler": used[0], "generator": used[1], "other": max(0.0, used[2] - used[0] - used[1])}
+
+
+def _cpu_s(process: psutil.Process) -> tuple[float, float, float]:
     """CPU seconds so far: the scheduler's, this process's, the whole machine's."""
     scheduler, own, machine = process.cpu_times(), psutil.Process().cpu_times(), psutil.cpu_times()
     return (
@@ -157,20 +215,6 @@ def _cpu(process: psutil.Process) -> tuple[float, float, float]:
         own.user + own.system,
         sum(machine) - machine.idle - machine.iowait,
     )
-
-
-def _latency(seconds: float, engines: int) -> dict[str, float]:
-    title = f"latency at {RATE_PER_S:,.0f} requests/s, {engines:,} engines"
-    with _progress(title, "requests") as show, _loaded(engines) as (_, generator):
-        generator.run_at(RATE_PER_S, WARM_UP_S, show)
-        generator.latencies_s.clear()
-        generator.run_at(RATE_PER_S, seconds, show)
-        percentiles = statistics.quantiles(generator.latencies_s, n=1000)
-        return {
-            "plan_p50_ms": percentiles[499] * 1e3,
-            "plan_p99_ms": percentiles[989] * 1e3,
-            "plan_p999_ms": percentiles[998] * 1e3,
-        }
 
 
 def _memory(engines: int, rooms: int) -> dict[str, float]:

@@ -6,7 +6,7 @@ the start and take turns: `concurrency` requests are in flight at once, so more 
 means more context than one engine can keep.  One failed request ends the replay: nothing is retried, so
 what is measured is what was asked.
 
-Each request carries the `traceparent` of its span `dualpath.request`; the answer is streamed
+Each request names its session and carries the `traceparent` of its span `dualpath.request`; the answer is streamed
 (`/generate`, server-sent events; each event holds all `output_ids` so far).
 """
 
@@ -162,7 +162,10 @@ async def _request(
     with tracer.start_as_current_span(
         "dualpath.request", kind=SpanKind.CLIENT, attributes=attributes
     ) as span:
-        headers = {"traceparent": parent} if (parent := traceparent_of(span)) else {}
+        # A router that places by session keeps an agent with the engines that hold its pages.
+        headers = {"X-Session-Id": session}
+        if parent := traceparent_of(span):
+            headers["traceparent"] = parent
         start = time.perf_counter()
         arrivals: list[tuple[float, int]] = []
         last: dict[str, Any] = {}

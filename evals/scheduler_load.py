@@ -43,6 +43,8 @@ SESSIONS = 10_000
 STALL_S = 30.0
 """Without any answer for this long the run is given up."""
 
+_AT_ONCE = int(zmq.DONTWAIT)
+
 ROOM_MARK = 7_777_777_777_777_777_777
 """Stands for the room in templates."""
 
@@ -73,7 +75,10 @@ class LoadGenerator:
     heartbeat_s: float = 1.0
     context: zmq.Context = field(default_factory=zmq.Context)
     latencies_s: list[float] = field(default_factory=list)
-    """From a room's second report to each of its plans."""
+    """From a room's second report to each of its plans, as this process sees it: its own wait for a
+    core, and for its turn to end, counts too."""
+    turns_s: list[float] = field(default_factory=list)
+    """Between two looks at the sockets: how long an answer may have lain unread."""
     opened: int = 0
     planned: int = 0
     """Rooms both of whose plans have come."""
@@ -100,7 +105,7 @@ class LoadGenerator:
         )
         self._rooms: dict[bytes, _Request] = {}
         self._finish = True
-        self._heard_s = time.monotonic()
+        self._heard_s = self._looked_s = time.monotonic()
 
     def _connect(self) -> zmq.Socket:
         socket = self.context.socket(zmq.DEALER)
@@ -163,7 +168,9 @@ class LoadGenerator:
 
     def _turn(self, now_s: float) -> None:
         self._beat(now_s, at_most=64)
+        self.turns_s.append(time.monotonic() - self._looked_s)
         ready = self._poller.poll(1)
+        self._looked_s = time.monotonic()
         if ready:
             self._heard_s = now_s
         elif self.planned < self.opened and now_s - self._heard_s > STALL_S:
@@ -172,13 +179,13 @@ class LoadGenerator:
             handle = self._placed if socket is self._router else self._planned
             for _ in range(64):
                 try:
-                    frame = socket.recv(zmq.DONTWAIT)
+                    frame = socket.recv(_AT_ONCE)
                 except zmq.Again:
                     break
                 handle(frame)
 
     def _beat(self, now_s: float, at_most: int) -> None:
-        for _ in range(at_most):
+        for sent in range(at_most):
             if self._heartbeats[0][0] > now_s:
                 return
             due_s, name, frame = self._heartbeats.popleft()
@@ -186,8 +193,8 @@ class LoadGenerator:
                 raise Stalled("this process is too slow to keep its engines alive; use fewer engines")
             self._socket_of[name].send(frame)
             # First heartbeats come all at once; from then on they are spread over the interval.
-            early_s = 0.0 if due_s else self.heartbeat_s * len(self._heartbeats) / self.engines
-            self._heartbeats.append((now_s + self.heartbeat_s - early_s, name, frame))
+            wait_s = self.heartbeat_s if due_s else self.heartbeat_s * sent / self.engines
+            self._heartbeats.append((now_s + wait_s, name, frame))
 
     def _placed(self, frame: bytes) -> None:
         found = _PLACEMENT.search(frame)

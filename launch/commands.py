@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from launch.addresses import Addresses, EngineAddresses
-from launch.config import ClusterConfig, Group, Mode
+from launch.config import ClusterConfig, Group, Mode, RouterKind, bits_per_s
 from scheduler_svc.protocol import Role
 
 OFFLINE_ENV = {"HF_HUB_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
@@ -44,6 +44,12 @@ DUALPATH_BACKEND = {
     "backend_name": "dualpath",
     "module_path": "dualpath_sgl.storage",
     "class_name": "DualPathStorage",
+    "interface_v1": 1,
+}
+LIMITED_BACKEND = {
+    "backend_name": "mooncake_limited",
+    "module_path": "dualpath_sgl.limited_store",
+    "class_name": "LimitedStore",
     "interface_v1": 1,
 }
 
@@ -127,6 +133,7 @@ def scheduler_command(config: ClusterConfig, addresses: Addresses, ports: Ports)
         f"--bind=tcp://{addresses.hub}:{ports.scheduler}",
         *(["--insecure-bind"] if addresses.reachable_from_elsewhere else []),
         f"--policy={config.scheduler.policy}",
+        f"--placement={config.scheduler.placement}",
         *([f"--otlp-endpoint=http://{addresses.hub}:{ports.collector}"] if config.tracing.enabled else []),
     )
 
@@ -140,22 +147,46 @@ def router_command(
             workers += ["--prefill", engine.url(addresses), str(engine.bootstrap_port)]
         else:
             workers += ["--decode", engine.url(addresses)]
+    kind = placing_flags if asks_for_placement(config) else rust_flags
     return _python(
         "sglang_router.launch_router",
         "--pd-disaggregation",
         *workers,
-        f"--policy={config.router.policy}",
         f"--host={addresses.hub}",
         f"--port={ports.router}",
+        # A dead or hung engine is noticed soon.
+        "--health-check-interval-secs=5",
+        *kind(config, addresses, ports),
+    )
+
+
+def asks_for_placement(config: ClusterConfig) -> bool:
+    """Whether the scheduler chooses the engines.  There is none outside mode dualpath."""
+    return config.router.kind is RouterKind.PLACING and config.mode is Mode.DUALPATH
+
+
+def rust_flags(config: ClusterConfig, addresses: Addresses, ports: Ports) -> list[str]:
+    return [
+        f"--policy={config.router.policy}",
         f"--prometheus-host={addresses.hub}",
         f"--prometheus-port={ports.router_metrics}",
         # Workers are looked for every second, not every 30.
         "--worker-startup-check-interval=1",
-        # A retry goes to the same dead engine until the health check has noticed: notice soon,
-        # and let the client decide about asking again.
+        # A retry goes to the same dead engine until the health check has noticed: let the client
+        # decide about asking again.
         "--disable-retries",
-        "--health-check-interval-secs=5",
-    )
+    ]
+
+
+def placing_flags(config: ClusterConfig, addresses: Addresses, ports: Ports) -> list[str]:
+    collector = f"--otlp-traces-endpoint={addresses.hub}:{ports.collector}"
+    return [
+        "--mini-lb",
+        f"--dualpath-scheduler=tcp://{addresses.hub}:{ports.scheduler}",
+        # An engine that has come up is used at once.
+        "--health-success-threshold=1",
+        *(["--enable-trace", collector] if config.tracing.enabled else []),
+    ]
 
 
 def engine_command(
@@ -263,11 +294,16 @@ def _hicache_flags(config: ClusterConfig, group: Group) -> list[str]:
     extra = {
         "prefetch_threshold": config.page_size
     }  # SGLang's default of 256 tokens would hide short prefixes.
+    rate = config.store.read_rate
+    backend = "mooncake"
     if config.mode is Mode.DUALPATH:
         backend = "dynamic"
-        extra = DUALPATH_BACKEND | extra
-    else:
-        backend = "mooncake"
+        extra |= DUALPATH_BACKEND
+    elif rate is not None:
+        backend = "dynamic"
+        extra |= LIMITED_BACKEND
+    if rate is not None:
+        extra["read_rate_bytes_per_s"] = bits_per_s(rate) // 8
     return [
         "--enable-hierarchical-cache",
         _host_pool_flag(group),

@@ -24,6 +24,7 @@ from pydantic import (
 )
 
 from launch.tiny_model import TinyModel, build
+from scheduler_svc.placement import DEFAULT_PLACEMENT, PLACEMENT_POLICIES
 from scheduler_svc.policies import DEFAULT_PATH_POLICY, PATH_POLICIES
 
 
@@ -91,11 +92,15 @@ class ModelDirectory(_Section):
 class Store(_Section):
     segment_bytes: int = Field(1 << 30, ge=16 << 20)
     """DRAM that the store node contributes; engines contribute none."""
+    read_rate: BitRate | None = None
+    """Each engine reads no faster than this: for measuring where links cannot be shaped (`network`)."""
 
 
 class Scheduler(_Section):
     policy: str = DEFAULT_PATH_POLICY
     """Path policy of `scheduler_svc.policies`."""
+    placement: str = DEFAULT_PLACEMENT
+    """Placement policy of `scheduler_svc.placement`; asked by a `placing` router."""
 
     @field_validator("policy")
     @classmethod
@@ -103,6 +108,13 @@ class Scheduler(_Section):
         if policy not in PATH_POLICIES:
             raise ValueError(f"choose one of {', '.join(PATH_POLICIES)}")
         return policy
+
+    @field_validator("placement")
+    @classmethod
+    def _is_a_placement(cls, placement: str) -> str:
+        if placement not in PLACEMENT_POLICIES:
+            raise ValueError(f"choose one of {', '.join(PLACEMENT_POLICIES)}")
+        return placement
 
 
 class HostPool(_Section):
@@ -131,8 +143,17 @@ class Group(_Section):
     env: dict[str, str] = {}
 
 
+class RouterKind(StrEnum):
+    RUST = "rust"
+    """SGLang's own: it chooses the engines, the scheduler only the load path."""
+    PLACING = "placing"
+    """The patched Python router: the scheduler chooses the engines too (mode dualpath)."""
+
+
 class Router(_Section):
+    kind: RouterKind = RouterKind.RUST
     policy: Literal["random", "round_robin", "cache_aware", "power_of_two"] = "round_robin"
+    """Of the Rust router."""
 
 
 class Tracing(_Section):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from launch.commands import asks_for_placement
 from launch.config import ClusterConfig, Mode
 from launch.patching import PatchError, State, Tree, stacks
 from launch.system_check import explain, missing_libraries
@@ -21,17 +22,19 @@ def require_ready(config: ClusterConfig) -> None:
         if found := obstacles():
             raise NotReady("\n".join(found))
     if config.mode is Mode.DUALPATH:
-        _require_patches()
+        _require_patches("sglang")
+    if asks_for_placement(config):
+        _require_patches("sglang-router")
 
 
-def _require_patches() -> None:
+def _require_patches(package: str) -> None:
     try:
-        reports = [Tree(stack).check() for stack in stacks()]
+        reports = [Tree(stack).check() for stack in stacks(package)]
     except PatchError as error:
         raise NotReady(str(error)) from None
     for report in reports:
         if report.state is not State.APPLIED:
             raise NotReady(
-                f"mode dualpath needs the patches of {report.package} {report.version}, which "
+                f"this cluster needs the patches of {report.package} {report.version}, which "
                 f"are {report.state}; run: dualpath patch apply"
             )

@@ -266,9 +266,12 @@ class Cluster(Supervisor):
                         raise
                     time.sleep(POLL_S)
 
-    def set_policy(self, policy: str) -> None:
-        """Change the scheduler's path policy by restarting it; engines reconnect within a second."""
-        scheduler = self.config.scheduler.model_copy(update={"policy": policy})
+    def set_policy(self, policy: str, placement: str | None = None) -> None:
+        """Change the scheduler's path policy (and placement) by restarting it; engines reconnect
+        within a second.
+        """
+        changes = {"policy": policy} | ({"placement": placement} if placement else {})
+        scheduler = self.config.scheduler.model_copy(update=changes)
         self.config = self.config.model_copy(update={"scheduler": scheduler})
         argv = commands.scheduler_command(self.config, self.addresses, self.ports)
         self._process("scheduler").argv = argv

@@ -69,8 +69,8 @@ class Shape(NamedTuple):
 class EngineState:
     """One engine between its first heartbeat and its expiry.
 
-    `shape`, `page_size`, `page_bytes` and `page_endpoints` follow from `ranks` and are kept by
-    `reshape`; sums over ranks that every request asks for are kept by `EngineTable`.
+    What follows from `ranks` and `placed` is asked for many times a request and changed a few times:
+    it is kept by `reshape`, `count_work` and `count_reads`.
     """
 
     engine_id: str
@@ -80,16 +80,22 @@ class EngineState:
     placed: PlacedWork = field(default_factory=PlacedWork)
     token_rate: TokenRate = field(default_factory=TokenRate, repr=False)
     tokens: int = 0
-    """Prompt tokens it has to do, those just placed included."""
+    """Prompt tokens it has to do (tok_e), those just placed included."""
+    sequences: int = 0
+    """Requests it has (seq_e), likewise."""
+    free_device_tokens: int | None = None
+    """Tokens of KV its fullest rank has room for, those just placed taken off; None when it never said."""
+    tokens_per_s: float = 0.0
+    """0 while unknown."""
+    read_queue_bytes: int = 0
+    """Storage reads of all ranks (read_q), planned ones included."""
+    read_rate_bytes_per_s: float = 0.0
+    """Over all ranks; 0 while unknown."""
     reported_tokens: int = 0
     reported_sequences: int = 0
     """As the leader rank's last heartbeat says."""
-    tokens_per_s: float = 0.0
-    """0 while unknown."""
-    read_rate_bytes_per_s: float = 0.0
-    """Over all ranks; 0 while unknown."""
-    counts_device_tokens: bool = False
-    """Whether it has ever reported free device memory; one that never did is not judged by it."""
+    reported_free_tokens: int | None = None
+    """Least of all ranks' last heartbeats; None until one of them was not zero."""
     shape: Shape = Shape(1, ())
     page_size: int = 0
     """Tokens."""
@@ -112,13 +118,32 @@ class EngineState:
     def place(self, room: int, tokens: int, now_s: float) -> None:
         """It was given the request of `room`, with about `tokens`."""
         self.placed.placed(room, tokens, now_s)
-        self.tokens = self.reported_tokens + self.placed.tokens
+        self.count_work()
 
     def arrive(self, room: int, tokens: int, now_s: float) -> None:
         """Its leader rank reported `room`, which has `tokens`."""
         self.placed.arrived(room, tokens, now_s)
-        self.tokens = self.reported_tokens + self.placed.tokens
+        self.count_work()
         self.token_rate.arrived(tokens)
+
+    def count_work(self) -> None:
+        """To be called when `placed` or what the leader reported has changed."""
+        placed = self.placed
+        self.tokens = self.reported_tokens + placed.tokens
+        self.sequences = self.reported_sequences + len(placed)
+        free = self.reported_free_tokens
+        if free is not None:
+            self.free_device_tokens = max(0, free - placed.tokens)
+
+    def count_reads(self) -> None:
+        """To be called when a rank's reported or planned reads have changed."""
+        # Heartbeats are up to a second old and the engine counts our plans too, once it has
+        # them: adding the two would count a read twice, the larger one never misses it.
+        total = 0
+        for rank in self.ranks.values():
+            reported, planned = rank.load.read_queue_bytes, rank.planned_bytes
+            total += reported if reported > planned else planned
+        self.read_queue_bytes = total
 
     @property
     def any_rank(self) -> Engine:
@@ -134,31 +159,6 @@ class EngineState:
     def is_complete(self) -> bool:
         """Every rank is live."""
         return self.shape.is_complete
-
-    # What placement judges by (paper section 6): tok_e, seq_e, read_q and their rates.
-
-    @property
-    def sequences(self) -> int:
-        return self.reported_sequences + len(self.placed)
-
-    @property
-    def free_device_tokens(self) -> int | None:
-        """None when it does not say."""
-        if not self.counts_device_tokens:
-            return None
-        free = min(rank.load.device_free_tokens for rank in self.ranks.values())
-        return max(0, free - self.placed.tokens)
-
-    @property
-    def read_queue_bytes(self) -> int:
-        """Over all ranks, planned reads included."""
-        # Heartbeats are up to a second old and the engine counts our plans too, once it has
-        # them: adding the two would count a read twice, the larger one never misses it.
-        total = 0
-        for rank in self.ranks.values():
-            reported, planned = rank.load.read_queue_bytes, rank.planned_bytes
-            total += reported if reported > planned else planned
-        return total
 
     @property
     def load(self) -> Load:
@@ -219,10 +219,10 @@ class EngineTable:
             self._check(engine, others=())
             totals = self._retired.pop(engine.engine_id, None) or Totals()
             state = self._live[engine.engine_id] = EngineState(engine.engine_id, engine.role, totals)
-        else:
+        rank = state.ranks.get(engine.rank)
+        if state.ranks and (rank is None or rank.engine != engine):
             self._check(engine, others=state.ranks.values())
         was_complete = state.is_complete
-        rank = state.ranks.get(engine.rank)
         if rank is None:
             rank = state.ranks[engine.rank] = RankState(engine, load, now_s)
             state.reshape()
@@ -237,12 +237,14 @@ class EngineTable:
         if engine.rank == LEADER_RANK:
             state.reported_tokens, state.reported_sequences = load.tokens, load.sequences
             state.placed.counted(now_s)
-            state.tokens = state.reported_tokens + state.placed.tokens
             state.token_rate.heartbeat(load.tokens, now_s)
             state.tokens_per_s = state.token_rate.per_s
-        state.read_rate_bytes_per_s = sum([one.load.read_rate_bytes_per_s for one in state.ranks.values()])
-        if load.device_free_tokens:
-            state.counts_device_tokens = True
+        loads = [one.load for one in state.ranks.values()]
+        state.read_rate_bytes_per_s = sum([one.read_rate_bytes_per_s for one in loads])
+        if load.device_free_tokens or state.reported_free_tokens is not None:
+            state.reported_free_tokens = min([one.device_free_tokens for one in loads])
+        state.count_work()
+        state.count_reads()
         if self._watcher and state.is_complete:
             (self._watcher.lowered if was_complete else self._watcher.joined)(state)
 
@@ -274,6 +276,7 @@ class EngineTable:
             del state.ranks[key.rank]
             if state.ranks:
                 state.reshape()
+                state.count_reads()
             else:
                 del self._live[key.engine_id]
                 self._retired[key.engine_id] = state.totals

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 from prometheus_client import CollectorRegistry, Counter, Gauge, start_http_server
 
 from scheduler_svc.events import Event, FallbackSeen, PlaceDecided, PlanDecided, RankDone, ReadEnded
@@ -82,26 +84,39 @@ class Metrics:
         # Zero from the start, so that an alert on its rise sees the first one.
         self._duplicate_store_pages.add(0)
 
+        self._handlers: dict[type[Event], Callable[[Event], None]] = {
+            PlaceDecided: self._place,
+            PlanDecided: self._plan,
+            RankDone: self._done,
+            ReadEnded: self._read,
+            FallbackSeen: self._fallback,
+        }
+
     def __call__(self, event: Event) -> None:
-        match event:
-            case PlanDecided():
-                self._plans.add(1, event.plan.path.value)
-                self._plan_seconds.observe(event.decided_s - event.first_report_s)
-            case PlaceDecided():
-                self._place(event)
-            case RankDone():
-                self._store_read_bytes.add(event.store_read_bytes, event.engine_id)
-                self._forwarded_bytes.add(event.forwarded_bytes, event.engine_id)
-                if event.duplicate_store_pages:
-                    self._duplicate_store_pages.add(event.duplicate_store_pages)
-            case ReadEnded():
-                self._read_seconds.observe(event.actual_s, event.role.value)
-                error_s = event.error_s
-                self._read_error_seconds.observe(
-                    abs(error_s), event.role.value, "late" if error_s > 0 else "early"
-                )
-            case FallbackSeen():
-                self._fallbacks.add(1, event.reason)
+        self._handlers[type(event)](event)
+
+    def _plan(self, event: PlanDecided) -> None:
+        self._plans.add(1, event.plan.path)
+        self._plan_seconds.observe(event.decided_s - event.first_report_s)
+
+    def _done(self, event: RankDone) -> None:
+        if event.store_read_bytes:
+            self._store_read_bytes.add(event.store_read_bytes, event.engine_id)
+        if event.forwarded_bytes:
+            self._forwarded_bytes.add(event.forwarded_bytes, event.engine_id)
+        if event.duplicate_store_pages:
+            self._duplicate_store_pages.add(event.duplicate_store_pages)
+
+    def _read(self, event: ReadEnded) -> None:
+        role, error_s = event.role, event.error_s
+        self._read_seconds.observe(event.actual_s, role)
+        if error_s > 0:
+            self._read_error_seconds.observe(error_s, role, "late")
+        else:
+            self._read_error_seconds.observe(-error_s, role, "early")
+
+    def _fallback(self, event: FallbackSeen) -> None:
+        self._fallbacks.add(1, event.reason)
 
     def _place(self, event: PlaceDecided) -> None:
         inputs = event.inputs

@@ -128,6 +128,7 @@ class DecodeRule(IntEnum):
     here the one with the fewest tokens gets it."""
 
 
+_FEWEST_SEQUENCES, _LEAST_TOKENS, _NONE_FITS = DecodeRule
 DECODE_RULE_NAMES = {member: member.name.lower() for member in DecodeRule}
 
 
@@ -151,11 +152,11 @@ def choose_decode(prompt_tokens: int, engines: Sequence[EngineLoad]) -> DecodeCh
     for index, engine in enumerate(engines):
         tokens, free = engine.tokens, engine.free_device_tokens
         if free is not None and prompt_tokens > free:
-            key = (DecodeRule.NONE_FITS, tokens, 0, index)
+            key = (_NONE_FITS, tokens, 0, index)
         elif tokens + prompt_tokens <= limit:
-            key = (DecodeRule.FEWEST_SEQUENCES, engine.sequences, tokens, index)
+            key = (_FEWEST_SEQUENCES, engine.sequences, tokens, index)
         else:
-            key = (DecodeRule.LEAST_TOKENS, tokens, 0, index)
+            key = (_LEAST_TOKENS, tokens, 0, index)
         if best is None or key < best:
             best = key
     return DecodeChoice(best[3], best[0], limit)
@@ -167,9 +168,11 @@ def is_worth_staying(last: EngineLoad, best: EngineLoad, saved_bytes: int) -> bo
 
         expected_wait_s(last) - expected_wait_s(best)  <=  saved_bytes / read rate of best
 
-    A saved page is one `best` would have to read.  With no read rate known any saving is worth it.
+    A saved page is one `best` would have to read.  An engine that has not read yet is taken to be as
+    fast as the other: a session would never move to it otherwise, however idle it is.  With neither
+    rate known any saving is worth it.
     """
-    rate = best.read_rate_bytes_per_s
+    rate = best.read_rate_bytes_per_s or last.read_rate_bytes_per_s
     if rate <= 0:
         return True
     return expected_wait_s(last) - expected_wait_s(best) <= saved_bytes / rate

@@ -6,8 +6,8 @@
 A closed room lingers so that a late rank still gets its plan and a repeated Done is not counted
 again.  A Done alone opens a room too: after a restart it is all the scheduler hears of it.
 
-There are up to a hundred thousand of them: what is kept is tuples of what will be asked for, not
-messages.
+There are up to a hundred thousand of them: their classes have slots, and the messages they keep
+(plans and dones) are structs that take no more room than a tuple.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from typing import NamedTuple
 
 from scheduler_svc.engines import EngineState, RankState
 from scheduler_svc.intervals import Range, intersection, union
-from scheduler_svc.protocol import Done, Outcome, Plan, Role
+from scheduler_svc.protocol import Done, Plan, Role
 
 MAX_ROOMS = 100_000
 ROOM_TTL_S = 300.0
@@ -35,42 +35,31 @@ class Claim(NamedTuple):
     hit_pages: int | None
 
 
-class LaneUse(NamedTuple):
-    """`protocol.LaneRecord`, small."""
+class Moved(NamedTuple):
+    """What the lanes of one rank moved for a room."""
 
-    lane: str
-    first_page: int
-    end_page: int
-    bytes: int
-    queue_s: float
-    busy_s: float
-
-
-class DoneRecord(NamedTuple):
-    """`protocol.Done`, small; equal records are the same statement."""
-
-    outcome: Outcome
-    fallback_reason: str | None
-    loaded_pages: int
-    lanes: tuple[LaneUse, ...]
+    store_read_bytes: int
+    forwarded_bytes: int
+    store_end_s: float | None
+    """From its hand-over to the last store lane's end; None when nothing was read there."""
 
     @classmethod
-    def of(cls, done: Done) -> DoneRecord:
-        lanes = [
-            LaneUse(lane.lane, lane.first_page, lane.end_page, lane.bytes, lane.queue_s, lane.busy_s)
-            for lane in done.lanes
-        ]
-        return cls(done.outcome, done.fallback_reason, done.loaded_pages, tuple(lanes))
+    def by(cls, done: Done) -> Moved:
+        read_bytes, forwarded_bytes, last_end_s = 0, 0, None
+        for lane in done.lanes:
+            if lane.lane == "peer":
+                forwarded_bytes += lane.bytes
+                continue
+            read_bytes += lane.bytes
+            end_s = lane.queue_s + lane.busy_s
+            if last_end_s is None or end_s > last_end_s:
+                last_end_s = end_s
+        return cls(read_bytes, forwarded_bytes, last_end_s)
 
-    def moved_bytes(self, lane: str) -> int:
-        return sum([use.bytes for use in self.lanes if use.lane == lane])
 
-    def store_ranges(self) -> list[Range]:
-        return [(use.first_page, use.end_page) for use in self.lanes if use.lane == "store"]
-
-    def store_end_s(self) -> float | None:
-        """From its hand-over to the last store lane's end; None when nothing was read there."""
-        return max([use.queue_s + use.busy_s for use in self.lanes if use.lane == "store"], default=None)
+def store_ranges(done: Done) -> list[Range]:
+    """Pages that a rank read from the store."""
+    return [(lane.first_page, lane.end_page) for lane in done.lanes if lane.lane == "store"]
 
 
 @dataclass(slots=True)
@@ -83,7 +72,7 @@ class Side:
     traceparent: str | None = None
     reported: tuple[int, ...] = ()
     """Ranks, in the order of their reports."""
-    done: dict[int, DoneRecord] = field(default_factory=dict)
+    done: dict[int, Done] = field(default_factory=dict)
     charges: dict[int, tuple[RankState, int]] = field(default_factory=dict)
     """Per rank: the state that was charged and the bytes still outstanding."""
     expected_end_s: float | None = None
@@ -103,13 +92,16 @@ class Side:
         if pages:
             for rank, state in self.engine.ranks.items():
                 if rank not in self.done:
-                    self.charges[rank] = (state, pages * state.engine.page_bytes)
-                    state.planned_bytes += self.charges[rank][1]
+                    size = pages * state.engine.page_bytes
+                    self.charges[rank] = (state, size)
+                    state.planned_bytes += size
+            self.engine.count_reads()
 
     def release(self, rank: int) -> None:
         charge = self.charges.pop(rank, None)
         if charge is not None:
             charge[0].planned_bytes -= charge[1]
+            self.engine.count_reads()
 
     def release_all(self) -> None:
         for rank in list(self.charges):
@@ -136,10 +128,10 @@ class Room:
         return union(self._common_ranges(prefill, decode))
 
     @staticmethod
-    def _common_ranges(prefill: dict[int, DoneRecord], decode: dict[int, DoneRecord]) -> Iterator[Range]:
-        for rank, record in prefill.items():
+    def _common_ranges(prefill: dict[int, Done], decode: dict[int, Done]) -> Iterator[Range]:
+        for rank, done in prefill.items():
             if rank in decode:
-                yield from intersection(record.store_ranges(), decode[rank].store_ranges())
+                yield from intersection(store_ranges(done), store_ranges(decode[rank]))
 
     @property
     def is_done(self) -> bool:
@@ -173,7 +165,8 @@ class RoomTable:
         return len(self._open)
 
     def get(self, room: int) -> Room | None:
-        return self._open.get(room) or self._closed.get(room)
+        found = self._open.get(room)
+        return found if found is not None else self._closed.get(room)
 
     def get_or_open(self, room: int, now_s: float) -> Room:
         """Forgets the oldest open room when there are too many."""

@@ -34,12 +34,18 @@ from scheduler_svc.state import Cluster, Result
 TICK_S = 0.1
 """Longest wait before expiry and the stop flag are looked at again."""
 
-BURST_MESSAGES = 64
-"""Handled before what they led to is sent.  Each send wakes ZeroMQ's I/O thread if that sleeps,
-which costs as much as a decision; sent together, one waking serves them all."""
+BURST_S = 0.001
+"""How long messages are handled before what they led to is sent.  Each send wakes ZeroMQ's I/O thread
+if that sleeps, which costs as much as a decision; sent together, one waking serves them all.  A plan
+waits no longer than this for the messages after its own."""
 
 MAX_FRAME_BYTES = 4 * MAX_MESSAGE_BYTES
 """Beyond this the socket drops the peer's connection unread; up to it the peer gets an error."""
+
+# Plain numbers: combining pyzmq's flags anew for each frame takes as long as sending it.
+_AT_ONCE = int(zmq.DONTWAIT)
+_AT_ONCE_MORE = int(zmq.DONTWAIT | zmq.SNDMORE)
+_MORE_PARTS = int(zmq.RCVMORE)
 
 logger = logging.getLogger(__name__)
 
@@ -147,15 +153,16 @@ class Server:
             self._socket.close()
 
     def _take_burst(self) -> bool:
-        """Handle what has come, up to a burst, and send what follows; False when nothing has come."""
-        received = 0
+        """Handle what has come, for `BURST_S`, and send what follows; False when nothing has come."""
+        socket, received = self._socket, False
+        begun_s = now_s = time.monotonic()
         try:
-            while received < BURST_MESSAGES:
-                identity = self._socket.recv(zmq.DONTWAIT)
-                frames = [self._socket.recv()]  # parts of a message come together
-                while self._socket.getsockopt(zmq.RCVMORE):
-                    frames.append(self._socket.recv())
-                received += 1
+            while now_s - begun_s < BURST_S:
+                identity = socket.recv(_AT_ONCE)
+                frames = [socket.recv()]  # parts of a message come together
+                while socket.getsockopt(_MORE_PARTS):
+                    frames.append(socket.recv())
+                received = True
                 try:
                     self._handle(identity, frames)
                 except Exception:
@@ -163,6 +170,7 @@ class Server:
                     self._refuse(
                         identity, ErrorCode.INTERNAL, "fault in the scheduler, see its log; do not repeat"
                     )
+                now_s = time.monotonic()
         except zmq.Again:
             pass
         for identity, frame in self._outbox:
@@ -171,7 +179,7 @@ class Server:
         for event in self._events:
             self._observe(event)
         self._events.clear()
-        return received > 0
+        return received
 
     def _handle(self, identity: bytes, frames: list[bytes]) -> None:
         if len(frames) != 1:
@@ -189,7 +197,7 @@ class Server:
         result = self._cluster.handle(message, self._now_s())
         if isinstance(result.reply, Error):
             self._metrics.errors.labels(result.reply.code.value).inc()
-            logger.info("refused %s: %s", message.type, result.reply.message)
+            logger.info("refused %s: %s", type(message).__name__, result.reply.message)
         else:
             self._learn(identity, message)
         self._post(identity, result)
@@ -214,8 +222,8 @@ class Server:
 
     def _send(self, identity: bytes, frame: bytes) -> None:
         try:
-            self._socket.send(identity, zmq.DONTWAIT | zmq.SNDMORE)
-            self._socket.send(frame, zmq.DONTWAIT)
+            self._socket.send(identity, _AT_ONCE_MORE)
+            self._socket.send(frame, _AT_ONCE)
         except zmq.ZMQError as error:
             # EHOSTUNREACH: the peer is gone.  EAGAIN: it does not read; never wait for it.
             if error.errno not in (zmq.EHOSTUNREACH, zmq.EAGAIN):

@@ -28,9 +28,11 @@ from scheduler_svc.protocol import (
     Heartbeat,
     Outcome,
     Path,
+    Ping,
     Place,
     Placement,
     Plan,
+    Pong,
     Report,
     Request,
     Role,
@@ -38,7 +40,7 @@ from scheduler_svc.protocol import (
     StatusRequest,
     Wire,
 )
-from scheduler_svc.rooms import Claim, DoneRecord, Room, RoomTable, Side
+from scheduler_svc.rooms import Claim, Moved, Room, RoomTable, Side
 
 MAX_FALLBACK_REASONS = 64
 """Distinct reasons counted by name; engines choose the text, so later ones count as `other`."""
@@ -56,6 +58,7 @@ class Result(NamedTuple):
 
 
 NOTHING = Result()
+PONG = Result(Pong())
 
 
 class Refused(Exception):
@@ -99,6 +102,7 @@ class Cluster:
             Report: self._report,
             Done: self._done,
             StatusRequest: self._status,
+            Ping: lambda message, now_s: PONG,
         }
 
     def handle(self, message: Request, now_s: float) -> Result:
@@ -297,20 +301,19 @@ class Cluster:
         decode.charge(max(0, plan.split_page - plan.decode_local_pages))
         prefill.expected_end_s, decode.expected_end_s = lanes.prefill_end_s, lanes.decode_end_s
         event = PlanDecided(
-            plan=plan,
-            traceparent=prefill.traceparent or decode.traceparent,
-            first_report_s=min(prefill.reported_s, decode.reported_s),
-            decided_s=now_s,
-            lanes=lanes,
+            plan,
+            prefill.traceparent or decode.traceparent,
+            min(prefill.reported_s, decode.reported_s),
+            now_s,
+            lanes,
         )
         events = (event,)
         if obstacle and plan.path is not Path.NONE:
             events += self._count_fallback(room, obstacle.name)
-        pushes = [
-            (RankKey(side.engine.engine_id, rank), plan)
-            for side in (prefill, decode)
-            for rank in sorted(side.reported)
-        ]
+        pushes = []
+        for side in (prefill, decode):
+            engine_id = side.engine.engine_id
+            pushes += [(RankKey(engine_id, rank), plan) for rank in sorted(side.reported)]
         return Result(pushes=tuple(pushes), events=events)
 
     def _count_fallback(self, room: Room, reason: str) -> tuple[Event, ...]:
@@ -328,12 +331,11 @@ class Cluster:
         engine = self._known_engine(done)
         room = self.rooms.get(done.room)
         side = room.sides.get(done.role) if room else None
-        record = DoneRecord.of(done)
         if side is not None:
             self._check_engine(done, side)
             known = side.done.get(done.rank)
             if known is not None:
-                if record == known:
+                if done == known:
                     return NOTHING
                 raise Refused(
                     ErrorCode.CONFLICT,
@@ -345,20 +347,20 @@ class Cluster:
         side = room.sides.get(done.role)
         if side is None:
             side = room.sides[done.role] = Side(engine)
-        side.done[done.rank] = record
+        side.done[done.rank] = done
         side.release(done.rank)
         self.engines.lowered(side.engine)
 
-        store_read_bytes, forwarded_bytes = record.moved_bytes("store"), record.moved_bytes("peer")
-        engine.totals.store_read_bytes += store_read_bytes
-        engine.totals.forwarded_bytes += forwarded_bytes
-        engine.totals.loaded_pages += done.loaded_pages
+        store_read_bytes, forwarded_bytes, actual_s = Moved.by(done)
+        totals = engine.totals
+        totals.store_read_bytes += store_read_bytes
+        totals.forwarded_bytes += forwarded_bytes
+        totals.loaded_pages += done.loaded_pages
         duplicates = pages(room.read_twice())
         new_duplicates, room.duplicate_pages = duplicates - room.duplicate_pages, duplicates
         self.duplicate_store_pages += new_duplicates
 
         events = (RankDone(done.engine_id, store_read_bytes, forwarded_bytes, new_duplicates),)
-        actual_s = record.store_end_s()
         if done.outcome is Outcome.OK and actual_s is not None and side.expected_end_s is not None:
             events += (
                 ReadEnded(

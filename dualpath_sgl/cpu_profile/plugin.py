@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 import os
+import time
 
 activated = False
 """True once `activate` has changed this process."""
@@ -18,6 +19,9 @@ _COPIES = (
     "transfer_kv_all_layer_direct_lf_pf",
 )
 
+POLL_S = 0.001
+"""Between two looks of a scheduler that has no batch to run but requests under way."""
+
 
 def activate() -> None:
     global activated
@@ -25,6 +29,7 @@ def activate() -> None:
         return
     from sgl_kernel import kvcacheio
     from sglang.srt.disaggregation.mooncake.conn import MooncakeKVSender
+    from sglang.srt.managers.scheduler import Scheduler
     from sglang.srt.mem_cache.pool_host import mha, mla
     from sglang.srt.mem_cache.pool_host.base import HostKVCache
     from sglang.srt.models.deepseek_common.attention_backend_handler import AttentionBackendRegistry
@@ -35,6 +40,7 @@ def activate() -> None:
     # The alternative copies page indices through pinned memory behind a CUDA event.
     MooncakeKVSender.supports_host_tensor_indices = False
     HostKVCache.__init__ = _without_pinning(HostKVCache.__init__)
+    Scheduler.on_idle = _polling(Scheduler.on_idle)
     # These modules import the copies only on GPUs, then call them by their own globals.
     for module in (mha, mla):
         for name in _COPIES:
@@ -51,3 +57,15 @@ def _without_pinning(original):
         original(self, *args, **{**kwargs, "pin_memory": False})
 
     return __init__
+
+
+def _polling(original):
+    """SGLang spins while requests load or transfer: on a few cores, away from the threads that do so."""
+
+    @functools.wraps(original)
+    def on_idle(self):
+        original(self)
+        if not self.is_fully_idle():
+            time.sleep(POLL_S)
+
+    return on_idle

@@ -116,3 +116,16 @@ def test_without_the_switch_no_hook_is_registered():
 def test_with_the_switch_every_hook_is_registered_and_no_other():
     targets = sorted({target for target, _, _ in HOOKS})
     assert registered(DUALPATH_ENABLED="1", DUALPATH_ENGINE_ID="prefill-0") == targets
+
+
+@pytest.mark.parametrize(
+    ("listens_on", "expected"),
+    [
+        ("10.0.0.7", "http://10.0.0.7:30000"),
+        ("0.0.0.0", "http://192.168.0.1:30000"),
+        ("::", "http://192.168.0.1:30000"),
+        ("fd00::7", "http://[fd00::7]:30000"),
+    ],
+)
+def test_routers_are_told_an_address_they_can_reach(listens_on, expected):
+    assert Settings(host="192.168.0.1").http_url(listens_on, 30000) == expected

@@ -28,6 +28,7 @@ from dualpath_sgl.forward import Forwarder
 from dualpath_sgl.page_load import PageLoad
 from dualpath_sgl.page_server import PageServer
 from dualpath_sgl.peer_lane import PeerLane
+from scheduler_svc.protocol import encode
 from dualpath_sgl.peer_protocol import Ended, Pages, Pull, Release, Released
 
 PAGES = 12
@@ -294,6 +295,16 @@ def test_a_room_that_is_never_offered_ends_the_pull(prefill, hasty_server, hasty
     nothing_is_left(hasty_server, hasty_lane, room)
 
 
+def test_a_room_that_closed_before_the_pull_is_refused_at_once(prefill, server, lane):
+    room, load = next(rooms), prefill.load(4)
+    server.open(room, 0)
+    server.close(room)
+    lane.pull(load, room)
+    until_acknowledged(load)  # long before the server's subscribe time-out
+    assert lane.missing_of(load) == [(0, 4, "lease ended")]
+    nothing_is_left(server, lane, room)
+
+
 def test_a_room_that_nobody_asks_for_closes_long_before_its_lease_ends(decode):
     room = next(rooms)
     unpin, closed = Calls(), Calls()
@@ -430,7 +441,7 @@ def scripted_de(answers: Callable[[object], list[bytes]]) -> Iterator[str]:
         while not stopping.is_set():
             if socket.poll(20):
                 identity, frame = socket.recv_multipart()
-                for answer in answers(peer_protocol.ToServer.validate_json(frame)):
+                for answer in answers(peer_protocol.decode_to_server(frame)):
                     socket.send_multipart([identity, answer])
 
     thread = threading.Thread(target=serve, daemon=True)
@@ -444,7 +455,7 @@ def scripted_de(answers: Callable[[object], list[bytes]]) -> Iterator[str]:
 
 
 def wire(message) -> bytes:
-    return message.model_dump_json().encode()
+    return encode(message)
 
 
 def test_a_silent_de_is_given_up_after_the_timeout(prefill):
@@ -604,7 +615,7 @@ def test_a_server_ignores_malformed_frames_and_goes_on(decode, prefill, server, 
         # Answered after everything before it was read.
         stranger.send(wire(Release(room=10**9)))
         assert stranger.poll(WAIT_S * 1000)
-        answer = peer_protocol.ToLane.validate_json(stranger.recv())
+        answer = peer_protocol.decode_to_lane(stranger.recv())
         assert answer == Released(room=10**9, valid=False)
         assert not stranger.poll(0), "garbage is not answered"
     finally:

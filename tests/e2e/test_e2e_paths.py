@@ -7,7 +7,16 @@ import secrets
 import time
 
 import pytest
-from agents import TURNS, Session, forget_caches, generate, play_all, reads
+from agents import (
+    SETTLE_TIMEOUT_S,
+    TURNS,
+    Session,
+    forget_caches,
+    generate,
+    play_all,
+    reads,
+    settled_status,
+)
 
 from launch.supervisor import Cluster
 from scheduler_svc.protocol import Path
@@ -68,6 +77,20 @@ def test_pages_the_decode_engine_still_holds_are_forwarded_without_a_storage_rea
     assert after.forwarded_bytes > before.forwarded_bytes
     assert after.decode_store_bytes == before.decode_store_bytes
     assert after.prefill_store_bytes == before.prefill_store_bytes
+
+
+def test_idle_engines_report_their_whole_device_memory_as_free(cluster, config, sessions):
+    for session in sessions:
+        session.play(cluster.url, 0)
+    whole = {"prefill": config.prefill.max_total_tokens, "decode": config.decode.max_total_tokens}
+    deadline_s = time.monotonic() + SETTLE_TIMEOUT_S
+    while True:
+        engines = settled_status(cluster).engines
+        free = {entry.engine.role.value: entry.load.device_free_tokens for entry in engines}
+        if free == whole:
+            return
+        assert time.monotonic() < deadline_s, f"{free} of {whole} tokens are free"
+        time.sleep(0.1)
 
 
 def test_one_trace_shows_every_stage_of_a_request_on_the_decode_path(cluster, sessions):

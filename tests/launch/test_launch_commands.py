@@ -73,6 +73,19 @@ def test_the_dualpath_backend_is_named_to_sglang_as_a_class_to_import():
     assert extra["prefetch_threshold"] == 32
 
 
+@pytest.mark.parametrize(
+    ("mode", "backend"), [("basic", "LimitedStore"), ("both", "LimitedStore"), ("dualpath", "DualPathStorage")]
+)
+def test_a_read_rate_limits_every_mode_alike(mode, backend):
+    config = cluster(mode=mode, store={"read_rate": "80mbit"})
+    spec = engine_specs(config, lambda: 7)[0]
+    command = engine_command(config, HERE, spec, PORTS)
+    flag = "--hicache-storage-backend-extra-config="
+    extra = json.loads(next(part for part in command if part.startswith(flag)).removeprefix(flag))
+    assert "--hicache-storage-backend=dynamic" in command
+    assert (extra["class_name"], extra["read_rate_bytes_per_s"]) == (backend, 10_000_000)
+
+
 def test_only_mode_dualpath_switches_dualpath_on():
     inherited = {"DUALPATH_ENABLED": "1", "PATH": "/bin"}
     assert "DUALPATH_ENABLED" not in environment(cluster(mode="basic"), inherited)
@@ -152,3 +165,28 @@ def test_the_scheduler_binds_beyond_loopback_only_where_the_cluster_is_not_on_it
 
 def test_servers_do_not_close_the_connections_that_the_router_keeps():
     assert int(environment(cluster(), {})["SGLANG_TIMEOUT_KEEP_ALIVE"]) >= 600
+
+
+def router(config: ClusterConfig) -> str:
+    ports = iter(range(100, 200))
+    specs = engine_specs(config, lambda: next(ports))
+    return " ".join(router_command(config, HERE, PORTS, specs))
+
+
+def test_a_placing_router_asks_the_clusters_scheduler_and_exports_spans():
+    made = router(cluster(router={"kind": "placing"}))
+    assert "--mini-lb --dualpath-scheduler=tcp://127.0.0.1:3 " in made
+    assert "--enable-trace --otlp-traces-endpoint=127.0.0.1:4" in made
+    untraced = cluster(router={"kind": "placing"}, tracing={"enabled": False})
+    assert "--enable-trace" not in router(untraced)
+
+
+@pytest.mark.parametrize("fields", [{}, {"mode": "basic", "router": {"kind": "placing"}}])
+def test_the_rust_router_serves_by_default_and_wherever_there_is_no_scheduler(fields):
+    made = router(cluster(**fields))
+    assert "--mini-lb" not in made and "--policy=round_robin" in made
+
+
+def test_the_scheduler_is_told_both_policies():
+    made = scheduler_command(cluster(scheduler={"policy": "decode", "placement": "paper"}), HERE, PORTS)
+    assert "--policy=decode" in made and "--placement=paper" in made

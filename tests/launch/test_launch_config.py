@@ -38,7 +38,7 @@ def test_a_misspelt_field_is_named_with_the_closest_known_one(tmp_path):
 
 
 def test_a_field_unlike_any_other_lists_the_known_ones(tmp_path):
-    assert "router.zzz: unknown field; known fields: policy" in refusal(tmp_path, router={"zzz": 1})
+    assert "router.zzz: unknown field; known fields: kind, policy" in refusal(tmp_path, router={"zzz": 1})
 
 
 def test_a_number_out_of_range_is_named_with_its_value_and_bound(tmp_path):
@@ -135,3 +135,8 @@ def test_a_network_leaves_what_is_not_named_unshaped_but_must_name_the_storage_l
     assert "did you mean 'compute_rate'?" in refusal(
         tmp_path, network={"storage_rate": None, "compute_rates": "1gbit"}
     )
+
+
+def test_an_unknown_placement_or_router_names_the_known_ones(tmp_path):
+    assert "affinity, paper, round_robin, random" in refusal(tmp_path, scheduler={"placement": "best"})
+    assert "'rust' or 'placing'" in refusal(tmp_path, router={"kind": "nginx"})

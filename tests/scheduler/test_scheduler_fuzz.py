@@ -11,10 +11,19 @@ from urllib.parse import urlsplit
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from scheduler_vocabulary import decode_report, done, engine, heartbeat, lane, prefill_report, snapshot
+from scheduler_vocabulary import (
+    decode_report,
+    done,
+    engine,
+    heartbeat,
+    is_a_message,
+    lane,
+    prefill_report,
+    snapshot,
+)
 from test_scheduler_server import WAIT_S, pair, running
 
-from scheduler_svc.protocol import Error, ErrorCode, Place, StatusRequest, decode_request, encode
+from scheduler_svc.protocol import Error, ErrorCode, Ping, Place, StatusRequest, encode
 
 VALID = [
     encode(message)
@@ -25,6 +34,7 @@ VALID = [
         decode_report(1, 0),
         done(1, "p0", lane("store", 0, 10)),
         StatusRequest(),
+        Ping(),
     )
 ]
 values = st.recursive(
@@ -67,13 +77,6 @@ def damaged(draw) -> bytes:
         inside = inside[key]
     inside[path[-1]] = draw(values)
     return json.dumps(message).encode()
-
-
-def is_a_message(frames: list[bytes]) -> bool:
-    try:
-        return len(frames) == 1 and bool(decode_request(frames[0]))
-    except ValueError:
-        return False
 
 
 def test_damaged_messages_are_refused_and_change_nothing_or_are_messages_themselves():

@@ -3,6 +3,7 @@ from __future__ import annotations
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from msgspec.structs import replace
 from prometheus_client import CollectorRegistry, Histogram, generate_latest
 from prometheus_client.parser import text_string_to_metric_families
 from scheduler_vocabulary import cluster, decode_report, done, heartbeat, lane, prefill_report
@@ -59,7 +60,7 @@ def test_decisions_predictions_and_their_errors_are_counted():
         room = handle(Place(request_id="r", session_id="s", prompt_tokens=1000)).room
     handle(prefill_report(room, 0, 10))
     handle(decode_report(room, 0))
-    handle(done(room, "d0", lane("store", 0, 10).model_copy(update={"queue_s": 0.1, "busy_s": 0.2})))
+    handle(done(room, "d0", replace(lane("store", 0, 10), queue_s=0.1, busy_s=0.2)))
 
     def value(name, **labels):
         return metrics.registry.get_sample_value(f"dualpath_{name}", labels)

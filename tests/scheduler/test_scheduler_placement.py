@@ -10,6 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
+from msgspec.structs import replace
 from scheduler_vocabulary import PAGE_TOKENS, cluster, heartbeat, prefill_report
 
 from scheduler_svc.lazy_heap import SLACK_ENTRIES, LazyHeap
@@ -116,12 +117,47 @@ def test_the_choice_among_decode_engines_follows_the_paper_step_by_step(tokens, 
         assert taken in among and taken.tokens == min(e.tokens for e in among)
 
 
+def free(tokens: int, *, busy: int = 0) -> Load:
+    return Load(device_free_tokens=tokens, tokens=busy)
+
+
+def test_a_decode_engine_without_the_memory_is_passed_over_until_it_has_it():
+    beats = heartbeat("p0"), heartbeat("d0", load=free(999)), heartbeat("d1", load=free(9000, busy=4000))
+    state = cluster("decode", *beats, placement="paper")
+    assert place(state, tokens=1000)[1] == "d1"
+    state.handle(heartbeat("d0", load=free(1000)), 0.0)
+    assert place(state, tokens=1000)[1] == "d0"
+    state.handle(heartbeat("d0", load=free(0)), 0.0)
+    assert place(state, tokens=1)[1] == "d1", "nothing free is an answer, from an engine that counts"
+
+
+def test_a_request_just_placed_takes_its_memory_before_any_heartbeat_shows_it():
+    beats = heartbeat("p0"), heartbeat("d0", load=free(2500)), heartbeat("d1", load=free(2500, busy=10_000))
+    state = cluster("decode", *beats, placement="paper")
+    assert [place(state, tokens=1000)[1] for _ in range(3)] == ["d0", "d0", "d1"]
+
+
+def test_an_engine_has_as_much_memory_as_its_fullest_rank():
+    ranks = [heartbeat("d0", rank=rank, tp_size=2, load=free(size)) for rank, size in enumerate((9000, 9))]
+    other = heartbeat("d1", load=free(9000, busy=4000))
+    state = cluster("decode", heartbeat("p0"), *ranks, other, placement="paper")
+    assert place(state, tokens=10)[1] == "d1"
+    assert state.engines.get("d0").free_device_tokens == 9
+
+
+def test_an_engine_that_never_counts_its_memory_is_not_judged_by_it():
+    beats = heartbeat("p0"), heartbeat("d0"), heartbeat("d1", load=free(9000, busy=4000))
+    assert place(cluster("decode", *beats, placement="paper"), tokens=1000)[1] == "d0"
+
+
 def test_staying_is_worth_it_while_the_saved_read_outlasts_the_longer_wait():
     last = Seen(tokens=3000, tokens_per_s=1000, read_rate_bytes_per_s=1e9)
     best = Seen(tokens=1000, tokens_per_s=1000, read_rate_bytes_per_s=1e9)
     assert is_worth_staying(last, best, saved_bytes=2_000_000_000)
     assert not is_worth_staying(last, best, saved_bytes=1_999_999_999)
     best.read_rate_bytes_per_s = 0
+    assert not is_worth_staying(last, best, saved_bytes=1_999_999_999), "as fast as the one that has read"
+    last.read_rate_bytes_per_s = 0
     assert is_worth_staying(last, best, saved_bytes=1)
 
 
@@ -362,7 +398,7 @@ def test_a_session_leaves_an_engine_whose_queue_costs_more_than_its_pages_save()
     state.handle(heartbeat(prefill, load=at_most), 0.0)
     assert place(state, "a", tokens=1000)[0] == prefill
     state.handle(
-        heartbeat(prefill, load=at_most.model_copy(update={"read_queue_bytes": saved_bytes + 1})), 0.0
+        heartbeat(prefill, load=replace(at_most, read_queue_bytes=saved_bytes + 1)), 0.0
     )
     assert place(state, "a", tokens=1000) == ({"p0": "p1", "p1": "p0"}[prefill], decode)
 

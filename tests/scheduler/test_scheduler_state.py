@@ -3,6 +3,7 @@ from __future__ import annotations
 import gc
 
 import pytest
+from msgspec.structs import replace
 from scheduler_vocabulary import (
     PAGE_BYTES,
     cluster,
@@ -119,7 +120,7 @@ def test_a_finished_read_says_how_long_it_was_expected_to_take():
     state.handle(prefill_report(1, 0, 10), 0.0)
     lanes = state.handle(decode_report(1, 0, traceparent="caller"), 0.0).events[0].lanes
     assert lanes == LaneInputs(5000, 5000, 1e6, 1e6, None, 0.015)
-    read = lane("store", 0, 10).model_copy(update={"queue_s": 0.25, "busy_s": 0.5})
+    read = replace(lane("store", 0, 10), queue_s=0.25, busy_s=0.5)
     result = state.handle(done(1, "d0", read), 1.0)
     (ended,) = [event for event in result.events if isinstance(event, ReadEnded)]
     assert ended == ReadEnded(1, Role.DECODE, "d0", "caller", 0.015, 0.75)
@@ -181,7 +182,7 @@ def test_a_report_of_an_unknown_engine_or_rank_is_refused():
         prefill_report(1, 0, 11),
         prefill_report(1, 1, 10),
         prefill_report(1, 0, 11, rank=1),
-        prefill_report(1, 0, 10).model_copy(update={"prompt_tokens": 99_999}),
+        replace(prefill_report(1, 0, 10), prompt_tokens=99_999),
         done(1, "p1"),
     ],
 )
@@ -199,7 +200,7 @@ def test_a_role_that_contradicts_the_heartbeat_is_refused():
 
 
 def test_more_pages_than_the_prompt_has_are_refused():
-    report = prefill_report(1, 0, 10).model_copy(update={"prompt_tokens": 159})
+    report = replace(prefill_report(1, 0, 10), prompt_tokens=159)
     assert refused(cluster(), report).code is ErrorCode.MALFORMED
 
 

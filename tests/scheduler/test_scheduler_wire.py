@@ -6,7 +6,6 @@ from typing import get_args
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from pydantic import ValidationError
 from scheduler_vocabulary import cluster, prefill_report
 
 from scheduler_svc import protocol
@@ -58,6 +57,7 @@ requests = st.one_of(
         lanes=st.lists(lanes, max_size=3).map(tuple),
     ),
     st.just(protocol.StatusRequest()),
+    st.just(protocol.Ping()),
 )  # fmt: skip
 replies = st.one_of(
     st.builds(protocol.Placement, request_id=names, room=rooms, prefill=engines, decode=engines),
@@ -75,6 +75,7 @@ replies = st.one_of(
         paths=st.dictionaries(st.sampled_from(protocol.Path), counts, max_size=4),
         fallbacks=st.dictionaries(names, counts, max_size=3), duplicate_store_pages=counts, errors=counts,
     ),
+    st.just(protocol.Pong()),
     st.builds(
         protocol.Error, code=st.sampled_from(protocol.ErrorCode), message=names, room=st.none() | rooms,
         request_id=st.none() | names,
@@ -93,10 +94,12 @@ def test_every_reply_survives_the_wire(message):
 
 
 def test_the_round_trips_cover_every_message_type():
-    asked = get_args(get_args(protocol.Request)[0])
-    answered = get_args(get_args(protocol.Reply)[0])
-    assert {kind.__name__ for kind in asked} == {"Heartbeat", "Place", "Report", "Done", "StatusRequest"}
-    assert {kind.__name__ for kind in answered} == {"Placement", "Plan", "Status", "Error"}
+    asked = get_args(protocol.Request)
+    answered = get_args(protocol.Reply)
+    assert {kind.__name__ for kind in asked} == {
+        "Heartbeat", "Place", "Report", "Done", "StatusRequest", "Ping",
+    }  # fmt: skip
+    assert {kind.__name__ for kind in answered} == {"Placement", "Plan", "Status", "Pong", "Error"}
 
 
 json_values = st.recursive(
@@ -148,8 +151,26 @@ def test_any_valid_message_in_any_state_gets_an_answer(message, now_s):
 
 def test_a_refusal_names_field_value_and_problem():
     frame = encode(prefill_report(1, 0, 10)).replace(b'"room":1', b'"room":-5')
-    with pytest.raises(ValueError, match=r"room: .*greater than or equal to 0, got '-5'"):
+    with pytest.raises(ValueError, match=r"room: .*>= 0, got '-5'"):
         decode_request(frame)
+
+
+@pytest.mark.parametrize(
+    ("frame", "words"),
+    [
+        (b'{"type":"report","room":-5}and then no JSON', "room: .*got"),
+        (b'{"type":"report","room":' + b"9" * 5000 + b"}", "room: .*out of range"),
+        (b'{"type":"place","request_id":"r","prompt_tokens":1.5}', "prompt_tokens: .*got '1.5'"),
+        (b'{"type":"heartbeat","load":{"read_rate_bytes_per_s":1e999}}', "load.read_rate_bytes_per_s: "),
+        (b'{"type":"place","request_id":"\xff"}', "message: .*utf-8"),
+        (b"[" * MAX_MESSAGE_BYTES, "message: "),
+        (b"", "message: "),
+    ],
+)
+def test_what_is_wrong_is_said_also_when_the_rest_cannot_be_read(frame, words):
+    with pytest.raises(ValueError, match=words) as refusal:
+        decode_request(frame)
+    assert len(str(refusal.value)) < 1000
 
 
 def test_an_oversized_message_is_refused_unread():
@@ -161,5 +182,5 @@ def test_unknown_fields_and_backward_ranges_are_refused():
     frame = encode(protocol.StatusRequest())[:-1] + b',"extra":1}'
     with pytest.raises(ValueError, match="extra"):
         decode_request(frame)
-    with pytest.raises(ValidationError, match="end_page 3 is before first_page 5"):
+    with pytest.raises(ValueError, match="end_page 3 is before first_page 5"):
         protocol.LaneRecord(lane="store", first_page=5, end_page=3, bytes=0, queue_s=0, busy_s=0)

@@ -1,0 +1,106 @@
+"""The router as a process: HTTP in, one HTTP session and one ZeroMQ socket out."""
+
+from __future__ import annotations
+
+import logging
+from typing import TYPE_CHECKING
+
+import aiohttp
+from aiohttp import web
+
+from dualpath_sgl.router.cluster_calls import ClusterCalls
+from dualpath_sgl.router.engines import EngineDirectory
+from dualpath_sgl.router.health import HealthWatch
+from dualpath_sgl.router.pairing import Pairing
+from dualpath_sgl.router.placement import PlacementClient
+from dualpath_sgl.router.route import Route
+from dualpath_sgl.router.settings import RouterSettings
+from dualpath_sgl.router.spans import RouterSpans
+from scheduler_svc.keys import KeyFileError
+
+if TYPE_CHECKING:
+    from sglang_router.router_args import RouterArgs
+
+logger = logging.getLogger(__name__)
+
+CONNECT_TIMEOUT_S = 5.0
+KEEP_IDLE_S = 4.0
+"""Less than the 5 s after which SGLang's server (uvicorn) closes an idle connection: a request sent
+just then would be lost on one engine, and its other half would wait for it."""
+
+GENERATING = ("/generate", "/v1/completions", "/v1/chat/completions")
+
+
+def serve(args: RouterArgs) -> None:
+    """Until SIGTERM or SIGINT.  Exits with the remedy when an argument is wrong."""
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s")
+    try:
+        settings = RouterSettings.from_args(args)
+    except ValueError as error:
+        raise SystemExit(f"router: {error}") from None
+    try:
+        web.run_app(
+            make_app(settings),
+            host=settings.host,
+            port=settings.port,
+            access_log=None,
+            handler_cancellation=True,
+            shutdown_timeout=settings.shutdown_s,
+            print=None,
+        )
+    except KeyFileError as error:
+        raise SystemExit(f"router: {error}") from None
+    except OSError as error:
+        raise SystemExit(
+            f"router: cannot listen on {settings.host}:{settings.port}: {error.strerror}; choose another --port"
+        ) from None
+
+
+async def make_app(settings: RouterSettings) -> web.Application:
+    """Everything the router consists of; closed with the application.  Raises KeyFileError."""
+    scheduler = PlacementClient(settings.scheduler, settings.key_files)
+    spans = RouterSpans(settings.otlp_endpoint)
+    http = aiohttp.ClientSession(
+        connector=aiohttp.TCPConnector(limit=0, keepalive_timeout=KEEP_IDLE_S),
+        timeout=aiohttp.ClientTimeout(total=None, sock_connect=CONNECT_TIMEOUT_S),
+        auto_decompress=False,
+        skip_auto_headers=("Accept-Encoding",),
+    )
+    health = HealthWatch(http, settings.health)
+    directory = EngineDirectory(settings.prefill_urls, settings.decode_urls, health.watch)
+    route = Route(
+        http,
+        Pairing(scheduler, directory, spans),
+        spans,
+        request_timeout_s=settings.request_timeout_s,
+        max_retries=settings.max_retries,
+    )
+    calls = ClusterCalls(http, directory)
+
+    async def close(app: web.Application) -> None:
+        await health.close()
+        await http.close()
+        scheduler.close()
+        spans.close()
+
+    app = web.Application(client_max_size=settings.max_body_bytes)
+    app.on_cleanup.append(close)
+    app.add_routes(
+        [
+            *(web.post(path, route.handle) for path in GENERATING),
+            *(web.get(path, calls.alive) for path in ("/health", "/liveness")),
+            web.get("/readiness", calls.ready),
+            *(web.get(path, calls.any_engine) for path in ("/v1/models", "/model_info", "/get_model_info")),
+            *(web.get(path, calls.server_info) for path in ("/server_info", "/get_server_info")),
+            web.get("/health_generate", calls.every_engine),
+            web.post("/flush_cache", calls.every_engine),
+        ]
+    )
+    logger.info(
+        "router on %s:%d, scheduler %s, engines %s",
+        settings.host,
+        settings.port,
+        settings.scheduler,
+        ", ".join(engine.url for engine in directory),
+    )
+    return app

@@ -1,0 +1,145 @@
+"""One attempt at a request: both engines' halves at once.
+
+The PE computes the prompt and hands its KV to the DE; the DE answers.  Left alone, one of them
+would wait for the other until SGLang's bootstrap time-out, so the first failure of either ends
+both.  Once the DE's first token is here the PE has done its part, and what becomes of the PE no
+longer matters.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator
+from contextlib import ExitStack
+from types import TracebackType
+from typing import NamedTuple
+
+import aiohttp
+from opentelemetry.trace import Span
+
+from dualpath_sgl.router.answers import LogprobMerger, merge_logprobs, problem_in
+from dualpath_sgl.router.errors import EngineAnswered, EngineFailed, EngineRefused
+from dualpath_sgl.router.half import CLIENT_ERRORS, Half
+from dualpath_sgl.router.pairing import Pair
+from dualpath_sgl.router.request import ClientRequest
+from dualpath_sgl.router.spans import RouterSpans
+
+SETTLE_TIMEOUT_S = 5.0
+"""The PE's answer ends about when the DE's begins; its connection is closed after this long."""
+_TELLING = (EngineAnswered, EngineRefused, EngineFailed)
+"""Which of two errors explains more: the other one is often its consequence."""
+
+
+class Beginning(NamedTuple):
+    """Of the DE's answer."""
+
+    headers: dict[str, str]
+    content: bytes
+    """The whole answer, or a stream's first chunk."""
+
+
+_closing: set[asyncio.Task] = set()
+"""Exchanges whose client has everything or is gone."""
+
+
+class Exchange:
+    """`async with`: leaving it with an error ends both halves at once, whatever they are doing."""
+
+    def __init__(
+        self,
+        http: aiohttp.ClientSession,
+        spans: RouterSpans,
+        parent: Span,
+        request: ClientRequest,
+        pair: Pair,
+    ) -> None:
+        body = request.body_for(pair.prefill, pair.room)
+        self._request = request
+        self._prefill = Half(http, spans, parent, pair.prefill, request, body)
+        self._decode = Half(http, spans, parent, pair.decode, request, body)
+        self._stack = ExitStack()
+        self._tasks: list[asyncio.Task] = []
+        self._merger: LogprobMerger | None = None
+
+    async def __aenter__(self) -> Exchange:
+        for half in (self._prefill, self._decode):
+            self._stack.enter_context(half)
+        self._computing = self._begin(self._prefill_answer())
+        self._generating = self._begin(self._decode_answer())
+        self._watching = [self._begin(half.lost()) for half in (self._prefill, self._decode)]
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        # A task of its own: the client may close its connection now, which cancels the caller.
+        closing = asyncio.create_task(self._close(is_whole=error is None))
+        _closing.add(closing)
+        closing.add_done_callback(_closing.discard)
+        await asyncio.shield(closing)
+
+    async def _close(self, *, is_whole: bool) -> None:
+        try:
+            if is_whole:
+                # Let the PE's answer end by itself, so that its connection can be used again.
+                await asyncio.wait([self._computing], timeout=SETTLE_TIMEOUT_S)
+            for task in self._tasks:
+                task.cancel()
+            await asyncio.gather(*self._tasks, return_exceptions=True)
+        finally:
+            self._stack.close()
+
+    async def first(self) -> Beginning:
+        """Raises EngineRefused, EngineAnswered or EngineFailed."""
+        waiting = set(self._tasks)
+        while True:
+            done, waiting = await asyncio.wait(waiting, return_when=asyncio.FIRST_COMPLETED)
+            if self._is_answered():
+                return self._beginning()
+            if errors := [error for task in done if (error := task.exception()) is not None]:
+                raise min(errors, key=_how_telling)
+
+    async def rest(self) -> AsyncIterator[bytes]:
+        """A stream's chunks after the first.  Raises EngineFailed."""
+        while chunk := await self._decode.chunk():
+            yield self._merger.feed(chunk) if self._merger else chunk
+
+    def _begin(self, work) -> asyncio.Task:
+        task = asyncio.create_task(work)
+        self._tasks.append(task)
+        return task
+
+    def _is_answered(self) -> bool:
+        needed = [self._generating, *([self._computing] if self._request.wants_logprobs else [])]
+        return all(task.done() and task.exception() is None for task in needed)
+
+    def _beginning(self) -> Beginning:
+        content = self._generating.result()
+        if self._request.wants_logprobs:
+            if self._request.streams:
+                self._merger = LogprobMerger(self._computing.result())
+                content = self._merger.feed(content)
+            else:
+                content = merge_logprobs(self._computing.result(), content)
+        return Beginning(self._decode.headers, content)
+
+    async def _prefill_answer(self) -> bytes:
+        await self._prefill.open()
+        content = await self._prefill.whole()
+        if (problem := problem_in(content)) is not None:
+            if problem.status in CLIENT_ERRORS:
+                raise EngineAnswered(200, self._prefill.headers, content)
+            raise EngineFailed(self._prefill.engine, problem.message)
+        return content
+
+    async def _decode_answer(self) -> bytes:
+        await self._decode.open()
+        if not self._request.streams:
+            return await self._decode.whole()
+        if not (chunk := await self._decode.chunk()):
+            raise EngineFailed(self._decode.engine, "its stream ended before it began")
+        return chunk
+
+
+def _how_telling(error: BaseException) -> int:
+    return next((rank for rank, kind in enumerate(_TELLING) if isinstance(error, kind)), len(_TELLING))

@@ -1,0 +1,118 @@
+"""Which pair of engines serves a request: the scheduler's choice, or the router's own.
+
+The router's own is taken for every engine that the scheduler does not name, that is known to be
+down here, or that has just refused this request.
+"""
+
+from __future__ import annotations
+
+import random
+import uuid
+from collections.abc import Mapping
+from enum import StrEnum
+from typing import NamedTuple
+
+from opentelemetry.trace import Span
+
+from dualpath_sgl.router.engines import Engine, EngineDirectory
+from dualpath_sgl.router.errors import NoEngine
+from dualpath_sgl.router.placement import PlacementClient, SchedulerAway
+from dualpath_sgl.router.request import ClientRequest
+from dualpath_sgl.router.spans import RouterSpans
+from scheduler_svc.protocol import Place, Role
+from scheduler_svc.tracing import traceparent_of
+
+ROOM_BITS = 63
+_random = random.SystemRandom()
+
+
+class PlacedBy(StrEnum):
+    SCHEDULER = "scheduler"
+    ROUTER = "router"
+
+
+class Pair(NamedTuple):
+    prefill: Engine
+    decode: Engine
+    room: int
+    placed_by: PlacedBy
+    """ROUTER as soon as one of the engines is the router's choice."""
+    reason: str = ""
+    """Why the router chose."""
+
+
+class Pairing:
+    def __init__(self, scheduler: PlacementClient, directory: EngineDirectory, spans: RouterSpans) -> None:
+        self._scheduler = scheduler
+        self._directory = directory
+        self._spans = spans
+
+    async def first(self, request: ClientRequest, parent: Span) -> Pair:
+        """Ask the scheduler.  Raises NoEngine."""
+        with self._spans.child("place", parent) as span:
+            try:
+                pair = await self._placed(request, traceparent_of(span))
+            except SchedulerAway as away:
+                pair = self._own(_new_room(), {}, {}, str(away))
+            span.set_attributes(attributes_of(pair))
+            return pair
+
+    def again(self, before: Pair, refusals: Mapping[Engine, str]) -> Pair:
+        """Another pair, without the engines that refused; the others stay.  Raises NoEngine."""
+        kept = {
+            engine.role: engine for engine in (before.prefill, before.decode) if engine not in refusals
+        }
+        # A new room: the engine that took the first attempt may still be waiting in the old one.
+        return self._own(_new_room(), kept, refusals, "; ".join(refusals.values()))
+
+    async def _placed(self, request: ClientRequest, traceparent: str | None) -> Pair:
+        placement = await self._scheduler.place(
+            Place(
+                request_id=uuid.uuid4().hex,
+                session_id=request.session_id,
+                prompt_tokens=request.prompt_tokens,
+                traceparent=traceparent,
+            )
+        )
+        named = {
+            chosen.role: self._directory.named(chosen.role, chosen.url, chosen.bootstrap_port)
+            for chosen in (placement.prefill, placement.decode)
+        }
+        down = [f"{engine.url} is down: {engine.problem}" for engine in named.values() if not engine.is_up]
+        if not down:
+            return Pair(named[Role.PREFILL], named[Role.DECODE], placement.room, PlacedBy.SCHEDULER)
+        kept = {role: engine for role, engine in named.items() if engine.is_up}
+        return self._own(placement.room, kept, {}, "; ".join(down))
+
+    def _own(
+        self, room: int, kept: Mapping[Role, Engine], refusals: Mapping[Engine, str], reason: str
+    ) -> Pair:
+        prefill, decode = (
+            kept.get(role) or self._choose(role, refusals) for role in (Role.PREFILL, Role.DECODE)
+        )
+        return Pair(prefill, decode, room, PlacedBy.ROUTER, reason)
+
+    def _choose(self, role: Role, refusals: Mapping[Engine, str]) -> Engine:
+        engine = self._directory.choose(role, refusals)
+        if engine is None:
+            problems = ", ".join(
+                f"{engine.url} ({refusals.get(engine) or engine.problem})"
+                for engine in self._directory.of(role)
+            )
+            raise NoEngine(f"no {role} engine takes requests: {problems}; try again later")
+        return engine
+
+
+def attributes_of(pair: Pair) -> dict[str, str | int]:
+    """For spans."""
+    return {
+        "dualpath.room": pair.room,
+        "dualpath.prefill.url": pair.prefill.url,
+        "dualpath.decode.url": pair.decode.url,
+        "dualpath.placed_by": pair.placed_by.value,
+        **({"dualpath.fallback.reason": pair.reason} if pair.reason else {}),
+    }
+
+
+def _new_room() -> int:
+    return _random.getrandbits(ROOM_BITS)

@@ -1,0 +1,59 @@
+"""The client's side of a request: one answer, or a stream that may have to end with an error."""
+
+from __future__ import annotations
+
+from http import HTTPStatus
+
+from aiohttp import web
+
+from dualpath_sgl.router.answers import EVENT_END
+from dualpath_sgl.router.errors import RETRY_AFTER_S, RouteError
+
+
+class Reply:
+    """What is written is sent at once.  Raises ConnectionError when the client is gone."""
+
+    def __init__(self, request: web.Request) -> None:
+        self._request = request
+        self._response: web.StreamResponse | None = None
+        self.ended = False
+        """The client was sent everything."""
+        self._event_is_open = False
+        """What was written last is not the end of an event."""
+
+    @property
+    def status(self) -> int | None:
+        """Once the answer has begun."""
+        return None if self._response is None else self._response.status
+
+    async def whole(self, status: int, headers: dict[str, str], content: bytes) -> web.StreamResponse:
+        self._response = web.Response(status=status, headers=headers, body=content)
+        await self._response.prepare(self._request)
+        await self.end()
+        return self._response
+
+    async def begin(self, headers: dict[str, str]) -> web.StreamResponse:
+        self._response = web.StreamResponse(status=HTTPStatus.OK, headers=headers)
+        await self._response.prepare(self._request)
+        return self._response
+
+    async def write(self, chunk: bytes) -> None:
+        if chunk:
+            self._event_is_open = not chunk.endswith(EVENT_END)
+            await self._response.write(chunk)
+
+    async def end(self) -> None:
+        await self._response.write_eof()
+        self.ended = True
+
+    async def fail(self, error: RouteError) -> web.StreamResponse:
+        """As an HTTP error, or as the last events of a stream that has begun."""
+        if self._response is None:
+            headers = {"Content-Type": "application/json"}
+            if error.status is HTTPStatus.SERVICE_UNAVAILABLE:
+                headers["Retry-After"] = str(RETRY_AFTER_S)
+            return await self.whole(error.status, headers, error.body())
+        if not self.ended:
+            await self.write((EVENT_END if self._event_is_open else b"") + error.event())
+            await self.end()
+        return self._response

@@ -1,0 +1,92 @@
+"""A client's request, as far as a router has to understand it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+from urllib.parse import urlsplit
+
+import orjson
+
+from dualpath_sgl.router.engines import Engine
+from dualpath_sgl.router.errors import BadRequest
+
+SESSION_HEADERS = ("X-Session-Id", "X-SMG-Routing-Key")
+"""The second is what the Rust router's sticky policies go by."""
+MAX_SESSION_CHARACTERS = 256
+BYTES_PER_TOKEN = 4
+"""Of English text and code, roughly; prompts given as token ids are counted exactly."""
+MAX_DEPTH = 8
+"""Of lists and objects in a prompt: more than messages with parts and tool calls have."""
+
+
+class ClientRequest:
+    """`path` is the engines' endpoint, such as `/generate`."""
+
+    def __init__(self, path: str, headers: Mapping[str, str], content: bytes) -> None:
+        """Raises BadRequest."""
+        try:
+            body = orjson.loads(content)
+        except orjson.JSONDecodeError as error:
+            raise BadRequest(f"the body is not JSON: {error}") from None
+        if not isinstance(body, dict):
+            raise BadRequest(f"the body must be a JSON object, got {type(body).__name__}")
+        self.path = path
+        self.headers = headers
+        self._body: dict[str, Any] = body
+        self.streams = body.get("stream") is True
+        self.wants_logprobs = bool(body.get("return_logprob")) and path == "/generate"
+        """The prompt's log-probabilities come from the PE and are merged into the DE's answer."""
+        self.session_id = _session_id(headers, body)
+        self.prompt_tokens = prompt_tokens(body)
+
+    def body_for(self, prefill: Engine, room: int) -> bytes:
+        """What both engines get.  SGLang itself gives the members of a batch the rooms after `room`."""
+        host = urlsplit(prefill.url).hostname or ""
+        return orjson.dumps(
+            self._body
+            | {
+                "bootstrap_host": f"[{host}]" if ":" in host else host,
+                "bootstrap_port": prefill.bootstrap_port,
+                "bootstrap_room": room,
+            }
+        )
+
+
+def _session_id(headers: Mapping[str, str], body: Mapping[str, Any]) -> str | None:
+    """The header, else SGLang's own fields `session_id` and `session_params.id`."""
+    parameters = body.get("session_params")
+    named = [headers.get(name) for name in SESSION_HEADERS]
+    named += [body.get("session_id"), parameters.get("id") if isinstance(parameters, dict) else None]
+    found = next((name for name in named if isinstance(name, str) and name), None)
+    # Headers may hold bytes that are no UTF-8, which the wire to the scheduler does not take.
+    return None if found is None else found.encode(errors="replace").decode()[:MAX_SESSION_CHARACTERS]
+
+
+def prompt_tokens(body: Mapping[str, Any]) -> int:
+    """An estimate of the prompt's size; all prompts of a batch together."""
+    for field in ("input_ids", "text", "prompt"):
+        if (prompt := body.get(field)) is not None:
+            return _size(prompt)
+    tools = len(orjson.dumps(body["tools"])) // BYTES_PER_TOKEN if body.get("tools") else 0
+    return _size(body.get("messages")) + tools
+
+
+def _size(part: Any, depth: int = MAX_DEPTH) -> int:
+    """Token ids count one each; texts by length, wherever they are in messages."""
+    if depth == 0:
+        return 0
+    match part:
+        case str():
+            return len(part.encode()) // BYTES_PER_TOKEN
+        case int():
+            return 1
+        case list() if part and isinstance(part[0], int):
+            return len(part)
+        case list():
+            return sum(_size(inner, depth - 1) for inner in part)
+        case {"content": content}:
+            return _size(content, depth - 1) + _size(part.get("tool_calls"), depth - 1)
+        case {"text": inner} | {"function": {"arguments": inner}}:
+            return _size(inner, depth - 1)
+    return 0

@@ -1,0 +1,105 @@
+"""One client request from its first byte to its last.
+
+    place -> both halves -> first chunk -> the rest
+                 |-> refused: another pair, as long as nothing was streamed
+                 |-> failed: 502 at once
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+
+import aiohttp
+from aiohttp import web
+from opentelemetry.trace import Span
+
+from dualpath_sgl.router.engines import Engine
+from dualpath_sgl.router.errors import EngineAnswered, EngineRefused, NoEngine, RouteError, TimeLimit
+from dualpath_sgl.router.exchange import Exchange
+from dualpath_sgl.router.pairing import Pairing, attributes_of
+from dualpath_sgl.router.reply import Reply
+from dualpath_sgl.router.request import ClientRequest
+from dualpath_sgl.router.spans import RouterSpans, failed
+
+logger = logging.getLogger(__name__)
+
+
+class Route:
+    def __init__(
+        self,
+        http: aiohttp.ClientSession,
+        pairing: Pairing,
+        spans: RouterSpans,
+        *,
+        request_timeout_s: float,
+        max_retries: int,
+    ) -> None:
+        self._http = http
+        self._pairing = pairing
+        self._spans = spans
+        self._request_timeout_s = request_timeout_s
+        self._max_retries = max_retries
+
+    async def handle(self, request: web.Request) -> web.StreamResponse:
+        """Cancelled when the client disconnects, which ends both halves."""
+        reply = Reply(request)
+        attributes = {"http.request.method": request.method, "http.route": request.path}
+        with self._spans.route(request.headers.get("traceparent"), attributes) as span:
+            try:
+                async with asyncio.timeout(self._request_timeout_s):
+                    response = await self._answer(request, reply, span)
+            except TimeoutError:
+                response = await self._fail(reply, span, TimeLimit(self._request_timeout_s))
+            except RouteError as error:
+                response = await self._fail(reply, span, error)
+            except (asyncio.CancelledError, ConnectionError):
+                if not reply.ended:
+                    span.set_attribute("dualpath.client.disconnected", True)
+                raise
+            finally:
+                if reply.status is not None:
+                    span.set_attribute("http.response.status_code", reply.status)
+            return response
+
+    async def _fail(self, reply: Reply, span: Span, error: RouteError) -> web.StreamResponse:
+        logger.warning("%d %s: %s", error.status, error.kind, error)
+        failed(span, str(error))
+        return await reply.fail(error)
+
+    async def _answer(self, http_request: web.Request, reply: Reply, span: Span) -> web.StreamResponse:
+        request = ClientRequest(http_request.path, http_request.headers, await http_request.read())
+        span.set_attributes(
+            {"dualpath.prompt.tokens": request.prompt_tokens, "dualpath.stream": request.streams}
+            | ({"dualpath.session": request.session_id} if request.session_id else {})
+        )
+        pair = await self._pairing.first(request, span)
+        refusals: dict[Engine, str] = {}
+        while True:
+            span.set_attributes(attributes_of(pair) | {"dualpath.attempts": len(refusals) + 1})
+            try:
+                async with Exchange(self._http, self._spans, span, request, pair) as exchange:
+                    return await self._relay(exchange, request, reply, span)
+            except EngineAnswered as answer:
+                return await reply.whole(answer.status, answer.headers, answer.content)
+            except EngineRefused as refused:
+                logger.info("room %d: %s", pair.room, refused)
+                refusals[refused.engine] = refused.problem
+            if len(refusals) > self._max_retries:
+                raise NoEngine(f"{'; '.join(refusals.values())}; try again later")
+            pair = self._pairing.again(pair, refusals)
+
+    async def _relay(
+        self, exchange: Exchange, request: ClientRequest, reply: Reply, span: Span
+    ) -> web.StreamResponse:
+        beginning = await exchange.first()
+        span.add_event("first_chunk")
+        if request.streams:
+            response = await reply.begin(beginning.headers)
+            await reply.write(beginning.content)
+            async for chunk in exchange.rest():
+                await reply.write(chunk)
+            await reply.end()
+        else:
+            response = await reply.whole(200, beginning.headers, beginning.content)
+        return response

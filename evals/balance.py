@@ -1,0 +1,238 @@
+"""`python -m evals.balance`: how evenly the store's pages are read, over all engines of a real cluster.
+
+One cluster with several PEs and DEs (launch/clusters/cpu-2p2d.yaml) behind the placing router plays
+the same agents twice: with the `split` path policy and the scheduler's own placement, and with both
+in turns (`round_robin`).  The figure is the paper's (SNIC max/avg): bytes read by the engine that
+read most, over the mean of all engines; 1 is perfect.
+
+The pools are made smaller than the agents' contexts, so that most turns need the store.  Both runs
+use one cluster; each has its own random tokens, so that the second finds nothing of the first, and
+every answer is compared with a single server's.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+import statistics
+import time
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from evals import jaeger, measure
+from evals.cli import errors, failures_explained
+from evals.errors import EvalError
+from evals.replay import Replay, replay
+from evals.trace import load_sessions
+from evals.workload import Workload, build
+from launch.config import ClusterConfig, HostPool, RouterKind, load
+from launch.readiness import require_ready
+from launch.supervisor import Cluster, single_server
+from scheduler_svc.client import SchedulerClient
+from scheduler_svc.placement import DEFAULT_PLACEMENT
+from scheduler_svc.tracing import init_tracing, shutdown
+
+CLUSTER = Path(__file__).parent.parent / "launch" / "clusters" / "cpu-2p2d.yaml"
+TRACE = Path(__file__).parent / "data" / "claude-code-weka"
+OUT = Path("results/balance")
+TARGET = 1.1
+POOL_TOKENS = 4096
+"""Device pool of each engine; the host pool is half as large again."""
+MAX_CONTEXT_TOKENS = 1536
+SETTLE_TIMEOUT_S = 20.0
+POLL_S = 0.2
+REPORT_REQUESTS = 20
+
+console = Console(highlight=False, soft_wrap=True)
+
+
+@dataclass(frozen=True)
+class Setting:
+    name: str
+    policy: str
+    placement: str
+    seed: int
+
+
+SETTINGS = (
+    Setting("split", "split", DEFAULT_PLACEMENT, 1),
+    Setting("round_robin", "round_robin", "round_robin", 2),
+)
+
+
+@dataclass(frozen=True)
+class Result:
+    name: str
+    policy: str
+    placement: str
+    max_over_mean: float
+    store_read_bytes: dict[str, int]
+    """By engine."""
+    job_s: float
+    requests: int
+    placed_by: dict[str, int]
+    """Requests by who chose the engines."""
+    fallbacks: dict[str, int]
+    duplicate_store_pages: int
+    tokens_equal: bool
+
+
+def max_over_mean(counts: dict[str, int]) -> float:
+    """Raises EvalError when nothing was read: there is no balance to speak of."""
+    if not any(counts.values()):
+        raise EvalError("no engine read the store; give more --agents, so that the pools do not hold them all")
+    return max(counts.values()) / statistics.fmean(counts.values())
+
+
+def main(
+    agents: Annotated[int, typer.Option(min=1, help="Live sessions.")] = 18,
+    concurrency: Annotated[int, typer.Option(min=1, help="Requests in flight.")] = 6,
+    turns: Annotated[int, typer.Option(min=1, help="Requests of each session.")] = 5,
+    cluster: Annotated[Path, typer.Option(help="Cluster description (YAML).")] = CLUSTER,
+    out: Annotated[Path, typer.Option(help="Result folder, which is replaced.")] = OUT,
+) -> None:
+    """Measure and print max/mean of the store reads: scheduler against round robin."""
+    with failures_explained():
+        config = _shrunk(load(cluster))
+        require_ready(config)
+        shutil.rmtree(out, ignore_errors=True)
+        workload = build(
+            load_sessions(TRACE),
+            agents=agents,
+            turns=turns,
+            max_context_tokens=MAX_CONTEXT_TOKENS,
+            page_size=config.page_size,
+        )
+        results = _measure(config, workload, concurrency, out)
+    (out / "summary.json").write_text(json.dumps([vars(result) for result in results], indent=2) + "\n")
+    _print(results)
+    if not all(result.tokens_equal for result in results):
+        errors.print("[red]error:[/] tokens differ from the single server's")
+        raise typer.Exit(1)
+
+
+def _shrunk(config: ClusterConfig) -> ClusterConfig:
+    if config.router.kind is not RouterKind.PLACING:
+        raise EvalError("router.kind is rust: that router asks nobody for engines; set it to placing")
+    if not config.tracing.enabled:
+        raise EvalError("tracing.enabled is false: spans tell who placed a request; set it to true")
+    pools = {"max_total_tokens": POOL_TOKENS, "host_pool": HostPool(ratio=1.5)}
+    return config.model_copy(
+        update={role: getattr(config, role).model_copy(update=pools) for role in ("prefill", "decode")}
+    )
+
+
+def _measure(config: ClusterConfig, workload: Workload, concurrency: int, out: Path) -> list[Result]:
+    vocab_size = json.loads((config.model.directory() / "config.json").read_text())["vocab_size"]
+
+    def play(url: str, setting: Setting, step: str, collector: str | None) -> Replay:
+        tracer = init_tracing("dualpath-client", collector)
+        try:
+            return replay(
+                workload,
+                url,
+                concurrency=concurrency,
+                vocab_size=vocab_size,
+                seed=setting.seed,
+                tracer=tracer,
+                on_request=_progress(f"{step} {setting.name}", workload.requests),
+            )
+        finally:
+            shutdown()
+
+    with single_server(config, out / "single") as server:
+        expected = {setting.name: play(server.url, setting, "single server", None) for setting in SETTINGS}
+    running = Cluster(config, out / "cluster")
+    running.start(console.print)
+    results = []
+    with running:
+        for setting in SETTINGS:
+            running.flush_caches()
+            running.set_policy(setting.policy, setting.placement)
+            before, begun_ns = _counters(running), time.time_ns()
+            run = play(running.url, setting, "cluster", running.collector_url)
+            counted = _counters(running).since(before)
+            reads = {name: read.store_read_bytes for name, read in sorted(counted.engines.items())}
+            results.append(
+                Result(
+                    name=setting.name,
+                    policy=setting.policy,
+                    placement=setting.placement,
+                    max_over_mean=max_over_mean(reads),
+                    store_read_bytes=reads,
+                    job_s=run.job_s,
+                    requests=len(run.records),
+                    placed_by=placed_by(running.spans_path, begun_ns),
+                    fallbacks=counted.fallbacks,
+                    duplicate_store_pages=counted.duplicate_store_pages or 0,
+                    tokens_equal=run.answers == expected[setting.name].answers,
+                )
+            )
+    return results
+
+
+def placed_by(spans: Path, begun_ns: int) -> dict[str, int]:
+    """Of the routed requests that began after `begun_ns` (since 1970)."""
+    found: Counter[str] = Counter()
+    for trace in jaeger.traces(jaeger.read_lines(spans)):
+        for span in trace["spans"]:
+            if span["operationName"] == "route" and span["startTime"] * 1000 >= begun_ns:
+                tags = {tag["key"]: tag["value"] for tag in span["tags"]}
+                found[tags["dualpath.placed_by"]] += 1
+    return dict(found)
+
+
+def _counters(cluster: Cluster) -> measure.Counters:
+    """Once every room is closed."""
+    deadline_s = time.monotonic() + SETTLE_TIMEOUT_S
+    with SchedulerClient(cluster.scheduler_address) as client:
+        while (status := client.status()).rooms_open and time.monotonic() < deadline_s:
+            time.sleep(POLL_S)
+    return measure.from_scheduler(status)
+
+
+def _progress(title: str, requests: int) -> Callable[[object], None]:
+    done = 0
+
+    def show(record: object) -> None:
+        nonlocal done
+        done += 1
+        if done % REPORT_REQUESTS == 0 or done == requests:
+            console.print(f"{title}: {done} of {requests} requests")
+
+    return show
+
+
+def _print(results: list[Result]) -> None:
+    engines = list(results[0].store_read_bytes)
+    table = Table(box=None, pad_edge=False)
+    for column in ("", "max/mean", *engines, "duplicates", "fallbacks", "placed by", "job", "tokens equal"):
+        table.add_column(column, justify="left" if not column else "right")
+    for result in results:
+        table.add_row(
+            result.name,
+            f"{result.max_over_mean:.3f}",
+            *(f"{count / 1e6:.1f} MB" for count in result.store_read_bytes.values()),
+            str(result.duplicate_store_pages),
+            str(sum(result.fallbacks.values())),
+            ", ".join(f"{who} {count}" for who, count in result.placed_by.items()),
+            f"{result.job_s:.1f} s",
+            "yes" if result.tokens_equal else "[red]no[/]",
+        )
+    console.print(table)
+    ours, reference = (result.max_over_mean for result in results)
+    met = ours <= TARGET and ours < reference
+    console.print(
+        f"target: split at most {TARGET} and below round robin: {'[green]met[/]' if met else '[red]missed[/]'}"
+    )
+
+
+if __name__ == "__main__":
+    typer.run(main)

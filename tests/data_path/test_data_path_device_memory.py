@@ -1,0 +1,59 @@
+"""Free device memory as an engine reports it.  The end-to-end tests compare it with real engines' pools."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+
+import pytest
+from data_path_world import rooms
+
+from dualpath_sgl import decode, hooks, runtime
+from dualpath_sgl.config import Settings
+from dualpath_sgl.decode import DecodeSide
+from dualpath_sgl.prefill import PrefillSide
+
+UNTRACED = SimpleNamespace(trace_ctx=SimpleNamespace(tracing_enable=False))
+
+
+@pytest.fixture
+def engine(monkeypatch) -> SimpleNamespace:
+    """A running engine reduced to what a heartbeat is made of: a real one needs a model."""
+    engine = SimpleNamespace(
+        settings=Settings(engine_id="engine-0"),
+        rank=0,
+        page_size=16,
+        device_free_tokens=0,
+        storage_load=dict,
+        control=SimpleNamespace(send=lambda message: None),
+    )
+    monkeypatch.setattr(runtime, "_current", engine)
+    return engine
+
+
+def tree(free_pages: int, evictable: int) -> SimpleNamespace:
+    allocator = SimpleNamespace(available_size=lambda: free_pages * 16)
+    return SimpleNamespace(token_to_kv_pool_allocator=allocator, evictable_size=lambda: evictable)
+
+
+def request(tokens: int) -> SimpleNamespace:
+    room = next(rooms)
+    return SimpleNamespace(
+        rid=f"request-{room}", bootstrap_room=room, origin_input_ids=[0] * tokens, time_stats=UNTRACED
+    )
+
+
+def test_pages_that_the_tree_would_evict_count_as_free(engine):
+    side = PrefillSide(engine)
+    hooks.after_check_hicache_events(None, tree(free_pages=2, evictable=160))
+    assert side.load().device_free_tokens == 2 * 16 + 160
+
+
+def test_requests_that_wait_for_device_memory_are_taken_off(engine, monkeypatch):
+    monkeypatch.setattr(decode, "held_on_host", lambda tree, req: SimpleNamespace(tokens=0))
+    side = DecodeSide(engine)
+    hooks.after_check_hicache_events(None, tree(free_pages=10, evictable=0))
+    queue = SimpleNamespace(tree_cache=None)
+    side.add(queue, request(tokens=100))
+    assert side.load().device_free_tokens == 60
+    side.add(queue, request(tokens=100))
+    assert side.load().device_free_tokens == 0

@@ -1,0 +1,119 @@
+"""A prefetch that SGLang gives up after its report, because the host pool is full.
+
+Real page server and lane; the engine around them (scheduler channel, SGLang's request) is a few
+values, since a full host pool at that very moment cannot be ordered from SGLang.
+"""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+from data_path_world import FINGERPRINT, Rank, bytes_of, eventually, rooms
+
+from dualpath_sgl.config import Settings
+from dualpath_sgl.page_server import PageServer
+from dualpath_sgl.prefill import PrefillSide
+from scheduler_svc.protocol import Done, Outcome, Path, Plan, Report, Role
+
+LONG_S = 60.0
+UNTRACED = SimpleNamespace(trace_ctx=SimpleNamespace(tracing_enable=False))
+PAGES = 6
+
+
+@pytest.fixture(scope="module")
+def decode() -> Rank:
+    return Rank(pages=64)
+
+
+@pytest.fixture(scope="module")
+def server(decode) -> PageServer:
+    server = PageServer("127.0.0.1", decode.forwarder.session, FINGERPRINT, LONG_S, LONG_S)
+    server.start()
+    return server
+
+
+@pytest.fixture
+def engine(decode):
+    """A PE whose messages to the scheduler are kept in `sent`."""
+    sent: list[Report | Done] = []
+    return SimpleNamespace(
+        sent=sent,
+        settings=Settings(engine_id="prefill-0"),
+        rank=0,
+        role=Role.PREFILL,
+        page_size=4,
+        fingerprint=FINGERPRINT,
+        forwarder=decode.forwarder,
+        page_bytes=decode.page_bytes,
+        controller=SimpleNamespace(prefetch_threshold=4),
+        control=SimpleNamespace(send=sent.append, connected=True),
+        tracer=None,
+    )
+
+
+def arrived(engine, side: PrefillSide) -> tuple[str, int]:
+    """A request whose PAGES stored pages are reported."""
+    room = next(rooms)
+    rid = f"request-{room}"
+    req = SimpleNamespace(bootstrap_room=room, rid=rid, origin_input_ids=[0] * 30, time_stats=UNTRACED)
+    side.begin(req)
+    side.matched(rid, 0)
+    side.hits_known(SimpleNamespace(request_id=rid), PAGES * engine.page_size)
+    assert isinstance(engine.sent[-1], Report) and engine.sent[-1].hit_pages == PAGES
+    return rid, room
+
+
+def plan(room: int, endpoint: str) -> Plan:
+    return Plan(
+        room=room,
+        path=Path.DECODE,
+        prefill_id="prefill-0",
+        decode_id="decode-0",
+        prefill_local_pages=0,
+        decode_local_pages=0,
+        hit_pages=PAGES,
+        split_page=PAGES,
+        decode_endpoints=(endpoint,),
+        policy="decode",
+        reason="test",
+    )
+
+
+def test_the_decode_engine_lets_go_when_the_request_ends_without_a_load(engine, server):
+    side = PrefillSide(engine)
+    rid, room = arrived(engine, side)
+    server.open(room, 0)
+    side.on_plan(plan(room, server.endpoint))
+    side.forget(rid)
+    eventually(lambda: server.open_rooms == 0, "room closed")
+    done = engine.sent[-1]
+    assert isinstance(done, Done) and done.outcome is Outcome.FALLBACK
+    assert done.fallback_reason == "no host memory" and done.loaded_pages == 0
+
+
+def test_a_second_look_at_the_store_still_follows_the_plan(engine, server, decode):
+    side = PrefillSide(engine)
+    rid, room = arrived(engine, side)
+    side.on_plan(plan(room, server.endpoint))
+    side.matched(rid, 2 * engine.page_size)  # two pages came into SGLang's tree meanwhile
+    source = decode.pages(PAGES)
+    server.open(room, 0)
+    server.publish(room, *decode.blocks(source))
+    server.end(room)
+    load = decode.load(PAGES - 2)
+    load.operation.request_id = rid
+    side.take(decode.controller, load.operation)
+    eventually(lambda: isinstance(engine.sent[-1], Done), "load done")
+    assert engine.sent[-1].outcome is Outcome.OK and engine.sent[-1].loaded_pages == PAGES - 2
+    landed = bytes_of(decode.pool, load.operation.host_indices)
+    assert torch.equal(landed, bytes_of(decode.pool, source)[2:])
+
+
+def test_a_request_without_a_report_ends_silently(engine):
+    side = PrefillSide(engine)
+    room = next(rooms)
+    side.begin(SimpleNamespace(bootstrap_room=room, rid="r", origin_input_ids=[0] * 30, time_stats=UNTRACED))
+    side.forget("r")
+    assert engine.sent == []

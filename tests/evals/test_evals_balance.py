@@ -1,0 +1,46 @@
+"""The figure of the balance evaluation, and whom the spans name."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+from otlp_samples import otlp, span
+
+from evals.balance import CLUSTER, max_over_mean, placed_by
+from evals.errors import EvalError
+from launch.config import RouterKind, load
+
+
+def test_equal_reads_are_1_and_one_reader_alone_is_the_number_of_engines():
+    assert max_over_mean({"p0": 5, "p1": 5, "d0": 5, "d1": 5}) == 1
+    assert max_over_mean({"p0": 9, "p1": 0, "d0": 0, "d1": 0}) == 4
+    assert max_over_mean({"p0": 3, "d0": 1}) == 1.5
+
+
+def test_no_read_at_all_is_an_error_and_not_a_perfect_balance():
+    with pytest.raises(EvalError, match="give more --agents"):
+        max_over_mean({"p0": 0, "d0": 0})
+
+
+def test_only_routes_of_the_run_are_counted(tmp_path: Path):
+    def route(span_id: str, start_us: int, who: str) -> dict:
+        by = {"key": "dualpath.placed_by", "value": {"stringValue": who}}
+        return span(span_id, "route", start_us, start_us + 10, attributes=[by])
+
+    lines = [
+        otlp("dualpath-router", route("0" * 15 + "1", 1_000, "router")),
+        otlp("dualpath-router", route("0" * 15 + "2", 3_000, "scheduler")),
+        otlp("dualpath-router", route("0" * 15 + "3", 4_000, "scheduler")),
+        otlp("dualpath-router", span("0" * 15 + "4", "place", 4_000, 4_001)),
+    ]
+    spans = tmp_path / "spans.jsonl"
+    spans.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    assert placed_by(spans, 2_000_000) == {"scheduler": 2}
+
+
+def test_the_cluster_it_runs_on_by_default_has_several_engines_behind_the_placing_router():
+    config = load(CLUSTER)
+    assert config.router.kind is RouterKind.PLACING
+    assert min(config.prefill.count, config.decode.count) > 1
