@@ -11,6 +11,7 @@ from __future__ import annotations
 import importlib
 import os
 import sys
+import tempfile
 
 PLUGIN_SWITCHES = {
     "dualpath_sgl.cpu_profile.plugin": "SGLANG_USE_CPU_ENGINE",
@@ -38,6 +39,12 @@ def _refuse(problem: str) -> None:
     print(f"launch.engine: {problem}. Remedy: make setup", file=sys.stderr, flush=True)
     os._exit(1)
 
+
+if __name__ == "__main__":
+    # SGLang sets this too, but only after the plugins have imported modules of SGLang that import
+    # prometheus_client, which looks once: without it /metrics stays empty.
+    metrics_directory = tempfile.TemporaryDirectory(prefix="sglang-metrics-")
+    os.environ.setdefault("PROMETHEUS_MULTIPROC_DIR", metrics_directory.name)
 
 if __name__ in ("__main__", "__mp_main__"):
     require_plugins()
