@@ -17,6 +17,7 @@ import zmq
 
 from dualpath_sgl import peer_protocol
 from dualpath_sgl.forward import Forwarder
+from dualpath_sgl.lane_priority import wait_politely
 from dualpath_sgl.mailbox import Mailbox
 from dualpath_sgl.page_load import LaneClock, PageLoad
 from dualpath_sgl.peer_protocol import Ended, Pages, Pull, Release, Released
@@ -74,6 +75,7 @@ class PeerLane(threading.Thread):
         self._mailbox.put(Release(room=room))
 
     def run(self) -> None:
+        wait_politely()
         self._socket = zmq.Context.instance().socket(zmq.DEALER)
         self._socket.setsockopt(zmq.LINGER, 0)
         self._socket.setsockopt(zmq.MAXMSGSIZE, peer_protocol.MAX_MESSAGE_BYTES)

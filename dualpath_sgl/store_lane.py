@@ -12,6 +12,7 @@ import time
 from queue import SimpleQueue
 from typing import NamedTuple
 
+from dualpath_sgl.lane_priority import wait_politely
 from dualpath_sgl.page_load import LaneClock, PageLoad
 
 logger = logging.getLogger(__name__)
@@ -52,6 +53,7 @@ class StoreLane(threading.Thread):
         self._parts.put(_Part(load, first, end, load.open_part("store", first)))
 
     def run(self) -> None:
+        wait_politely()
         while True:
             part = self._parts.get()
             try:

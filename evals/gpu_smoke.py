@@ -1,6 +1,7 @@
 """The whole system on the GPUs at hand: every token compared with one server's, and load times.
 
-    python -m evals.gpu_smoke -c launch/clusters/gpu-1p1d.yaml --out runs/smoke
+    python -m evals.gpu_smoke --out runs/smoke              # two GPUs
+    python -m evals.gpu_smoke --out runs/smoke --one-gpu    # both engines on GPU 0
 
 from a source checkout with `requirements/cuda.txt` installed and `dualpath patch apply` done.
 
@@ -8,29 +9,29 @@ from a source checkout with `requirements/cuda.txt` installed and `dualpath patc
 2. The cluster plays them under every path policy, one request at a time, all engines' own caches
    emptied before each turn, so that every turn is read from the store; then with the decode engine's
    pool kept, and with all sessions at once.  Answers must equal those of the server with its cache.
-3. Lone prompts that the store holds: time to the first token per policy and length.
+3. Load times of prompts that the store holds, alone and in a burst, per path policy; then upstream's
+   (`mode: basic`) on a cluster of its own (`evals/gpu_loads.py`).
+
+Engines read the store at `store.read_rate` at most, which makes it the bottleneck that load paths are
+about.  Loads also pay for the transfer of KV from prefill to decode engine wherever the decode engine
+did not read the pages itself: the store must be well below that, or the ratios say little.
 
 bfloat16 answers depend on the batch's shape: near ties of a random model flip, also between the two
-plays of 1.  `extra_args: [..., --enable-deterministic-inference]` (triton attention) makes equal
-work give equal tokens; without it only the load times mean anything.
+plays of 1.  `--enable-deterministic-inference` (triton attention) makes equal work give equal tokens;
+without it only the load times mean anything.  With a torch older than SGLang pins, set
+SGLANG_SKIP_SGL_KERNEL_VERSION_CHECK=1 and SGLANG_UNIFIED_RADIX_TREE_CORE_BACKEND=python.
 
-Both engines fit on one GPU: give both groups `max_total_tokens: 65536`, `host_pool: {ratio: 2}` and
-`extra_args: [..., --mem-fraction-static=0.3, --base-gpu-id=0]`.  With a torch older than SGLang pins,
-set SGLANG_SKIP_SGL_KERNEL_VERSION_CHECK=1 and SGLANG_UNIFIED_RADIX_TREE_CORE_BACKEND=python.
-
-`--out` gets `summary.json` (written after every step), `table.md`, logs and spans.  The exit status
+`--out` gets `summary.json` (written after every step), `tables.md`, logs and spans.  The exit status
 is 1 when an answer differs or a step fails.
 """
 
 from __future__ import annotations
 
 import json
-import random
-import statistics
 import sys
 import time
-import urllib.request
 from collections.abc import Callable
+from dataclasses import asdict
 from pathlib import Path as FilePath
 from typing import Annotated
 
@@ -50,11 +51,14 @@ from agents import (
     wait_until_persisted,
 )
 
-from launch.config import ClusterConfig, load
+from evals import jaeger
+from evals.gpu_loads import Cell, Expected, LoadMeter, LoadPlan
+from evals.gpu_loads_report import stage_times, tables
+from launch.config import ClusterConfig, Group, Mode, load
 from launch.supervisor import Cluster, single_server
 
+CONFIG = FilePath(__file__).parents[1] / "launch" / "clusters" / "gpu-smoke.yaml"
 SESSIONS = ("ada", "bob", "eve")
-REQUEST_TIMEOUT_S = 120.0
 
 Answers = dict[str, list[list[int]]]
 
@@ -115,22 +119,6 @@ def counted(cluster: Cluster) -> dict:
     }
 
 
-def first_token_s(url: str, prompt: list[int]) -> tuple[float, int]:
-    """Seconds until the answer of one token, and how many prompt tokens were cached."""
-    sampling = {"temperature": 0, "max_new_tokens": 1, "ignore_eos": True}
-    data = json.dumps({"input_ids": prompt, "sampling_params": sampling}).encode()
-    request = urllib.request.Request(f"{url}/generate", data, {"Content-Type": "application/json"})
-    begun_s = time.perf_counter()
-    with urllib.request.urlopen(request, timeout=REQUEST_TIMEOUT_S) as answer:
-        reply = json.load(answer)
-    return time.perf_counter() - begun_s, reply.get("meta_info", {}).get("cached_tokens", -1)
-
-
-def prompt_of(tokens: int, seed: str) -> list[int]:
-    rng = random.Random(f"load/{tokens}/{seed}")
-    return [rng.randrange(250) for _ in range(tokens)]
-
-
 def run_tokens(record: Record, cluster: Cluster, policies: list[str], reference: Answers) -> bool:
     """Whether all answers are the reference's."""
     equal = []
@@ -155,84 +143,98 @@ def run_tokens(record: Record, cluster: Cluster, policies: list[str], reference:
 
 
 def run_loads(
-    record: Record, cluster: Cluster, policies: list[str], lengths: list[int], repetitions: int
+    record: Record, cluster: Cluster, plan: LoadPlan, cells: dict[str, Cell], expected: Expected
 ) -> None:
-    def put(name: str, times_s: list[float], **more) -> None:
-        rounded = [round(time_s, 4) for time_s in times_s]
-        record.put("loads", name, {"s": rounded, "median_s": statistics.median(rounded), **more})
+    """Fill the cluster's store and measure every cell that the cluster's mode has."""
 
-    for tokens in lengths:
-        fresh = [first_token_s(cluster.url, prompt_of(tokens, f"fresh {n}"))[0] for n in range(repetitions)]
-        put(f"computed {tokens}", fresh)
-        stored = prompt_of(tokens, "stored")
-        first_token_s(cluster.url, stored)
-        put(f"on the device {tokens}", [first_token_s(cluster.url, stored)[0] for _ in range(repetitions)])
-        wait_until_persisted(cluster)
-    for policy in policies:
-        cluster.set_policy(policy)
-        forget_caches(cluster)
-        first_token_s(cluster.url, prompt_of(lengths[0], "stored"))  # the scheduler learns rates
-        for tokens in lengths:
-            times_s, cached = [], []
-            before = counted(cluster)
-            for _ in range(repetitions):
-                forget_caches(cluster)
-                spent_s, cached_tokens = first_token_s(cluster.url, prompt_of(tokens, "stored"))
-                times_s.append(spent_s)
-                cached.append(cached_tokens)
-            after = counted(cluster)
-            moved = {key: round(after[key] - before[key], 1) for key in before if key.endswith("_MB")}
-            fallbacks = after["fallbacks"]
-            put(f"{policy} {tokens}", times_s, cached_tokens=cached, reads=moved, fallbacks=fallbacks)
+    def add(cell: Cell) -> None:
+        cells[cell.name] = cell
+        record.put("loads", cell.name, asdict(cell))
+
+    meter = LoadMeter(cluster, plan, expected, add)
+    meter.fill(lambda: wait_until_persisted(cluster))
+    record.say("the store holds every prompt")
+    if cluster.config.mode is Mode.DUALPATH:
+        meter.dualpath()
+    else:
+        meter.upstream()
 
 
-def table(loads: dict, lengths: list[int]) -> str:
-    rows = list(dict.fromkeys(name.rsplit(" ", 1)[0] for name in loads))
-    lines = [
-        "| TTFT, median, s | " + " | ".join(f"{tokens} tokens" for tokens in lengths) + " |",
-        "|---" * (len(lengths) + 1) + "|",
-    ]
-    for row in rows:
-        cells = [
-            f"{loads[f'{row} {tokens}']['median_s']:.3f}" if f"{row} {tokens}" in loads else "-"
-            for tokens in lengths
-        ]
-        lines.append(f"| {row} | " + " | ".join(cells) + " |")
-    return "\n".join(lines) + "\n"
+def add_stages(record: Record, cluster: Cluster, cells: dict[str, Cell]) -> None:
+    """Of a stopped cluster's lone loads: engines export their last spans when they stop."""
+    traces = jaeger.traces(jaeger.read_lines(cluster.spans_path))
+    for cell in cells.values():
+        if cell.load == "lone" and not cell.stages_s:
+            cell.stages_s = stage_times(traces, cell.window_ns)
+            record.put("loads", cell.name, asdict(cell))
+
+
+def on_one_gpu(description: ClusterConfig) -> ClusterConfig:
+    """Every engine on GPU 0."""
+
+    def placed(group: Group) -> Group:
+        return group.model_copy(update={"extra_args": (*group.extra_args, "--base-gpu-id=0")})
+
+    groups = {"prefill": placed(description.prefill), "decode": placed(description.decode)}
+    return description.model_copy(update=groups)
 
 
 def main(
-    config: Annotated[FilePath, typer.Option("--config", "-c", help="Cluster description, mode dualpath.")],
     out: Annotated[FilePath, typer.Option("--out", help="Directory of results, logs and spans.")],
-    policies: Annotated[str, typer.Option(help="Path policies, comma-separated.")] = "prefill,decode,split",
+    config: Annotated[
+        FilePath, typer.Option("--config", "-c", help="Cluster description, mode dualpath.")
+    ] = CONFIG,
+    one_gpu: Annotated[bool, typer.Option("--one-gpu", help="Put every engine on GPU 0.")] = False,
+    policies: Annotated[
+        str, typer.Option(help="Path policies whose tokens are compared, comma-separated.")
+    ] = "prefill,decode,round_robin,split",
     prompt_tokens: Annotated[int, typer.Option(min=1, help="First prompt of a session.")] = 3000,
     lengths: Annotated[
-        str, typer.Option(help="Prompt lengths of the load times, comma-separated; empty: none.")
+        str, typer.Option(help="Prompt lengths of the lone loads, comma-separated; empty: no loads.")
     ] = "8192,16384,32768",
-    repetitions: Annotated[int, typer.Option(min=1, help="Of each load time.")] = 3,
+    repetitions: Annotated[int, typer.Option(min=1, help="Of each lone load.")] = 5,
+    burst_requests: Annotated[int, typer.Option(min=0, help="Prompts of a burst; 0: no bursts.")] = 8,
+    burst_tokens: Annotated[int, typer.Option(min=1, help="Length of each.")] = 8192,
+    burst_repetitions: Annotated[int, typer.Option(min=1, help="Of each burst.")] = 1,
 ) -> None:
-    """Compare tokens on every path with one server's, and time lone loads."""
+    """Compare tokens on every path with one server's, and time loads beside upstream's."""
     agents.FIRST_PROMPT_TOKENS = prompt_tokens
     description: ClusterConfig = load(config)
+    if one_gpu:
+        description = on_one_gpu(description)
     names = policies.split(",")
-    sizes = [int(length) for length in lengths.split(",") if length]
+    sizes = tuple(int(length) for length in lengths.split(",") if length)
+    plan = LoadPlan(sizes, repetitions, burst_requests, burst_tokens, burst_repetitions)
     record = Record(out)
     with single_server(description, out / "single") as server:
         record.say("the single server is up")
         reference = sequential(server.url)
         uncached = sequential(server.url, lambda: flush(server.url))
         record.put("tokens", "single server without cache", difference(uncached, reference))
+    cells: dict[str, Cell] = {}
+    expected: Expected = {}
     cluster = Cluster(description, out / "dualpath")
     cluster.start(record.say)
     with cluster:
         equal = run_tokens(record, cluster, names, reference)
         if sizes:
-            run_loads(record, cluster, names, sizes, repetitions)
-            text = table(record.content["loads"], sizes)
-            (out / "table.md").write_text(text)
-            print(text)
+            run_loads(record, cluster, plan, cells, expected)
+    if sizes:
+        add_stages(record, cluster, cells)
+        upstream = Cluster(description.model_copy(update={"mode": Mode.BASIC}), out / "basic")
+        upstream.start(record.say)
+        with upstream:
+            run_loads(record, upstream, plan, cells, expected)
+        add_stages(record, upstream, cells)
+        text = tables(cells, plan)
+        (out / "tables.md").write_text(text)
+        print(text)
+    different = [name for name, cell in cells.items() if not cell.equal_answers]
+    if different:
+        print(f"loads whose answers differ from the first ones: {', '.join(different)}", file=sys.stderr)
     if not equal:
         print("answers differ from the single server's", file=sys.stderr)
+    if different or not equal:
         raise typer.Exit(1)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import statistics
+import time
 import urllib.error
 import urllib.request
 from collections.abc import Iterable, Sequence
@@ -12,12 +13,18 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from evals.errors import EvalError
 from evals.summary import EngineRead, Quantiles
+from launch.config import Mode
+from launch.supervisor import Cluster
+from scheduler_svc.client import SchedulerClient
 from scheduler_svc.protocol import Status
 
 PREFETCHED_TOKENS = "sglang:prefetched_tokens_total"
 """Tokens an engine read from storage into its host pool
 (sglang/srt/observability/metrics_collector.py, StorageMetricsCollector)."""
 METRICS_TIMEOUT_S = 10.0
+SETTLE_TIMEOUT_S = 10.0
+"""Engines report what they did soon after the answer; longer than this is not waited for."""
+SETTLE_POLL_S = 0.2
 
 
 class Counters(NamedTuple):
@@ -49,6 +56,18 @@ class Counters(NamedTuple):
             if self.duplicate_store_pages is None or before.duplicate_store_pages is None
             else self.duplicate_store_pages - before.duplicate_store_pages,
         )
+
+
+def of(cluster: Cluster) -> Counters:
+    """Counters of a running cluster, once every request it answered is reported."""
+    if cluster.config.mode is not Mode.DUALPATH:
+        engines = [(engine.name, engine.role.value, engine.url) for engine in cluster.engines]
+        return from_engines(engines, cluster.kv_bytes_per_token)
+    with SchedulerClient(cluster.scheduler_address) as client:
+        deadline_s = time.monotonic() + SETTLE_TIMEOUT_S
+        while (status := client.status()).rooms_open and time.monotonic() < deadline_s:
+            time.sleep(SETTLE_POLL_S)
+    return from_scheduler(status)
 
 
 def from_scheduler(status: Status) -> Counters:

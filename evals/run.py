@@ -11,7 +11,6 @@ and per mode a folder with the cluster's logs and spans and `requests.jsonl`, on
 from __future__ import annotations
 
 import json
-import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -37,16 +36,12 @@ from evals.workload import Workload, build
 from launch.config import ClusterConfig, Mode
 from launch.readiness import require_ready
 from launch.supervisor import Cluster, single_server
-from scheduler_svc.client import SchedulerClient
 from scheduler_svc.policies import PATH_POLICIES
 from scheduler_svc.tracing import init_tracing, shutdown
 
 MODES: tuple[str, ...] = (Mode.BASIC.value, Mode.BOTH.value, Mode.DUALPATH.value, *PATH_POLICIES)
 """`basic` and `both` are upstream; `dualpath` takes the path policy of the cluster file, and
 each policy's own name takes that policy."""
-SETTLE_TIMEOUT_S = 10.0
-"""Engines report what they did soon after the answer; longer than this is not waited for."""
-SETTLE_POLL_S = 0.2
 SYNTHETIC_ROW = "32k"
 QUIET_REPORT_REQUESTS = 20
 """Requests between two lines of progress where there is no terminal."""
@@ -176,7 +171,7 @@ def _run_mode(
         with cluster:
             collector = cluster.collector_url if config.tracing.enabled else None
             tracer = init_tracing("dualpath-client", collector, {"dualpath.mode": mode})
-            before = _counters(config, cluster)
+            before = measure.of(cluster)
             try:
                 run = _replay(options, workload, cluster.url, tracer, step)
             except ReplayError:
@@ -184,7 +179,7 @@ def _run_mode(
                 raise
             finally:
                 shutdown()
-            counters = _counters(config, cluster).since(before)
+            counters = measure.of(cluster).since(before)
     with (folder / "requests.jsonl").open("w") as lines:
         lines.writelines(json.dumps(record._asdict()) + "\n" for record in run.records)
     spans = cluster.spans_path if config.tracing.enabled else None
@@ -206,17 +201,6 @@ def _replay(options: EvalOptions, workload: Workload, url: str, tracer: Tracer, 
 def _vocab_size(config: ClusterConfig) -> int:
     model = json.loads((config.model.directory() / "config.json").read_text())
     return model.get("text_config", model)["vocab_size"]
-
-
-def _counters(config: ClusterConfig, cluster: Cluster) -> measure.Counters:
-    if config.mode is not Mode.DUALPATH:
-        engines = [(engine.name, engine.role.value, engine.url) for engine in cluster.engines]
-        return measure.from_engines(engines, cluster.kv_bytes_per_token)
-    with SchedulerClient(cluster.scheduler_address) as client:
-        deadline_s = time.monotonic() + SETTLE_TIMEOUT_S
-        while (status := client.status()).rooms_open and time.monotonic() < deadline_s:
-            time.sleep(SETTLE_POLL_S)
-    return measure.from_scheduler(status)
 
 
 def _result(

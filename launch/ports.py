@@ -6,8 +6,10 @@ import errno
 import random
 import socket
 
-LOWEST, HIGHEST = 20000, 32000
-"""Below Linux's ephemeral range: no outgoing connection takes a port between here and its bind."""
+LOWEST, HIGHEST = 17500, 22000
+"""Where nobody else draws ports: an engine binds its own a minute after it was chosen.  Linux's
+outgoing connections take theirs from 32768 up, SGLang's ranks meet on one of 22000-29999
+(`get_free_port_below_ephemeral`), Mooncake's peers listen on 15000-17000."""
 
 
 class FreePorts:

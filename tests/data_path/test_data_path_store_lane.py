@@ -5,6 +5,7 @@ A store that fails, or waits, cannot be ordered from Mooncake at will: RamStore 
 
 from __future__ import annotations
 
+import os
 import threading
 
 import pytest
@@ -21,6 +22,7 @@ from data_path_world import (
 )
 
 from dualpath_sgl import store_lane
+from dualpath_sgl.lane_priority import WAITING_NICENESS
 from dualpath_sgl.peer_lane import PeerLane
 from dualpath_sgl.store_lane import StoreLane
 
@@ -72,6 +74,10 @@ def test_every_page_is_read_once_and_lands_whole(rank, lane):
     assert rank.controller.storage_backend.reads == load.operation.hash_value
     assert lane.queue_bytes == 0 and lane.rate_bytes_per_s > 0
     assert load.clocks[0].record().bytes == PAGES * rank.page_bytes
+
+
+def test_the_lane_gives_way_to_threads_that_compute(lane):
+    eventually(lambda: os.getpriority(os.PRIO_PROCESS, lane.native_id) >= WAITING_NICENESS, "lane is polite")
 
 
 def test_a_part_reads_only_its_own_pages(rank, lane):

@@ -102,18 +102,22 @@ def reads_of(status: Status) -> Reads:
 
 
 def wait_until_served(cluster: Cluster) -> None:
-    """The router notices a returned engine by itself, after a while."""
+    """Until every engine has answered: the router notices a returned one by itself, after a while."""
+    before = {engine.name: answered(cluster, engine.name) for engine in cluster.engines}
     deadline_s = time.monotonic() + SERVED_TIMEOUT_S
-    served = 0
-    pairs = cluster.config.prefill.count * cluster.config.decode.count
-    while served < pairs:
+    problem = "the router sends it nothing"
+    while idle := [name for name, count in before.items() if answered(cluster, name) == count]:
+        assert time.monotonic() < deadline_s, f"{idle} answered no request after the restart: {problem}"
         try:
             generate(cluster.url, [1, 2, 3, 4])
-            served += 1
         except OSError as error:
-            served = 0
-            assert time.monotonic() < deadline_s, f"not every pair serves after the restart: {error}"
-            time.sleep(1)
+            problem = str(error)
+        time.sleep(0.5)
+
+
+def answered(cluster: Cluster, engine: str) -> int:
+    """Requests that an engine has answered, by its log."""
+    return cluster.processes[engine].log_path.read_text().count('"POST /generate HTTP/1.1" 200')
 
 
 def settled_status(cluster: Cluster) -> Status:

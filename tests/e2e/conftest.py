@@ -38,8 +38,9 @@ class OneCluster:
         """The running cluster if `config` started it, else a fresh one."""
         if self.running is None or self.running.started_as != config:
             self.stop()
-            self.running = Cluster(config, self._run_dirs.mktemp(config.name))
-            self.running.start()
+            fresh = Cluster(config, self._run_dirs.mktemp(config.name))
+            fresh.start()
+            self.running = fresh
         return self.running
 
     def single_server(self, config: ClusterConfig) -> SingleServer:

@@ -8,6 +8,7 @@ answers in the form of SGLang's `/generate`; the router in front of it is the re
 from __future__ import annotations
 
 import asyncio
+import itertools
 import json
 import threading
 from collections import defaultdict
@@ -99,6 +100,13 @@ async def one_chunk_then_wait(engine: FaultyEngine, request: web.Request, body: 
     await engine.released.wait()
     await stream.write(event({"chunk": 1}))
     return stream
+
+
+async def stream_without_end(engine: FaultyEngine, request: web.Request, body: dict) -> web.StreamResponse:
+    stream = await engine.begin_stream(request)
+    for index in itertools.count():
+        await stream.write(event({"chunk": index}))
+        await asyncio.sleep(0.005)
 
 
 async def fail_inside_the_stream(engine: FaultyEngine, request: web.Request, body: dict) -> web.StreamResponse:

@@ -10,7 +10,7 @@ from urllib.parse import urlsplit
 
 import pytest
 from faulty_engine import answer as good_answer
-from faulty_engine import die, die_mid_stream, hang, one_chunk_then_wait
+from faulty_engine import die, die_mid_stream, hang, one_chunk_then_wait, stream_without_end
 from otlp_collector import attributes
 from router_world import Router, World
 
@@ -63,6 +63,17 @@ def test_a_client_that_leaves_in_the_middle_of_a_stream_ends_both_halves(world, 
         engine.behaviour = one_chunk_then_wait
     with open_stream(router) as connection:
         assert connection.getresponse().read1()
+        seen = [world.wait_until_any_seen(role) for role in Role]
+    assert all(engine.was_given_up() for engine in seen)
+
+
+def test_a_client_that_leaves_while_chunks_keep_coming_ends_both_halves(world, router):
+    for engine in world.of(Role.PREFILL):
+        engine.behaviour = hang
+    for engine in world.of(Role.DECODE):
+        engine.behaviour = stream_without_end
+    with open_stream(router) as connection:
+        assert connection.getresponse().readline()
         seen = [world.wait_until_any_seen(role) for role in Role]
     assert all(engine.was_given_up() for engine in seen)
 
