@@ -176,9 +176,7 @@ class Server:
         for identity, frame in self._outbox:
             self._send(identity, frame)
         self._outbox.clear()
-        for event in self._events:
-            self._observe(event)
-        self._events.clear()
+        self._observe()
         return received
 
     def _handle(self, identity: bytes, frames: list[bytes]) -> None:
@@ -236,9 +234,11 @@ class Server:
         self._metrics.errors.labels(code.value).inc()
         self._outbox.append((identity, encode(Error(code=code, message=text))))
 
-    def _observe(self, event: Event) -> None:
+    def _observe(self) -> None:
         for observer in self._observers:
-            try:
-                observer(event)
-            except Exception:
-                logger.exception("observer %r failed", observer)
+            for event in self._events:
+                try:
+                    observer(event)
+                except Exception:
+                    logger.exception("observer %r failed", observer)
+        self._events.clear()

@@ -2,7 +2,8 @@
 
 `prometheus_client`'s own take a lock and several calls for each increment, an eighth of the
 scheduler's time for a request.  Here one thread adds, and a scrape on another thread copies:
-copying a dictionary is one step for the interpreter, and a histogram's row is replaced whole.
+copying a dictionary or a row is one step for the interpreter, so a scrape misses at most the
+observation under way.
 """
 
 from __future__ import annotations
@@ -23,7 +24,10 @@ class CounterTally:
         registry.register(self)
 
     def add(self, amount: float, *labels: str) -> None:
-        self._values[labels] = self._values.get(labels, 0.0) + amount
+        try:
+            self._values[labels] += amount
+        except KeyError:
+            self._values[labels] = amount
 
     def collect(self) -> Iterator[CounterMetricFamily]:
         family = CounterMetricFamily(self._name, self._text, labels=self._labels)
@@ -48,20 +52,24 @@ class HistogramTally:
         """
         self._name, self._text, self._labels = name, text, tuple(labels)
         self._bounds = tuple(buckets)
-        self._rows: dict[tuple[str, ...], tuple[float, list[int]]] = {}
-        """Sum, and count per bucket, not cumulative; the last is above every bound."""
+        self._rows: dict[tuple[str, ...], list[float]] = {}
+        """Count per bucket, not cumulative, then of what is above every bound; last the sum."""
         registry.register(self)
 
     def observe(self, value: float, *labels: str) -> None:
-        total, counts = self._rows.get(labels) or (0.0, [0] * (len(self._bounds) + 1))
-        counts[bisect_left(self._bounds, value)] += 1
-        self._rows[labels] = (total + value, counts)
+        try:
+            row = self._rows[labels]
+        except KeyError:
+            row = self._rows[labels] = [0] * (len(self._bounds) + 1) + [0.0]
+        row[bisect_left(self._bounds, value)] += 1
+        row[-1] += value
 
     def collect(self) -> Iterator[HistogramMetricFamily]:
         family = HistogramMetricFamily(self._name, self._text, labels=self._labels)
-        for labels, (total, counts) in self._rows.copy().items():
+        for labels, row in self._rows.copy().items():
+            *counts, total = row.copy()
             cumulative, buckets = 0, []
-            for bound, count in zip((*self._bounds, "+Inf"), counts.copy(), strict=True):
+            for bound, count in zip((*self._bounds, "+Inf"), counts, strict=True):
                 cumulative += count
                 buckets.append((str(bound), cumulative))
             family.add_metric(labels, buckets, total)
