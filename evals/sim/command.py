@@ -123,7 +123,7 @@ def compare(
     ] = False,
     out: Annotated[Path, typer.Option(help="Where summary.json goes.")] = Path("results/sim-paper"),
 ) -> None:
-    """The paper's results beside the simulated ones (about 12 minutes of one core)."""
+    """The paper's results beside the simulated ones (about 15 minutes of one core)."""
     size = paper.QUICK if quick else paper.FULL
 
     def note(name: str, value: str) -> None:
