@@ -52,26 +52,16 @@ def test_a_client_that_leaves_before_the_first_chunk_ends_both_halves(world, rou
     for engine in world.engines.values():
         engine.behaviour = hang
     with open_stream(router):
-        seen = [engine for role in Role for engine in [world.wait_until_any_seen(role)]]
-    assert all(engine.was_given_up() for engine in seen)
-
-
-def test_a_client_that_leaves_in_the_middle_of_a_stream_ends_both_halves(world, router):
-    for engine in world.of(Role.PREFILL):
-        engine.behaviour = hang
-    for engine in world.of(Role.DECODE):
-        engine.behaviour = one_chunk_then_wait
-    with open_stream(router) as connection:
-        assert connection.getresponse().read1()
         seen = [world.wait_until_any_seen(role) for role in Role]
     assert all(engine.was_given_up() for engine in seen)
 
 
-def test_a_client_that_leaves_while_chunks_keep_coming_ends_both_halves(world, router):
+@pytest.mark.parametrize("decode", [one_chunk_then_wait, stream_without_end])
+def test_a_client_that_leaves_in_the_middle_of_a_stream_ends_both_halves(world, router, decode):
     for engine in world.of(Role.PREFILL):
         engine.behaviour = hang
     for engine in world.of(Role.DECODE):
-        engine.behaviour = stream_without_end
+        engine.behaviour = decode
     with open_stream(router) as connection:
         assert connection.getresponse().readline()
         seen = [world.wait_until_any_seen(role) for role in Role]
