@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import json
 import shutil
-import statistics
 import time
 from collections import Counter
 from collections.abc import Callable
@@ -30,6 +29,7 @@ from rich.table import Table
 from evals import jaeger, measure
 from evals.cli import errors, failures_explained
 from evals.errors import EvalError
+from evals.imbalance import max_over_mean
 from evals.replay import Replay, replay
 from evals.trace import load_sessions
 from evals.workload import Workload, build
@@ -85,11 +85,11 @@ class Result:
     tokens_equal: bool
 
 
-def max_over_mean(counts: dict[str, int]) -> float:
-    """Raises EvalError when nothing was read: there is no balance to speak of."""
+def balance(counts: dict[str, int]) -> float:
+    """Reads of the engine that read most over the mean.  Raises EvalError when nothing was read: there is no balance to speak of."""
     if not any(counts.values()):
         raise EvalError("no engine read the store; give more --agents, so that the pools do not hold them all")
-    return max(counts.values()) / statistics.fmean(counts.values())
+    return max_over_mean(counts.values())
 
 
 def main(
@@ -166,7 +166,7 @@ def _measure(config: ClusterConfig, workload: Workload, concurrency: int, out: P
                     name=setting.name,
                     policy=setting.policy,
                     placement=setting.placement,
-                    max_over_mean=max_over_mean(reads),
+                    max_over_mean=balance(reads),
                     store_read_bytes=reads,
                     job_s=run.job_s,
                     requests=len(run.records),

@@ -9,13 +9,14 @@ from statistics import fmean
 from typing import NamedTuple
 
 from evals.errors import EvalError
+from evals.imbalance import max_over_mean
 from evals.sim.decode import DecodeCosts, DecodeGroup
 from evals.sim.engines import Request, SimEngine
 from evals.sim.loop import EventLoop
 from evals.sim.prefill import PrefillCosts, PrefillGroup
 from evals.sim.scheduling import PolicyScheduler, Scheduler, ServiceScheduler, path_of, placement_of
 from evals.sim.setup import Setup
-from evals.sim.storage import Balance, StorageLink, max_over_mean
+from evals.sim.storage import Balance, StorageLink
 from evals.sim.workload import PAGE_TOKENS, Workload
 from scheduler_svc.protocol import Engine, Role
 

@@ -8,6 +8,7 @@ bottleneck, as in the paper.
 
 from __future__ import annotations
 
+from evals.imbalance import max_over_mean
 from evals.sim.loop import EventLoop
 
 
@@ -62,7 +63,3 @@ class Balance:
         if any(read):
             self.ratios.append(max_over_mean(read))
         self._loop.at(self._loop.now_s + WINDOW_S, self._window)
-
-
-def max_over_mean(values: list[int]) -> float:
-    return max(values) * len(values) / sum(values)

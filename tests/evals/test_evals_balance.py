@@ -8,20 +8,20 @@ from pathlib import Path
 import pytest
 from otlp_samples import otlp, span
 
-from evals.balance import CLUSTER, max_over_mean, placed_by
+from evals.balance import CLUSTER, balance, placed_by
 from evals.errors import EvalError
 from launch.config import RouterKind, load
 
 
 def test_equal_reads_are_1_and_one_reader_alone_is_the_number_of_engines():
-    assert max_over_mean({"p0": 5, "p1": 5, "d0": 5, "d1": 5}) == 1
-    assert max_over_mean({"p0": 9, "p1": 0, "d0": 0, "d1": 0}) == 4
-    assert max_over_mean({"p0": 3, "d0": 1}) == 1.5
+    assert balance({"p0": 5, "p1": 5, "d0": 5, "d1": 5}) == 1
+    assert balance({"p0": 9, "p1": 0, "d0": 0, "d1": 0}) == 4
+    assert balance({"p0": 3, "d0": 1}) == 1.5
 
 
 def test_no_read_at_all_is_an_error_and_not_a_perfect_balance():
     with pytest.raises(EvalError, match="give more --agents"):
-        max_over_mean({"p0": 0, "d0": 0})
+        balance({"p0": 0, "d0": 0})
 
 
 def test_only_routes_of_the_run_are_counted(tmp_path: Path):
