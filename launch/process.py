@@ -76,7 +76,9 @@ class ManagedProcess:
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=subprocess.STDOUT,
-                start_new_session=True,
+                # Not a session of its own: Linux shares cores among sessions (autogroups) first, and
+                # a thread's niceness (`dualpath_sgl/lane_priority.py`) counts only within one.
+                process_group=0,
                 preexec_fn=die_with_supervisor,
             )
 
