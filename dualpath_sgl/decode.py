@@ -294,9 +294,6 @@ class DecodeSide:
         self._runtime.store_lane.submit(load, 0, load.pages)
         load.close_part()
 
-    def tick_io(self) -> None:
-        """Nothing waits for the I/O thread on a DE."""
-
     def _publish(self, request: _Request, load: PageLoad, before: int) -> None:
         skip = max(0, request.plan.prefill_local_pages - load.first_page)
         first = max(before, skip)

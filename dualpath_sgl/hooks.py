@@ -111,6 +111,7 @@ def around_prefetch_io(original: Callable, controller: Any) -> None:
     if current is None:
         return original(controller)
     current.controller = controller
+    prefill = _prefill()
     while not controller.storage_stop_event.is_set():
         try:
             operation = controller.prefetch_buffer.get(timeout=IO_POLL_S)
@@ -120,7 +121,8 @@ def around_prefetch_io(original: Callable, controller: Any) -> None:
             if controller.prefetch_completion_sync_groups:
                 current.rank_sync.admit(operation)
             current.side.take(controller, operation)
-        current.side.tick_io()
+        if prefill is not None:
+            prefill.tick_io()
     return None
 
 
