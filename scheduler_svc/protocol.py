@@ -177,8 +177,6 @@ class Plan(Wire, tag="plan", kw_only=True):
     decode_endpoints: tuple[Name, ...] = ()
     """Page server of every DE rank, in rank order."""
     policy: Name
-    reason: Annotated[str, Meta(max_length=1024)]
-    """Queue lengths and rates that led to `split_page`, for people and spans."""
 
 
 class LaneRecord(Wire):
