@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, Callable
 import torch
 
 from dualpath_sgl.closing import close_room
+from dualpath_sgl.decode_work import DecodeWork
 from dualpath_sgl.host_tree import HostPrefix, held_on_host
 from dualpath_sgl.layout import page_blocks
 from dualpath_sgl.page_load import PageLoad
@@ -66,6 +67,7 @@ class DecodeSide:
         self._plans: dict[int, Plan] = {}
         self._unlocks: deque[Callable[[], None]] = deque()
         self.restores = RestoreGuard(runtime)
+        self.work = DecodeWork()
 
     # -- called by hooks ----------------------------------------------------------------------
 
@@ -243,6 +245,8 @@ class DecodeSide:
 
     def _leave(self, queue: DecodePreallocQueue, request: _Request) -> None:
         """The request was admitted, or aborted while it waited here."""
+        if request.settled:
+            self.work.admitted(request.req)
         del self._requests[request.req.rid]
         self._rooms.discard(request.room)
         self._plans.pop(request.room, None)
@@ -290,9 +294,6 @@ class DecodeSide:
         self._runtime.store_lane.submit(load, 0, load.pages)
         load.close_part()
 
-    def tick_io(self) -> None:
-        """Nothing waits for the I/O thread on a DE."""
-
     def _publish(self, request: _Request, load: PageLoad, before: int) -> None:
         skip = max(0, request.plan.prefill_local_pages - load.first_page)
         first = max(before, skip)
@@ -307,12 +308,13 @@ class DecodeSide:
         self._runtime.server.end(request.room, None if whole else "storage read fell short")
 
     def load(self) -> Load:
-        requests = list(self._requests.values())
-        tokens = sum(len(request.req.origin_input_ids) for request in requests)
+        # Copied in this order: a request admitted meanwhile is in both, never in neither.
+        queued = {rid: len(request.req.origin_input_ids) for rid, request in self._requests.copy().items()}
+        sequences, tokens = self.work.with_queued(queued)
         return Load(
-            sequences=len(requests),
+            sequences=sequences,
             tokens=tokens,
-            # Requests are here until SGLang reserves device memory for them.
-            device_free_tokens=max(0, self._runtime.device_free_tokens - tokens),
+            # Queued requests have no device memory reserved yet.
+            device_free_tokens=max(0, self._runtime.device_free_tokens - sum(queued.values())),
             **self._runtime.storage_load(),
         )

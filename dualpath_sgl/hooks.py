@@ -13,6 +13,7 @@ from dualpath_sgl import runtime, stages
 from dualpath_sgl.decode import DecodeSide
 from dualpath_sgl.device_memory import free_tokens
 from dualpath_sgl.prefill import PrefillSide
+from dualpath_sgl.real_request import real
 
 if TYPE_CHECKING:
     from sglang.srt.managers.schedule_batch import Req
@@ -34,9 +35,7 @@ def _decode() -> DecodeSide | None:
 
 
 def _is_real(req: Req) -> bool:
-    from sglang.srt.disaggregation.utils import _is_fake_transfer
-
-    return req.bootstrap_room is not None and not _is_fake_transfer(req)
+    return bool(real([req]))
 
 
 # -- PE: arrival ---------------------------------------------------------------------------------
@@ -76,6 +75,16 @@ def after_sync_prefetch_hit_query(
         side.hits_known(operation, hit_tokens)
 
 
+def after_bootstrap_add(_result: None, queue: Any, req: Req, *_args: Any, **_kwargs: Any) -> None:
+    # A prompt longer than the device's memory is refused here without being finished: its prefetch
+    # would stay, and the request count as work, for ever.
+    side = _prefill()
+    if side is not None and side.holds(req.rid) and req.finished():
+        from sglang.srt.mem_cache.base_prefix_cache import CacheRequestOutcome
+
+        queue.scheduler.tree_cache.finish(req.cache_request_handle, CacheRequestOutcome.ABORT)
+
+
 def after_finish(_result: None, _tree: Any, handle: Any, _outcome: Any) -> None:
     side = _prefill()
     if side is not None:
@@ -89,6 +98,9 @@ def after_check_hicache_events(_result: None, tree: Any) -> None:
     current = runtime.current()
     if current is not None:
         current.device_free_tokens = free_tokens(tree)
+    side = _decode()
+    if side is not None:
+        side.work.count()
 
 
 # -- both: the prefetch I/O thread becomes a dispatcher to the lanes ---------------------------------
@@ -99,6 +111,7 @@ def around_prefetch_io(original: Callable, controller: Any) -> None:
     if current is None:
         return original(controller)
     current.controller = controller
+    prefill = _prefill()
     while not controller.storage_stop_event.is_set():
         try:
             operation = controller.prefetch_buffer.get(timeout=IO_POLL_S)
@@ -108,7 +121,8 @@ def around_prefetch_io(original: Callable, controller: Any) -> None:
             if controller.prefetch_completion_sync_groups:
                 current.rank_sync.admit(operation)
             current.side.take(controller, operation)
-        current.side.tick_io()
+        if prefill is not None:
+            prefill.tick_io()
     return None
 
 
@@ -126,6 +140,7 @@ def after_prealloc_queue_init(_result: None, queue: Any, *_args: Any, **_kwargs:
     side = _decode()
     if side is not None:
         queue.admission_gate = side.admits
+        side.work.follow(queue)
 
 
 def after_prealloc_add(
@@ -196,6 +211,7 @@ HOOKS: tuple[tuple[str, Callable, str], ...] = (
     (_SRT + "managers.scheduler.Scheduler._prefetch_kvcache", around_prefetch_kvcache, _AROUND),
     (_CONTROLLER + "submit_prefetch", before_submit_prefetch, _BEFORE),
     (_CONTROLLER + "_sync_prefetch_hit_query", after_sync_prefetch_hit_query, _AFTER),
+    (_SRT + "disaggregation.prefill.PrefillBootstrapQueue.add", after_bootstrap_add, _AFTER),
     (_SRT + "mem_cache.base_prefix_cache.BasePrefixCache.finish", after_finish, _AFTER),
     (_SRT + "managers.cache_controller.HiCacheController.prefetch_io_aux_func", around_prefetch_io, _AROUND),
     (_CONTROLLER + "prefetch_sync_thread_func", around_prefetch_sync, _AROUND),

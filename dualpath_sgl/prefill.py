@@ -89,6 +89,10 @@ class PrefillSide:
         self._report(request, request.local_pages)
         self._done(request)
 
+    def holds(self, rid: str) -> bool:
+        """Whether the request has come and not been finished."""
+        return rid in self._by_rid
+
     def forget(self, rid: str) -> None:
         """SGLang has finished with the request, or aborted it."""
         with self._lock:
@@ -265,6 +269,7 @@ class PrefillSide:
         return len(self._by_rid)
 
     def load(self) -> Load:
+        # From their arrival until SGLang finishes with them, which is when their KV is sent.
         requests = list(self._by_rid.values())
         return Load(
             sequences=len(requests),

@@ -83,7 +83,8 @@ def main(
     memory = _memory(memory_engines, memory_rooms)
     summary = {name: value for run in (throughput, latency) for name, value in run.items() if name != "cores"}
     summary |= memory
-    summary |= {"throughput_runs": throughputs, "latency_runs": latencies, "machine": _machine(real_time)}
+    summary |= {"throughput_runs": throughputs, "latency_runs": latencies}
+    summary["machine"] = machine_facts(real_time)
     out.mkdir(parents=True, exist_ok=True)
     (out / "summary.json").write_text(json.dumps(summary, indent=2) + "\n")
 
@@ -141,7 +142,7 @@ def _cores(run: dict) -> str:
 
 
 @contextmanager
-def _scheduler() -> Iterator[tuple[psutil.Process, str]]:
+def running_scheduler() -> Iterator[tuple[psutil.Process, str]]:
     """A scheduler process as `dualpath up` starts it, and its address."""
     command = [sys.executable, "-m", "scheduler_svc", "--bind=tcp://127.0.0.1:0", "--metrics-port=0"]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
@@ -157,7 +158,7 @@ def _scheduler() -> Iterator[tuple[psutil.Process, str]]:
 
 @contextmanager
 def _loaded(engines: int, heartbeat_s: float = 1.0) -> Iterator[tuple[psutil.Process, LoadGenerator]]:
-    with _scheduler() as (process, address):
+    with running_scheduler() as (process, address):
         generator = LoadGenerator(address, engines, heartbeat_s)
         try:
             generator.register()
@@ -243,7 +244,7 @@ def _memory(engines: int, rooms: int) -> dict[str, float]:
         return {"rss_mib_10k_engines_100k_rooms": process.memory_info().rss / MIB}
 
 
-def _machine(real_time: bool) -> dict[str, str | int | float]:
+def machine_facts(real_time: bool) -> dict[str, str | int | float]:
     return {
         "cores": os.cpu_count(),
         "real_time": real_time,

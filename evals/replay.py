@@ -15,7 +15,7 @@ from __future__ import annotations
 import asyncio
 import json
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple
 
 import aiohttp
@@ -83,8 +83,10 @@ def replay(
     """Run the workload against `url` (scheme, host and port).  Raises ReplayError."""
     if concurrency < 1:
         raise EvalError(f"concurrency is {concurrency}; give at least 1")
+    conversations = [Conversation(plan, vocab_size, seed) for plan in workload.sessions]
+    player = _Player(workload.page_size, concurrency, tracer, on_request)
     try:
-        return asyncio.run(_replay(workload, url, concurrency, vocab_size, seed, tracer, on_request))
+        return asyncio.run(player.play(url, conversations))
     except* ReplayError as failures:
         raise _first(failures) from None
 
@@ -94,133 +96,130 @@ def _first(group: BaseExceptionGroup) -> BaseException:
     return _first(found) if isinstance(found, BaseExceptionGroup) else found
 
 
-async def _replay(
-    workload: Workload,
-    url: str,
-    concurrency: int,
-    vocab_size: int,
-    seed: int,
-    tracer: Tracer,
-    on_request: Callable[[RequestRecord], None],
-) -> Replay:
-    records: list[RequestRecord] = []
-    answers: dict[str, list[list[int]]] = {}
-    in_flight = asyncio.Semaphore(concurrency)  # first come, first served: agents take turns
-    timeout = aiohttp.ClientTimeout(total=None, sock_read=SILENCE_TIMEOUT_S)
-    begin = time.perf_counter()
+class _Player:
+    """One replay."""
 
-    async def agent(http: aiohttp.ClientSession, conversation: Conversation) -> None:
-        plan = conversation.plan
-        for index, turn in enumerate(plan.turns):
-            async with in_flight:
-                record, tokens = await _request(
-                    http, url, tracer, plan.id, index, turn, conversation.prompt(), workload.page_size, begin
-                )
+    def __init__(
+        self,
+        page_size: int,
+        concurrency: int,
+        tracer: Tracer,
+        on_request: Callable[[RequestRecord], None],
+    ) -> None:
+        self._page_size = page_size
+        self._in_flight = asyncio.Semaphore(concurrency)  # first come, first served
+        self._tracer = tracer
+        self._on_request = on_request
+        self._records: list[RequestRecord] = []
+        self._answers: dict[str, list[list[int]]] = {}
+
+    async def play(self, url: str, conversations: Iterable[Conversation]) -> Replay:
+        self._address = f"{url}/generate"
+        self._begin = time.perf_counter()
+        timeout = aiohttp.ClientTimeout(total=None, sock_read=SILENCE_TIMEOUT_S)
+        connector = aiohttp.TCPConnector(limit=0)
+        async with (
+            aiohttp.ClientSession(
+                timeout=timeout, connector=connector, read_bufsize=_READ_BUFFER_BYTES
+            ) as http,
+            asyncio.TaskGroup() as agents,
+        ):
+            for conversation in conversations:
+                agents.create_task(self._agent(http, conversation))
+        return Replay(self._records, self._answers, time.perf_counter() - self._begin)
+
+    async def _agent(self, http: aiohttp.ClientSession, conversation: Conversation) -> None:
+        session = conversation.plan.id
+        for index, turn in enumerate(conversation.plan.turns):
+            async with self._in_flight:
+                record, tokens = await self._request(http, session, index, turn, conversation.prompt())
             conversation.answer(tokens)
-            answers.setdefault(plan.id, []).append(tokens)
-            records.append(record)
-            on_request(record)
+            self._answers.setdefault(session, []).append(tokens)
+            self._records.append(record)
+            self._on_request(record)
 
-    connector = aiohttp.TCPConnector(limit=0)
-    async with (
-        aiohttp.ClientSession(timeout=timeout, connector=connector, read_bufsize=_READ_BUFFER_BYTES) as http,
-        asyncio.TaskGroup() as agents,
-    ):
-        for plan in workload.sessions:
-            agents.create_task(agent(http, Conversation(plan, vocab_size, seed)))
-    return Replay(records, answers, time.perf_counter() - begin)
-
-
-async def _request(
-    http: aiohttp.ClientSession,
-    url: str,
-    tracer: Tracer,
-    session: str,
-    index: int,
-    turn: Turn,
-    prompt: list[int],
-    page_size: int,
-    begin: float,
-) -> tuple[RequestRecord, list[int]]:
-    hit_tokens = turn.hit_tokens(page_size)
-    attributes = {
-        "dualpath.session": session,
-        "dualpath.turn": index,
-        "dualpath.prompt.tokens": len(prompt),
-        "dualpath.output.tokens": turn.output_tokens,
-        "dualpath.hit.theory.tokens": hit_tokens,
-    }
-    body = {
-        "input_ids": prompt,
-        "sampling_params": {
-            "temperature": 0.0,
-            "max_new_tokens": turn.output_tokens,
-            "ignore_eos": True,
-        },
-        "stream": True,
-    }
-    with tracer.start_as_current_span(
-        "dualpath.request", kind=SpanKind.CLIENT, attributes=attributes
-    ) as span:
-        # A router that places by session keeps an agent with the engines that hold its pages.
-        headers = {"X-Session-Id": session}
-        if parent := traceparent_of(span):
-            headers["traceparent"] = parent
-        start = time.perf_counter()
-        arrivals: list[tuple[float, int]] = []
-        last: dict[str, Any] = {}
-        try:
-            async with http.post(f"{url}/generate", json=body, headers=headers) as response:
-                if response.status != 200:
-                    raise ReplayError(
-                        f"session {session} turn {index}: HTTP {response.status} from {url}/generate: "
-                        f"{(await response.text())[:_BODY_SHOWN]}"
-                    )
-                async for line in response.content:
-                    if (event := _event(line)) is None:
-                        continue
-                    if "error" in event:
+    async def _request(
+        self, http: aiohttp.ClientSession, session: str, index: int, turn: Turn, prompt: list[int]
+    ) -> tuple[RequestRecord, list[int]]:
+        hit_tokens = turn.hit_tokens(self._page_size)
+        attributes = {
+            "dualpath.session": session,
+            "dualpath.turn": index,
+            "dualpath.prompt.tokens": len(prompt),
+            "dualpath.output.tokens": turn.output_tokens,
+            "dualpath.hit.theory.tokens": hit_tokens,
+        }
+        body = {
+            "input_ids": prompt,
+            "sampling_params": {
+                "temperature": 0.0,
+                "max_new_tokens": turn.output_tokens,
+                "ignore_eos": True,
+            },
+            "stream": True,
+        }
+        with self._tracer.start_as_current_span(
+            "dualpath.request", kind=SpanKind.CLIENT, attributes=attributes
+        ) as span:
+            # A router that places by session keeps an agent with the engines that hold its pages.
+            headers = {"X-Session-Id": session}
+            if parent := traceparent_of(span):
+                headers["traceparent"] = parent
+            start = time.perf_counter()
+            arrivals: list[tuple[float, int]] = []
+            last: dict[str, Any] = {}
+            try:
+                async with http.post(self._address, json=body, headers=headers) as response:
+                    if response.status != 200:
                         raise ReplayError(
-                            f"session {session} turn {index}: {url}/generate ended with "
-                            f"{json.dumps(event['error'])[:_BODY_SHOWN]}"
+                            f"session {session} turn {index}: HTTP {response.status} from {self._address}: "
+                            f"{(await response.text())[:_BODY_SHOWN]}"
                         )
-                    last = event
-                    count = len(event["output_ids"])
-                    if count > (arrivals[-1][1] if arrivals else 0):
-                        arrivals.append((time.perf_counter(), count))
-        except (aiohttp.ClientError, TimeoutError) as error:
-            problem = str(error) or type(error).__name__
-            raise ReplayError(f"session {session} turn {index}: {url}/generate failed: {problem}") from None
-        end = time.perf_counter()
-        tokens = list(last.get("output_ids", ()))
-        if len(tokens) != turn.output_tokens:
-            finish = last.get("meta_info", {}).get("finish_reason")
-            message = (
-                f"session {session} turn {index}: {url}/generate gave {len(tokens)} tokens, "
-                f"{turn.output_tokens} asked for; it ended with {json.dumps(finish)[:_BODY_SHOWN]}"
+                    async for line in response.content:
+                        if (event := _event(line)) is None:
+                            continue
+                        if "error" in event:
+                            raise ReplayError(
+                                f"session {session} turn {index}: {self._address} ended with "
+                                f"{json.dumps(event['error'])[:_BODY_SHOWN]}"
+                            )
+                        last = event
+                        count = len(event["output_ids"])
+                        if count > (arrivals[-1][1] if arrivals else 0):
+                            arrivals.append((time.perf_counter(), count))
+            except (aiohttp.ClientError, TimeoutError) as error:
+                problem = str(error) or type(error).__name__
+                raise ReplayError(f"session {session} turn {index}: {self._address}: {problem}") from None
+            end = time.perf_counter()
+            tokens = list(last.get("output_ids", ()))
+            if len(tokens) != turn.output_tokens:
+                finish = last.get("meta_info", {}).get("finish_reason")
+                message = (
+                    f"session {session} turn {index}: {self._address} gave {len(tokens)} tokens, "
+                    f"{turn.output_tokens} asked for; it ended with {json.dumps(finish)[:_BODY_SHOWN]}"
+                )
+                span.set_status(Status(StatusCode.ERROR, message))
+                raise ReplayError(message)
+            cached_tokens = int(last["meta_info"].get("cached_tokens", 0))
+            first_s, first_count = arrivals[0]
+            rest = len(tokens) - first_count
+            record = RequestRecord(
+                session=session,
+                turn=index,
+                prompt_tokens=len(prompt),
+                output_tokens=len(tokens),
+                cached_tokens=cached_tokens,
+                theoretical_hit_tokens=hit_tokens,
+                started_s=start - self._begin,
+                ttft_s=first_s - start,
+                ttst_s=arrivals[1][0] - first_s if len(arrivals) > 1 else None,
+                tpot_s=(arrivals[-1][0] - first_s) / rest if rest else None,
+                e2e_s=end - start,
+                trace_id=f"{span.get_span_context().trace_id:032x}",
             )
-            span.set_status(Status(StatusCode.ERROR, message))
-            raise ReplayError(message)
-        cached_tokens = int(last["meta_info"].get("cached_tokens", 0))
-        first_s, first_count = arrivals[0]
-        rest = len(tokens) - first_count
-        record = RequestRecord(
-            session=session,
-            turn=index,
-            prompt_tokens=len(prompt),
-            output_tokens=len(tokens),
-            cached_tokens=cached_tokens,
-            theoretical_hit_tokens=hit_tokens,
-            started_s=start - begin,
-            ttft_s=first_s - start,
-            ttst_s=arrivals[1][0] - first_s if len(arrivals) > 1 else None,
-            tpot_s=(arrivals[-1][0] - first_s) / rest if rest else None,
-            e2e_s=end - start,
-            trace_id=f"{span.get_span_context().trace_id:032x}",
-        )
-        span.set_attribute("dualpath.cached.tokens", cached_tokens)
-        span.set_attribute("dualpath.ttft_s", record.ttft_s)
-        return record, tokens
+            span.set_attribute("dualpath.cached.tokens", cached_tokens)
+            span.set_attribute("dualpath.ttft_s", record.ttft_s)
+            return record, tokens
 
 
 def _event(line: bytes) -> dict[str, Any] | None:

@@ -11,6 +11,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+from dualpath_sgl.read_limit import READ_RATE_KEY
 from launch.addresses import Addresses, EngineAddresses
 from launch.config import ClusterConfig, Group, Mode, RouterKind, bits_per_s
 from scheduler_svc.protocol import Role
@@ -303,7 +304,7 @@ def _hicache_flags(config: ClusterConfig, group: Group) -> list[str]:
         backend = "dynamic"
         extra |= LIMITED_BACKEND
     if rate is not None:
-        extra["read_rate_bytes_per_s"] = bits_per_s(rate) // 8
+        extra[READ_RATE_KEY] = bits_per_s(rate) // 8
     return [
         "--enable-hierarchical-cache",
         _host_pool_flag(group),

@@ -86,7 +86,8 @@ class EngineState:
     free_device_tokens: int | None = None
     """Tokens of KV its fullest rank has room for, those just placed taken off; None when it never said."""
     tokens_per_s: float = 0.0
-    """0 while unknown."""
+    """0 while unknown, and always on a DE: it works on all its requests at once, so what it has over
+    what it retires would be how long requests stay there, not how long a new one waits."""
     read_queue_bytes: int = 0
     """Storage reads of all ranks (read_q), planned ones included."""
     read_rate_bytes_per_s: float = 0.0
@@ -124,7 +125,8 @@ class EngineState:
         """Its leader rank reported `room`, which has `tokens`."""
         self.placed.arrived(room, tokens, now_s)
         self.count_work()
-        self.token_rate.arrived(tokens)
+        if self.role is Role.PREFILL:
+            self.token_rate.arrived(tokens)
 
     def count_work(self) -> None:
         """To be called when `placed` or what the leader reported has changed."""
@@ -237,8 +239,9 @@ class EngineTable:
         if engine.rank == LEADER_RANK:
             state.reported_tokens, state.reported_sequences = load.tokens, load.sequences
             state.placed.counted(now_s)
-            state.token_rate.heartbeat(load.tokens, now_s)
-            state.tokens_per_s = state.token_rate.per_s
+            if state.role is Role.PREFILL:
+                state.token_rate.heartbeat(load.tokens, now_s)
+                state.tokens_per_s = state.token_rate.per_s
         loads = [one.load for one in state.ranks.values()]
         state.read_rate_bytes_per_s = sum([one.read_rate_bytes_per_s for one in loads])
         if load.device_free_tokens or state.reported_free_tokens is not None:

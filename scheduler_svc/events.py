@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import NamedTuple
 
+from scheduler_svc.policies import SplitReason
 from scheduler_svc.protocol import Placement, Plan, Role
 
 
@@ -39,6 +40,8 @@ class PlanDecided(NamedTuple):
     """Of the PE's report, or else of the DE's."""
     first_report_s: float
     decided_s: float
+    reason: str | SplitReason
+    """`str` gives the numbers that led to the plan, for people."""
     lanes: LaneInputs
 
 

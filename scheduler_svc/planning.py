@@ -7,7 +7,7 @@ from typing import NamedTuple
 from scheduler_svc.engines import EngineState
 from scheduler_svc.events import LaneInputs
 from scheduler_svc.lane_model import LaneModel
-from scheduler_svc.policies import PathChoice, PathPolicy, PathRequest, StoreQueue, choose_path
+from scheduler_svc.policies import PathChoice, PathPolicy, PathRequest, SplitReason, StoreQueue, choose_path
 from scheduler_svc.protocol import PLAN_TIMEOUT_S, Path, Plan
 from scheduler_svc.rooms import Claim
 
@@ -25,6 +25,7 @@ class Obstacle(NamedTuple):
 
 class Decision(NamedTuple):
     plan: Plan
+    reason: str | SplitReason
     lanes: LaneInputs
     obstacle: Obstacle | None
 
@@ -63,9 +64,8 @@ def decide(
         split_page=split_page,
         decode_endpoints=decode_engine.page_endpoints,
         policy=policy.name,
-        reason=choice.reason[:1024],
     )
-    return Decision(plan, _lane_inputs(request, choice), obstacle)
+    return Decision(plan, choice.reason, _lane_inputs(request, choice), obstacle)
 
 
 def _store_queue(engine: EngineState) -> StoreQueue:

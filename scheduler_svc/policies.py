@@ -55,11 +55,31 @@ class PathRequest:
         return min(self.decode_local_pages, self.hit_pages)
 
 
+class SplitReason(NamedTuple):
+    """Why `Split` chose, put into words by `str`: that takes longer than choosing does."""
+
+    request: PathRequest
+    lanes: LaneModel
+    chosen: str
+    candidates: list[tuple[str, float]]
+    """Name and expected end."""
+
+    def __str__(self) -> str:
+        unit, scale = ("ms", 1e3) if self.lanes.rates_known else ("MB", 1e-6)
+        expected = ", ".join([f"{name} {end * scale:.1f}" for name, end in self.candidates])
+        prefill, decode = self.request.prefill, self.request.decode
+        return (
+            f"{self.chosen}: expected ends ({unit}) {expected}; "
+            f"queues {prefill.read_queue_bytes} and {decode.read_queue_bytes} B, "
+            f"rates {prefill.read_rate_bytes_per_s:.3g} and {decode.read_rate_bytes_per_s:.3g} B/s"
+        )
+
+
 class PathChoice(NamedTuple):
     split_page: int
     """x."""
-    reason: str
-    """The numbers that led to it, for people."""
+    reason: str | SplitReason
+    """The numbers that led to it, for people; as text only when someone reads it."""
     lanes: LaneModel | None = None
     """Where the policy made one."""
 
@@ -185,18 +205,7 @@ class Split:
             candidates.append((other, other_end))
             if other_end < end:
                 name, page, end = other, other_page, other_end
-        return PathChoice(page, _reason(request, lanes, name, candidates), lanes)
-
-
-def _reason(request: PathRequest, lanes: LaneModel, name: str, candidates: list[tuple[str, float]]) -> str:
-    unit, scale = ("ms", 1e3) if lanes.rates_known else ("MB", 1e-6)
-    expected = ", ".join([f"{other} {end * scale:.1f}" for other, end in candidates])
-    prefill, decode = request.prefill, request.decode
-    return (
-        f"{name}: expected ends ({unit}) {expected}; "
-        f"queues {prefill.read_queue_bytes} and {decode.read_queue_bytes} B, "
-        f"rates {prefill.read_rate_bytes_per_s:.3g} and {decode.read_rate_bytes_per_s:.3g} B/s"
-    )
+        return PathChoice(page, SplitReason(request, lanes, name, candidates), lanes)
 
 
 def _where_lanes_meet(lanes: LaneModel) -> int | None:

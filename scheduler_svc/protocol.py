@@ -94,7 +94,10 @@ class Load(Wire):
     """What an engine rank has to do right now (paper section 6: seq_e, tok_e, read_q)."""
 
     sequences: Count = 0
+    """Requests this rank was given and has not finished: on a PE until their KV is sent, on a DE until
+    their last token."""
     tokens: Count = 0
+    """Tokens of their whole prompts; what a DE has generated does not count."""
     read_queue_bytes: Count = 0
     """Bytes planned to be read from storage by this rank and not yet read."""
     read_rate_bytes_per_s: Annotated[float, Meta(ge=0)] = 0.0
@@ -174,8 +177,6 @@ class Plan(Wire, tag="plan", kw_only=True):
     decode_endpoints: tuple[Name, ...] = ()
     """Page server of every DE rank, in rank order."""
     policy: Name
-    reason: Annotated[str, Meta(max_length=1024)]
-    """Queue lengths and rates that led to `split_page`, for people and spans."""
 
 
 class LaneRecord(Wire):

@@ -293,7 +293,7 @@ class Cluster:
         return decide(report.room, self._path_policy, prefill, decode, obstacle)
 
     def _commit(self, room: Room, decision: Decision, now_s: float) -> Result:
-        plan, lanes, obstacle = decision
+        plan, reason, lanes, obstacle = decision
         prefill, decode = room.sides[Role.PREFILL], room.sides[Role.DECODE]
         room.plan = plan
         self.paths[plan.path] += 1
@@ -305,6 +305,7 @@ class Cluster:
             prefill.traceparent or decode.traceparent,
             min(prefill.reported_s, decode.reported_s),
             now_s,
+            reason,
             lanes,
         )
         events = (event,)

@@ -115,7 +115,7 @@ class DecisionSpans:
             "prefill.engine": plan.prefill_id,
             "decode.engine": plan.decode_id,
             "policy": plan.policy,
-            "reason": plan.reason,
+            "reason": str(event.reason),
             "prefill.queue_bytes": lanes.prefill_queue_bytes,
             "decode.queue_bytes": lanes.decode_queue_bytes,
             "prefill.rate_bytes_per_s": lanes.prefill_rate_bytes_per_s,

@@ -12,6 +12,6 @@
     half.py        one engine's half: POST, answer
 
 Beside it: reply.py (the client's side), engines.py (what is known of each engine), health.py (how that
-stays true), answers.py (errors inside answers, log-probabilities), headers.py, spans.py, errors.py,
-settings.py, cluster_calls.py (models, caches).
+stays true), answers.py (errors inside answers, log-probabilities), headers.py, spans.py, metrics.py,
+errors.py, settings.py, cluster_calls.py (models, caches).
 """

@@ -11,6 +11,7 @@ from aiohttp import web
 from dualpath_sgl.router.cluster_calls import ClusterCalls
 from dualpath_sgl.router.engines import EngineDirectory
 from dualpath_sgl.router.health import HealthWatch
+from dualpath_sgl.router.metrics import RouterMetrics
 from dualpath_sgl.router.pairing import Pairing
 from dualpath_sgl.router.placement import PlacementClient
 from dualpath_sgl.router.route import Route
@@ -60,6 +61,7 @@ async def make_app(settings: RouterSettings) -> web.Application:
     """Everything the router consists of; closed with the application.  Raises KeyFileError."""
     scheduler = PlacementClient(settings.scheduler, settings.key_files)
     spans = RouterSpans(settings.otlp_endpoint)
+    metrics = RouterMetrics()
     http = aiohttp.ClientSession(
         connector=aiohttp.TCPConnector(limit=0, keepalive_timeout=KEEP_IDLE_S),
         timeout=aiohttp.ClientTimeout(total=None, sock_connect=CONNECT_TIMEOUT_S),
@@ -70,8 +72,9 @@ async def make_app(settings: RouterSettings) -> web.Application:
     directory = EngineDirectory(settings.prefill_urls, settings.decode_urls, health.watch)
     route = Route(
         http,
-        Pairing(scheduler, directory, spans),
+        Pairing(scheduler, directory, spans, metrics),
         spans,
+        metrics,
         request_timeout_s=settings.request_timeout_s,
         max_retries=settings.max_retries,
     )
@@ -90,6 +93,7 @@ async def make_app(settings: RouterSettings) -> web.Application:
             *(web.post(path, route.handle) for path in GENERATING),
             *(web.get(path, calls.alive) for path in ("/health", "/liveness")),
             web.get("/readiness", calls.ready),
+            web.get("/metrics", metrics.scrape),
             *(web.get(path, calls.any_engine) for path in ("/v1/models", "/model_info", "/get_model_info")),
             *(web.get(path, calls.server_info) for path in ("/server_info", "/get_server_info")),
             web.get("/health_generate", calls.every_engine),

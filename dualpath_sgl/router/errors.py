@@ -1,6 +1,7 @@
 """What a client is told when its request cannot be answered.
 
     400 bad_request    the body is no JSON object
+    413 too_large      the body is longer than --max-payload-size
     502 engine_failed  an engine that had taken the request failed; the other half was ended
     503 no_engine      no engine of a role takes requests
     504 time_limit     the request took longer than --request-timeout-secs
@@ -40,6 +41,13 @@ class RouteError(Exception):
 class BadRequest(RouteError):
     def __init__(self, message: str) -> None:
         super().__init__(HTTPStatus.BAD_REQUEST, "bad_request", message)
+
+
+class TooLarge(RouteError):
+    def __init__(self, message: str) -> None:
+        super().__init__(
+            HTTPStatus.REQUEST_ENTITY_TOO_LARGE, "too_large", f"{message} (--max-payload-size)"
+        )
 
 
 class NoEngine(RouteError):

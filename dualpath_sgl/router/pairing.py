@@ -16,6 +16,7 @@ from opentelemetry.trace import Span
 
 from dualpath_sgl.router.engines import Engine, EngineDirectory
 from dualpath_sgl.router.errors import NoEngine
+from dualpath_sgl.router.metrics import RouterMetrics
 from dualpath_sgl.router.placement import PlacementClient, SchedulerAway
 from dualpath_sgl.router.request import ClientRequest
 from dualpath_sgl.router.spans import RouterSpans
@@ -42,10 +43,17 @@ class Pair(NamedTuple):
 
 
 class Pairing:
-    def __init__(self, scheduler: PlacementClient, directory: EngineDirectory, spans: RouterSpans) -> None:
+    def __init__(
+        self,
+        scheduler: PlacementClient,
+        directory: EngineDirectory,
+        spans: RouterSpans,
+        metrics: RouterMetrics,
+    ) -> None:
         self._scheduler = scheduler
         self._directory = directory
         self._spans = spans
+        self._metrics = metrics
 
     async def first(self, request: ClientRequest, parent: Span) -> Pair:
         """Ask the scheduler.  Raises NoEngine."""
@@ -55,6 +63,7 @@ class Pairing:
             except SchedulerAway as away:
                 pair = self._own(_new_room(), {}, {}, str(away))
             span.set_attributes(attributes_of(pair))
+            self._metrics.placed(pair.placed_by)
             return pair
 
     def again(self, before: Pair, refusals: Mapping[Engine, str]) -> Pair:
@@ -66,14 +75,14 @@ class Pairing:
         return self._own(_new_room(), kept, refusals, "; ".join(refusals.values()))
 
     async def _placed(self, request: ClientRequest, traceparent: str | None) -> Pair:
-        placement = await self._scheduler.place(
-            Place(
-                request_id=uuid.uuid4().hex,
-                session_id=request.session_id,
-                prompt_tokens=request.prompt_tokens,
-                traceparent=traceparent,
-            )
+        question = Place(
+            request_id=uuid.uuid4().hex,
+            session_id=request.session_id,
+            prompt_tokens=request.prompt_tokens,
+            traceparent=traceparent,
         )
+        with self._metrics.scheduler_asked():
+            placement = await self._scheduler.place(question)
         named = {
             chosen.role: self._directory.named(chosen.role, chosen.url, chosen.bootstrap_port)
             for chosen in (placement.prefill, placement.decode)

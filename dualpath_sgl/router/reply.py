@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from http import HTTPStatus
 
 from aiohttp import web
@@ -16,8 +17,14 @@ class Reply:
     def __init__(self, request: web.Request) -> None:
         self._request = request
         self._response: web.StreamResponse | None = None
-        self.ended = False
-        """The client was sent everything."""
+        self.streams = False
+        """The client wants a stream."""
+        self.begun_s: float | None = None
+        """When the answer began (time.monotonic)."""
+        self.ended_s: float | None = None
+        """When the client was sent everything."""
+        self.error: str | None = None
+        """Kind of the error that the client was told."""
         self._event_is_open = False
         """What was written last is not the end of an event."""
 
@@ -26,15 +33,17 @@ class Reply:
         """Once the answer has begun."""
         return None if self._response is None else self._response.status
 
+    @property
+    def ended(self) -> bool:
+        return self.ended_s is not None
+
     async def whole(self, status: int, headers: dict[str, str], content: bytes) -> web.StreamResponse:
-        self._response = web.Response(status=status, headers=headers, body=content)
-        await self._response.prepare(self._request)
+        await self._prepare(web.Response(status=status, headers=headers, body=content))
         await self.end()
         return self._response
 
     async def begin(self, headers: dict[str, str]) -> web.StreamResponse:
-        self._response = web.StreamResponse(status=HTTPStatus.OK, headers=headers)
-        await self._response.prepare(self._request)
+        await self._prepare(web.StreamResponse(status=HTTPStatus.OK, headers=headers))
         return self._response
 
     async def write(self, chunk: bytes) -> None:
@@ -44,10 +53,11 @@ class Reply:
 
     async def end(self) -> None:
         await self._response.write_eof()
-        self.ended = True
+        self.ended_s = time.monotonic()
 
     async def fail(self, error: RouteError) -> web.StreamResponse:
         """As an HTTP error, or as the last events of a stream that has begun."""
+        self.error = error.kind
         if self._response is None:
             headers = {"Content-Type": "application/json"}
             if error.status is HTTPStatus.SERVICE_UNAVAILABLE:
@@ -57,3 +67,8 @@ class Reply:
             await self.write((EVENT_END if self._event_is_open else b"") + error.event())
             await self.end()
         return self._response
+
+    async def _prepare(self, response: web.StreamResponse) -> None:
+        self._response = response
+        self.begun_s = time.monotonic()
+        await response.prepare(self._request)

@@ -15,8 +15,16 @@ from aiohttp import web
 from opentelemetry.trace import Span
 
 from dualpath_sgl.router.engines import Engine
-from dualpath_sgl.router.errors import EngineAnswered, EngineRefused, NoEngine, RouteError, TimeLimit
+from dualpath_sgl.router.errors import (
+    EngineAnswered,
+    EngineRefused,
+    NoEngine,
+    RouteError,
+    TimeLimit,
+    TooLarge,
+)
 from dualpath_sgl.router.exchange import Exchange
+from dualpath_sgl.router.metrics import RouterMetrics
 from dualpath_sgl.router.pairing import Pairing, attributes_of
 from dualpath_sgl.router.reply import Reply
 from dualpath_sgl.router.request import ClientRequest
@@ -31,6 +39,7 @@ class Route:
         http: aiohttp.ClientSession,
         pairing: Pairing,
         spans: RouterSpans,
+        metrics: RouterMetrics,
         *,
         request_timeout_s: float,
         max_retries: int,
@@ -38,6 +47,7 @@ class Route:
         self._http = http
         self._pairing = pairing
         self._spans = spans
+        self._metrics = metrics
         self._request_timeout_s = request_timeout_s
         self._max_retries = max_retries
 
@@ -45,7 +55,10 @@ class Route:
         """Cancelled when the client disconnects, which ends both halves."""
         reply = Reply(request)
         attributes = {"http.request.method": request.method, "http.route": request.path}
-        with self._spans.route(request.headers.get("traceparent"), attributes) as span:
+        with (
+            self._metrics.request(reply),
+            self._spans.route(request.headers.get("traceparent"), attributes) as span,
+        ):
             try:
                 async with asyncio.timeout(self._request_timeout_s):
                     response = await self._answer(request, reply, span)
@@ -68,7 +81,8 @@ class Route:
         return await reply.fail(error)
 
     async def _answer(self, http_request: web.Request, reply: Reply, span: Span) -> web.StreamResponse:
-        request = ClientRequest(http_request.path, http_request.headers, await http_request.read())
+        request = ClientRequest(http_request.path, http_request.headers, await _body(http_request))
+        reply.streams = request.streams
         span.set_attributes(
             {"dualpath.prompt.tokens": request.prompt_tokens, "dualpath.stream": request.streams}
             | ({"dualpath.session": request.session_id} if request.session_id else {})
@@ -85,9 +99,11 @@ class Route:
             except EngineRefused as refused:
                 logger.info("room %d: %s", pair.room, refused)
                 refusals[refused.engine] = refused.problem
+                refused_by = refused.engine.role
             if len(refusals) > self._max_retries:
                 raise NoEngine(f"{'; '.join(refusals.values())}; try again later")
             pair = self._pairing.again(pair, refusals)
+            self._metrics.retried(refused_by)
 
     async def _relay(
         self, exchange: Exchange, request: ClientRequest, reply: Reply, span: Span
@@ -103,3 +119,11 @@ class Route:
         else:
             response = await reply.whole(200, beginning.headers, beginning.content)
         return response
+
+
+async def _body(request: web.Request) -> bytes:
+    """Raises TooLarge."""
+    try:
+        return await request.read()
+    except web.HTTPRequestEntityTooLarge as error:
+        raise TooLarge(str(error.text)) from None

@@ -174,7 +174,7 @@ def scripted_scheduler(answers: Callable[[object], list[bytes]]) -> Iterator[str
 def plan(room: int) -> Plan:
     return Plan(
         room=room, path=Path.PREFILL, prefill_id="p0", decode_id="d0", prefill_local_pages=0,
-        decode_local_pages=0, hit_pages=1, split_page=0, policy="prefill", reason="test",
+        decode_local_pages=0, hit_pages=1, split_page=0, policy="prefill",
     )  # fmt: skip
 
 

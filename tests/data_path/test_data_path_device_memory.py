@@ -43,14 +43,14 @@ def request(tokens: int) -> SimpleNamespace:
 
 
 def test_pages_that_the_tree_would_evict_count_as_free(engine):
-    side = PrefillSide(engine)
+    side = engine.side = PrefillSide(engine)
     hooks.after_check_hicache_events(None, tree(free_pages=2, evictable=160))
     assert side.load().device_free_tokens == 2 * 16 + 160
 
 
 def test_requests_that_wait_for_device_memory_are_taken_off(engine, monkeypatch):
     monkeypatch.setattr(decode, "held_on_host", lambda tree, req: SimpleNamespace(tokens=0))
-    side = DecodeSide(engine)
+    side = engine.side = DecodeSide(engine)
     hooks.after_check_hicache_events(None, tree(free_pages=10, evictable=0))
     queue = SimpleNamespace(tree_cache=None)
     side.add(queue, request(tokens=100))

@@ -77,7 +77,6 @@ def plan(room: int, endpoint: str) -> Plan:
         split_page=PAGES,
         decode_endpoints=(endpoint,),
         policy="decode",
-        reason="test",
     )
 
 

@@ -2,6 +2,7 @@
 
 import json
 from io import StringIO
+from pathlib import Path
 
 import pytest
 from pydantic import ValidationError
@@ -166,20 +167,22 @@ def test_different_answers_or_bytes_read_again_are_a_failure_and_a_missed_target
     assert unmet(good.model_copy(update={"store_bytes_when_resident": PAGE_BYTES}))
 
 
+def is_refused(config: ClusterConfig, out: Path, said: str) -> bool:
+    """Whether the benchmark refuses `config` with these words, before anything starts."""
+    with pytest.raises(EvalError, match=said):
+        run(LoadOptions(config, out, repetitions=1, quick=True), Console(file=StringIO()))
+    return not out.exists()
+
+
 def test_a_cluster_file_without_a_network_is_refused_before_anything_starts(tmp_path):
     config = ClusterConfig.model_validate({"name": "t", "device": "cpu"})
-    options = LoadOptions(config, tmp_path / "out", repetitions=1, quick=True)
-    with pytest.raises(EvalError, match="network.storage_rate is missing"):
-        run(options, Console(file=StringIO()))
-    assert not (tmp_path / "out").exists()
+    assert is_refused(config, tmp_path / "out", "network.storage_rate is missing")
 
 
 def test_pools_too_small_for_the_burst_are_refused(tmp_path):
     config = load(CLUSTER)
     small = config.model_copy(update={"decode": config.decode.model_copy(update={"max_total_tokens": 512})})
-    options = LoadOptions(small, tmp_path / "out", repetitions=1, quick=True)
-    with pytest.raises(EvalError, match="decode.max_total_tokens is 512; the burst needs"):
-        run(options, Console(file=StringIO()))
+    assert is_refused(small, tmp_path / "out", "decode.max_total_tokens is 512; the burst needs")
 
 
 def test_the_table_shows_every_figure_with_its_verdict_and_the_plot_is_a_picture(tmp_path):

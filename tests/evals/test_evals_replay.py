@@ -45,13 +45,13 @@ def played_against(handler, agents: int = 1, monkeypatch=None):
     """Run the client in its own event loop, with the server in the same."""
     workload = build([SESSION], agents=agents, turns=None, max_context_tokens=200, page_size=4)
     tracer = init_tracing("tester", None)
-    real = module._replay
+    real = module._Player.play
 
-    async def with_server(work, url, *rest):
+    async def with_server(player, url, conversations):
         async with serving(handler) as address:
-            return await real(work, address, *rest)
+            return await real(player, address, conversations)
 
-    monkeypatch.setattr(module, "_replay", with_server)
+    monkeypatch.setattr(module._Player, "play", with_server)
     try:
         return replay(workload, "", concurrency=agents, vocab_size=100, seed=0, tracer=tracer)
     finally:

@@ -18,7 +18,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import NamedTuple
 
-from faulty_engine import WAIT_S, FaultyEngine, Room
+from faulty_engine import WAIT_S, Behaviour, FaultyEngine, Room
 from opentelemetry.proto.trace.v1.trace_pb2 import Span
 from otlp_collector import attributes, collector
 
@@ -30,6 +30,7 @@ from scheduler_svc.protocol import Heartbeat, Load, Role
 HEARTBEAT_S = 0.5
 START_TIMEOUT_S = 180.0
 """Of four routers at once; each imports SGLang."""
+STRICT_BODY_BYTES = 100_000
 _ports = FreePorts("127.0.0.1")
 
 
@@ -133,6 +134,10 @@ class World:
     def of(self, role: Role) -> list[FaultyEngine]:
         return [engine for engine in self.engines.values() if engine.role is role]
 
+    def let_all(self, role: Role, behaviour: Behaviour) -> None:
+        for engine in self.of(role):
+            engine.behaviour = behaviour
+
     def mend_engines(self) -> None:
         for engine in self.engines.values():
             engine.mend()
@@ -169,7 +174,7 @@ class World:
         return self._up("placing")
 
     def strict_router(self) -> Router:
-        """The same for `p0` and `d0` only, with a short time limit and no second attempts."""
+        """The same for `p0` and `d0` only, with a short time limit, no second attempts and small bodies."""
         return self._up("strict")
 
     def upstream_router(self) -> Router:
@@ -199,7 +204,13 @@ class World:
         everyone = list(self.engines.values())
         return {
             "placing": self._start_router(everyone, *placing),
-            "strict": self._start_router(pair, *placing, "--request-timeout-secs=2", "--disable-retries"),
+            "strict": self._start_router(
+                pair,
+                *placing,
+                "--request-timeout-secs=2",
+                "--disable-retries",
+                f"--max-payload-size={STRICT_BODY_BYTES}",
+            ),
             "mini_lb": self._start_router(pair, "--mini-lb"),
             "rust": self._start_router(
                 pair, "--worker-startup-check-interval=1", f"--prometheus-port={_ports.take()}"

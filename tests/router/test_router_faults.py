@@ -25,11 +25,6 @@ def router(world: World) -> Router:
     return world.placing_router()
 
 
-def all_of(world: World, role: Role, behaviour) -> None:
-    for engine in world.of(role):
-        engine.behaviour = behaviour
-
-
 def error_of(answer) -> dict:
     assert answer.headers["Content-Type"] == "application/json"
     return answer.json["error"]
@@ -63,7 +58,7 @@ def attempts(world: World, answer) -> int:
 
 
 def test_a_second_attempt_has_another_room(world, router):
-    all_of(world, Role.PREFILL, busy)
+    world.let_all(Role.PREFILL, busy)
     assert router.ask().status == 503
     rooms = {seen.body["bootstrap_room"] for engine in world.of(Role.PREFILL) for seen in engine.seen}
     assert len(rooms) == 2
@@ -71,7 +66,7 @@ def test_a_second_attempt_has_another_room(world, router):
 
 @pytest.mark.parametrize("role", list(Role))
 def test_no_engine_that_takes_requests_is_a_503_that_names_them(world, router, role):
-    all_of(world, role, busy)
+    world.let_all(role, busy)
     answer = router.ask()
     assert answer.status == 503
     error = error_of(answer)
@@ -86,8 +81,8 @@ def test_no_engine_that_takes_requests_is_a_503_that_names_them(world, router, r
 @pytest.mark.parametrize("stream", [False, True])
 def test_when_one_half_fails_the_other_ends_at_once_with_a_502(world, router, role, fault, stream):
     other = Role.DECODE if role is Role.PREFILL else Role.PREFILL
-    all_of(world, role, fault)
-    all_of(world, other, hang)  # as SGLang's engines do: one waits for the other
+    world.let_all(role, fault)
+    world.let_all(other, hang)  # as SGLang's engines do: one waits for the other
     answer = router.ask(stream=stream)
     assert answer.status == 502
     assert error_of(answer)["type"] == "engine_failed"
@@ -98,15 +93,15 @@ def test_when_one_half_fails_the_other_ends_at_once_with_a_502(world, router, ro
 
 def test_an_engine_that_failed_a_request_gives_it_to_nobody_else(world, router):
     """The request may be what broke it."""
-    all_of(world, Role.PREFILL, die)
-    all_of(world, Role.DECODE, hang)
+    world.let_all(Role.PREFILL, die)
+    world.let_all(Role.DECODE, hang)
     assert router.ask().status == 502
     assert sum(len(engine.seen) for engine in world.of(Role.PREFILL)) == 1
 
 
 def test_an_error_inside_the_prefill_engines_stream_ends_the_request(world, router):
-    all_of(world, Role.PREFILL, fail_inside_the_stream)
-    all_of(world, Role.DECODE, hang)
+    world.let_all(Role.PREFILL, fail_inside_the_stream)
+    world.let_all(Role.DECODE, hang)
     answer = router.ask(stream=True)
     assert answer.status == 502
     assert "out of host memory" in error_of(answer)["message"]
@@ -126,8 +121,8 @@ def test_an_engine_that_hangs_is_given_up_when_its_health_checks_fail(world, rou
 
 
 def test_what_the_engines_call_a_wrong_request_is_passed_on_unchanged(world, router):
-    all_of(world, Role.PREFILL, wrong_request)
-    all_of(world, Role.DECODE, wrong_request)
+    world.let_all(Role.PREFILL, wrong_request)
+    world.let_all(Role.DECODE, wrong_request)
     answer = router.ask()
     assert answer.status == 400
     assert answer.json == {"error": {"message": "temperature is -1"}}
@@ -135,8 +130,8 @@ def test_what_the_engines_call_a_wrong_request_is_passed_on_unchanged(world, rou
 
 
 def test_a_wrong_request_is_passed_on_unchanged_inside_a_stream_too(world, router):
-    all_of(world, Role.PREFILL, wrong_request_inside_the_stream)
-    all_of(world, Role.DECODE, hang)
+    world.let_all(Role.PREFILL, wrong_request_inside_the_stream)
+    world.let_all(Role.DECODE, hang)
     answer = router.ask(stream=True)
     assert answer.status == 200
     assert answer.content == event({"error": {"message": "prompt too long", "code": 400}})
@@ -162,7 +157,7 @@ def test_a_request_that_takes_too_long_is_a_504_and_ends_on_both_engines(world):
 
 def test_a_stream_that_takes_too_long_ends_with_an_error_event(world):
     router = world.strict_router()
-    all_of(world, Role.DECODE, one_chunk_then_wait)
+    world.let_all(Role.DECODE, one_chunk_then_wait)
     answer = router.ask(stream=True)
     assert answer.status == 200
     events = answer.content.split(b"\n\n")
@@ -172,7 +167,7 @@ def test_a_stream_that_takes_too_long_ends_with_an_error_event(world):
 
 def test_with_retries_off_a_refusal_is_final(world):
     router = world.strict_router()
-    all_of(world, Role.DECODE, busy)
+    world.let_all(Role.DECODE, busy)
     assert router.ask().status == 503
     assert sum(len(engine.seen) for engine in world.of(Role.DECODE)) == 1
 

@@ -224,6 +224,20 @@ def test_a_long_prefill_is_spread_over_all_the_heartbeats_it_took():
     assert rate.per_s == 100
 
 
+def test_a_session_stays_with_a_decode_engine_that_is_busy_with_others():
+    """A DE decodes all its requests at once: having many of them is no wait for the next."""
+    load = Load(sequences=8, tokens=80_000, read_rate_bytes_per_s=1e9)
+    state = cluster("decode", heartbeat("p0", load=load), heartbeat("d0", load=load), placement="affinity")
+    assert place(state, session="ada") == ("p0", "d0")
+    for second in range(1, 4):
+        busy = replace(load, tokens=80_000 - 10_000 * second)
+        for beat in (heartbeat("p0", load=busy), heartbeat("d0", load=busy), heartbeat("d1", load=Load())):
+            state.handle(beat, float(second))
+    assert state.engines.get("p0").tokens_per_s > 0
+    assert place(state, now_s=3.1) == ("p0", "d1"), "the idle one is next"
+    assert place(state, session="ada", now_s=3.1) == ("p0", "d0")
+
+
 # The index
 
 

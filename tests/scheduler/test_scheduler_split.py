@@ -160,12 +160,12 @@ def test_pages_only_the_decode_side_holds_are_forwarded_and_the_rest_is_shared()
 
 def test_the_reason_names_path_ends_queues_and_rates():
     choice = choose_path(path_policy("split"), request(queues=(100 * MIB, 7)))
-    assert choice.reason == (
+    assert str(choice.reason) == (
         "split: expected ends (ms) prefill 1153.4, split 581.7, decode 1053.6; "
         "queues 104857600 and 7 B, rates 1e+09 and 1e+09 B/s"
     )
     unknown = choose_path(path_policy("split"), request(rates=(0, 0)))
-    assert unknown.reason.startswith("split: expected ends (MB) prefill 1048.6, split 528.5, decode 1052.8;")
+    assert str(unknown.reason).startswith("split: expected ends (MB) prefill 1048.6, split 528.5, decode 1052.8;")
 
 
 def test_two_requests_at_once_are_both_split_and_their_plans_see_each_other():

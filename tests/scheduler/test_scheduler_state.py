@@ -108,7 +108,8 @@ def test_the_event_of_a_plan_carries_the_callers_trace_and_both_times():
     result = state.handle(prefill_report(1, 0, 10, traceparent="from-prefill"), 1.25)
     (event,) = result.events
     lanes = LaneInputs(0, 0, 0.0, 0.0, None, None)
-    assert event == PlanDecided(plan_of(result), "from-prefill", 1.0, 1.25, lanes)
+    plan = plan_of(result)
+    assert event == PlanDecided(plan, "from-prefill", 1.0, 1.25, "always the decode side", lanes)
 
 
 # Predictions
@@ -241,9 +242,10 @@ def test_a_second_done_that_differs_is_refused_and_an_equal_one_ignored():
 def test_engines_that_cannot_exchange_pages_get_a_plan_without_any_forward(prefill, decode, reason):
     state = cluster("decode", *prefill, *decode)
     state.handle(prefill_report(1, 2, 10), 0.0)
-    plan = plan_of(state.handle(decode_report(1, 6), 0.0))
+    result = state.handle(decode_report(1, 6), 0.0)
+    plan = plan_of(result)
     assert (plan.path, plan.split_page) == (Path.PREFILL, 0)
-    assert plan.reason.startswith("prefill path without forward: ")
+    assert str(result.events[0].reason).startswith("prefill path without forward: ")
     assert state.fallbacks == {reason: 1}
     assert planned_bytes(state, "d0") == 0
     assert planned_bytes(state, "p0") == 8 * PAGE_BYTES * len(prefill)

@@ -64,7 +64,7 @@ replies = st.one_of(
     st.builds(
         protocol.Plan, room=rooms, path=st.sampled_from(protocol.Path), prefill_id=names, decode_id=names,
         prefill_local_pages=counts, decode_local_pages=counts, hit_pages=counts, split_page=counts,
-        decode_endpoints=st.lists(names, max_size=3).map(tuple), policy=names, reason=names,
+        decode_endpoints=st.lists(names, max_size=3).map(tuple), policy=names,
     ),
     st.builds(
         protocol.Status, policy=names, uptime_s=floats,

@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import pytest
-from data_path_world import WAIT_S  # noqa: F401  (makes SGLang importable on a CPU)
 
-from dualpath_sgl import limited_store
-from dualpath_sgl.limited_store import ReadLimit, read_limit
+from dualpath_sgl import read_limit as module
+from dualpath_sgl.read_limit import ReadLimit, read_limit
 
 
 @pytest.fixture
@@ -23,7 +22,7 @@ def clock(monkeypatch):
             self.now_s += duration_s
 
     clock = Clock()
-    monkeypatch.setattr(limited_store, "time", clock)
+    monkeypatch.setattr(module, "time", clock)
     return clock
 
 
