@@ -36,8 +36,10 @@ class Forwarder:
     def read(
         self, session: str, local: Sequence[int], remote: Sequence[int], lengths: Sequence[int]
     ) -> bool:
-        """Copy `lengths[i]` bytes from `remote[i]` in `session` to `local[i]`; True if all arrived."""
-        local, remote, lengths = merge_runs(local, remote, lengths)
+        """Copy `lengths[i]` bytes from `remote[i]` in `session` to `local[i]`; True if all arrived.
+
+        Every block costs time whatever its size: join them first (`merge_runs`).
+        """
         return self._engine.batch_transfer_sync_read(session, local, remote, lengths) == 0
 
 

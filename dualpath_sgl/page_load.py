@@ -32,6 +32,10 @@ class LaneClock:
         self.first_page = first_page
         self.end_page = first_page
         self.bytes = 0
+        self.transfers = 0
+        """Calls that moved pages."""
+        self.blocks = 0
+        """Of a forward: contiguous blocks that its calls were made of."""
         self.queued_ns = time.time_ns()
         self.begun_ns = 0
         self.ended_ns = 0
@@ -42,6 +46,7 @@ class LaneClock:
     def moved(self, pages: int, byte_count: int) -> None:
         self.end_page += pages
         self.bytes += byte_count
+        self.transfers += byte_count > 0
         self.ended_ns = time.time_ns()
 
     def record(self) -> LaneRecord:

@@ -16,7 +16,7 @@ from typing import Callable
 import zmq
 
 from dualpath_sgl import peer_protocol
-from dualpath_sgl.forward import Forwarder
+from dualpath_sgl.forward import Forwarder, merge_runs
 from dualpath_sgl.lane_priority import wait_politely
 from dualpath_sgl.mailbox import Mailbox
 from dualpath_sgl.page_load import LaneClock, PageLoad
@@ -147,12 +147,14 @@ class PeerLane(threading.Thread):
                 self._release(pull)
                 return
             pull.clock.begin()
-            if not self._forwarder.read(pages.session, local, pages.pointers, sizes):
+            blocks = merge_runs(local, pages.pointers, sizes)
+            if not self._forwarder.read(pages.session, *blocks):
                 pull.reason = "forward failed"
                 self._release(pull)
                 return
         pull.read = end
         pull.clock.moved(count, sum(sizes))
+        pull.clock.blocks += len(blocks[0])
         pull.deadline_s = time.monotonic() + self._timeout_s
 
     def _release(self, pull: _Pull) -> None:

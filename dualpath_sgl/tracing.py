@@ -61,6 +61,8 @@ def record_lane(
         {
             "dualpath.lane": clock.lane,
             "dualpath.bytes": clock.bytes,
+            "dualpath.transfers": clock.transfers,
+            **({"dualpath.blocks": clock.blocks} if clock.blocks else {}),
             "dualpath.pages.first": clock.first_page,
             "dualpath.pages.end": clock.end_page,
             "dualpath.queue_wait_s": max(0, clock.begun_ns - clock.queued_ns) / 1e9,

@@ -5,12 +5,15 @@ A measurement is a *cell*: `mode load tokens`, with one sample per repetition.  
 
     held      every engine has the prompt on its device: what an answer costs besides loading
     sent      the decode engine's caches were emptied: as `held`, and the prefill engine's KV is sent
-    resident  the prefill engine's caches were emptied: the pages are forwarded, not read
+    resident  the prefill engine's caches were emptied, after every decode engine has had the prompt: the
+              pages are forwarded, not read
     lone      all caches were emptied: the store is read
     burst     the same, with several prompts at once
     burst held    the burst's prompts, nothing emptied
 
-`evals/gpu_smoke.py` starts the clusters, `evals/gpu_loads_report.py` makes tables of the cells.
+With several decode engines the router gives them prompts in turns.  `evals/gpu_smoke.py` starts the
+clusters, `evals/gpu_loads_report.py` makes tables of the cells, `evals/gpu_goodput.py` puts forwards
+beside Mooncake alone.
 """
 
 from __future__ import annotations
@@ -29,9 +32,11 @@ from scheduler_svc.protocol import Role
 
 TOKEN_VALUES = 250
 LONE_POLICIES = ("prefill", "decode", "split")
+RESIDENT_POLICY = "decode"
 BURST_POLICIES = ("prefill", "decode", "shorter_queue", "split")
 HELD_REPETITIONS = 3
 """Of what reads nothing: short, and the first ones connect."""
+RESIDENT_REPETITIONS = 7
 
 Prompt = list[int]
 
@@ -41,10 +46,26 @@ class LoadPlan:
     """What is measured; lengths in tokens."""
 
     lengths: tuple[int, ...]
+    """Of lone loads; of each length one prompt is loaded alone, under every lone policy."""
     repetitions: int
     burst_requests: int
     burst_tokens: int
     burst_repetitions: int
+    burst_policies: tuple[str, ...] = BURST_POLICIES
+    held: bool = True
+    """Also what prompts take that nobody has to load."""
+    resident_lengths: tuple[int, ...] = ()
+    decode_engines: int = 1
+
+    @property
+    def anything(self) -> bool:
+        return bool(self.lengths or self.burst_requests or self.resident_lengths)
+
+    @property
+    def prompts(self) -> list[Prompt]:
+        """Everything that the store has to hold."""
+        alone = sorted({*self.lengths, *self.resident_lengths})
+        return [*(prompt for tokens in alone for prompt in self.lone(tokens)), *self.burst()]
 
     def lone(self, tokens: int) -> list[Prompt]:
         return [_prompt(tokens, "lone")]
@@ -68,7 +89,7 @@ class Cell:
     window_ns: list[tuple[int, int]] = field(default_factory=list)
     """Begin and end since 1970, where its spans are found."""
     store_bytes: dict[str, int] = field(default_factory=dict)
-    """Read from the store by role, all samples."""
+    """Read from the store by each engine, all samples."""
     forwarded_bytes: int = 0
     fallbacks: int = 0
     duplicate_store_pages: int = 0
@@ -111,9 +132,7 @@ class LoadMeter:
 
     def fill(self, until_persisted: Callable[[], None]) -> None:
         """Have every prompt computed once and wait until the store holds its pages."""
-        for tokens in self._plan.lengths:
-            send(self._cluster.url, self._plan.lone(tokens))
-        for prompt in self._plan.burst():
+        for prompt in self._plan.prompts:
             send(self._cluster.url, [prompt])
         until_persisted()
 
@@ -121,6 +140,7 @@ class LoadMeter:
         """Mode basic: held, lone and burst."""
         mode = self._cluster.config.mode.value
         self._held(mode)
+        self._connect()
         self._from_store(mode)
         self._burst(mode)
 
@@ -128,21 +148,31 @@ class LoadMeter:
         """Every policy; what reads nothing under the first one."""
         self._cluster.set_policy("prefill")
         self._held(Mode.DUALPATH.value)
-        for tokens in self._plan.lengths:
-            prompts = self._plan.lone(tokens)
-            self._cell(Mode.DUALPATH.value, "sent", tokens, prompts, HELD_REPETITIONS, Role.DECODE)
-        for policy in dict.fromkeys((*LONE_POLICIES, *BURST_POLICIES)):
+        self._sent()
+        for policy in self._policies:
             self._cluster.set_policy(policy)
+            self._connect()
             if policy in LONE_POLICIES:
                 self._from_store(policy)
-            if policy in BURST_POLICIES:
+            if policy in self._plan.burst_policies:
                 self._burst(policy)
-            if policy == "decode":
+            if policy == RESIDENT_POLICY:
                 self._resident(policy)
+
+    @property
+    def _policies(self) -> list[str]:
+        wanted = {
+            *(LONE_POLICIES if self._plan.lengths else ()),
+            *(self._plan.burst_policies if self._plan.burst_requests else ()),
+            *((RESIDENT_POLICY,) if self._plan.resident_lengths else ()),
+        }
+        return [policy for policy in dict.fromkeys((*LONE_POLICIES, *BURST_POLICIES)) if policy in wanted]
 
     # -- cells -------------------------------------------------------------------------------------
 
     def _held(self, mode: str) -> None:
+        if not self._plan.held:
+            return
         for tokens in self._plan.lengths:
             prompts = self._plan.lone(tokens)
             send(self._cluster.url, prompts)
@@ -151,18 +181,29 @@ class LoadMeter:
             send(self._cluster.url, self._plan.burst())
             self._cell(mode, "burst held", self._plan.burst_tokens, self._plan.burst(), HELD_REPETITIONS)
 
+    def _sent(self) -> None:
+        if not self._plan.held:
+            return
+        for tokens in self._plan.lengths:
+            prompts = self._plan.lone(tokens)
+            self._cell(Mode.DUALPATH.value, "sent", tokens, prompts, HELD_REPETITIONS, Role.DECODE)
+
+    def _connect(self) -> None:
+        """The first read of each engine connects, and tells the scheduler its rate; it does not count."""
+        for _ in range(self._plan.decode_engines):
+            self._cluster.flush_caches()
+            send(self._cluster.url, self._plan.prompts[:1])
+
     def _from_store(self, mode: str) -> None:
-        # The first read of each engine connects, and tells the scheduler its rate; it does not count.
-        self._cluster.flush_caches()
-        send(self._cluster.url, self._plan.lone(self._plan.lengths[0]))
         for tokens in self._plan.lengths:
             self._cell(mode, "lone", tokens, self._plan.lone(tokens), self._plan.repetitions, *Role)
 
     def _resident(self, mode: str) -> None:
-        for tokens in self._plan.lengths:
+        for tokens in self._plan.resident_lengths:
             prompts = self._plan.lone(tokens)
-            send(self._cluster.url, prompts)
-            self._cell(mode, "resident", tokens, prompts, HELD_REPETITIONS, Role.PREFILL)
+            for _ in range(self._plan.decode_engines):
+                send(self._cluster.url, prompts)
+            self._cell(mode, "resident", tokens, prompts, RESIDENT_REPETITIONS, Role.PREFILL)
 
     def _burst(self, mode: str) -> None:
         if self._plan.burst_requests:
@@ -188,8 +229,8 @@ class LoadMeter:
                 expected = self._expected.setdefault(tuple(prompt), answer.tokens)
                 cell.equal_answers &= answer.tokens == expected
         did = measure.of(self._cluster).since(before)
-        for read in did.engines.values():
-            cell.store_bytes[read.role] = cell.store_bytes.get(read.role, 0) + read.store_read_bytes
+        for engine, read in did.engines.items():
+            cell.store_bytes[engine] = read.store_read_bytes
             cell.forwarded_bytes += read.forwarded_bytes
         cell.fallbacks = sum(did.fallbacks.values())
         cell.duplicate_store_pages = did.duplicate_store_pages or 0

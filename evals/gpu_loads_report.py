@@ -6,7 +6,8 @@ from collections.abc import Iterable, Sequence
 from statistics import median
 from typing import Any, NamedTuple
 
-from evals.gpu_loads import BURST_POLICIES, LONE_POLICIES, Cell, LoadPlan, cell_name
+from evals.gpu_goodput import PLAIN, RAW_READS, Goodput
+from evals.gpu_loads import LONE_POLICIES, RESIDENT_POLICY, Cell, LoadPlan, cell_name
 
 UPSTREAM, DUALPATH = "basic", "dualpath"
 STAGES = (
@@ -22,13 +23,13 @@ STAGES = (
 LONE_ROWS = (
     ("held on both devices", DUALPATH, "held"),
     ("held on the prefill device only", DUALPATH, "sent"),
-    ("held by the decode engine only", "decode", "resident"),
+    ("held by the decode engine only", RESIDENT_POLICY, "resident"),
     *((f"`{policy}`", policy, "lone") for policy in LONE_POLICIES),
     ("upstream, held on the device", UPSTREAM, "held"),
     ("upstream, `basic`", UPSTREAM, "lone"),
 )
-BURST_LIMITS = {"prefill": 1.0, "decode": 1.0, "shorter_queue": 2.0, "split": 2.0}
-"""What JCT basic/policy can be with storage links of equal rates."""
+FORWARD_LIMITS = "0.9 to 1"
+"""Target and limit of forward goodput over Mooncake alone."""
 
 Cells = dict[str, Cell]
 
@@ -77,13 +78,25 @@ def _span(trace: dict[str, Any], span: dict[str, Any]) -> _Span:
     return _Span(trace["traceID"], service.partition("-")[0], span["operationName"], begun_ns, ended_ns)
 
 
-def tables(cells: Cells, plan: LoadPlan) -> str:
-    """Markdown; cells that were not measured are shown as `-`."""
-    parts = [_lone_times(cells, plan), _lone_ratios(cells, plan)]
+def tables(cells: Cells, plan: LoadPlan, goodputs: Sequence[Goodput] = ()) -> str:
+    """Markdown of what the plan asks for; cells that were not measured are shown as `-`."""
+    parts = []
+    if plan.lengths:
+        parts += [_lone_times(cells, plan), _lone_ratios(cells, plan)]
     if plan.burst_requests:
         parts.append(_bursts(cells, plan))
-    parts.append(_stages(cells, max(plan.lengths)))
+    if goodputs:
+        parts.append(_goodputs(goodputs))
+    if plan.lengths:
+        parts.append(_stages(cells, max(plan.lengths)))
     return "\n".join(parts)
+
+
+def burst_limit(policy: str, decode_engines: int) -> int:
+    """What JCT basic/policy can be on one prefill engine when all engines read at equal rates: how
+    many engines the policy lets read.
+    """
+    return {"prefill": 1, "decode": decode_engines}.get(policy, 1 + decode_engines)
 
 
 def load_s(cells: Cells, mode: str, tokens: int) -> float | None:
@@ -138,36 +151,78 @@ def _bursts(cells: Cells, plan: LoadPlan) -> str:
     def cell(mode: str, load: str = "burst") -> Cell | None:
         return cells.get(cell_name(mode, load, plan.burst_tokens))
 
-    def row(label: str, found: Cell | None, limit: float | None) -> list[str]:
+    bursts = [found for found in cells.values() if found.load == "burst"]
+    engines = sorted({engine for found in bursts for engine in found.store_bytes}, key=_prefill_first)
+
+    def row(label: str, found: Cell | None, limit: int | None) -> list[str]:
         if found is None:
-            return [label, "-", "-", "-", "-", "-"]
+            return [label] + ["-"] * (3 + len(engines))
         upstream = cell(UPSTREAM)
         samples = len(found.job_s)
-        read = (found.store_bytes.get(role, 0) / samples / 1e6 for role in ("prefill", "decode"))
         return [
             label,
             f"{found.median_job_s:.2f}",
             "-" if limit is None else _ratio(upstream.median_job_s if upstream else None, found.median_job_s),
-            "-" if limit is None else f"{limit:g}",
-            *(f"{count:.0f}" for count in read),
+            "-" if limit is None else f"{limit}",
+            *(f"{found.store_bytes.get(engine, 0) / samples / 1e6:.0f}" for engine in engines),
         ]
 
+    held = [
+        row("held on both devices", cell(DUALPATH, "burst held"), None),
+        row("upstream, held on the device", cell(UPSTREAM, "burst held"), None),
+    ]
     return _table(
         [
             f"{plan.burst_requests} prompts of {plan.burst_tokens} at once",
             "JCT, s",
             "JCT `basic`/this",
             "limit",
-            "prefill read, MB",
-            "decode read, MB",
+            *(f"`{engine}` read, MB" for engine in engines),
         ],
         [
-            row("held on both devices", cell(DUALPATH, "burst held"), None),
-            *(row(f"`{policy}`", cell(policy), BURST_LIMITS[policy]) for policy in BURST_POLICIES),
-            row("upstream, held on the device", cell(UPSTREAM, "burst held"), None),
             row("upstream, `basic`", cell(UPSTREAM), None),
+            *(
+                row(f"`{policy}`", cell(policy), burst_limit(policy, plan.decode_engines))
+                for policy in plan.burst_policies
+            ),
+            *(held if plan.held else []),
         ],
     )
+
+
+def _goodputs(goodputs: Sequence[Goodput]) -> str:
+    def rate(bytes_per_s: float | None) -> str:
+        return "-" if bytes_per_s is None else f"{bytes_per_s / 1e9:.2f}"
+
+    def raw(found: Goodput, label: str) -> float | None:
+        rates = found.raw_bytes_per_s.get(label)
+        return median(rates) if rates else None
+
+    def spread(values: Iterable[int]) -> str:
+        found = sorted(values)
+        return " to ".join(str(value) for value in dict.fromkeys((found[0], found[-1]))) if found else "-"
+
+    rows = [
+        ["forwarded, MB", *(f"{found.size_bytes / 1e6:.0f}" for found in goodputs)],
+        ["forward, GB/s", *(rate(found.bytes_per_s) for found in goodputs)],
+        ["calls of Mooncake", *(spread(item.transfers for item in found.forwards) for found in goodputs)],
+        ["blocks", *(spread(item.blocks for item in found.forwards) for found in goodputs)],
+        *(
+            [f"Mooncake alone, {read.label}, GB/s", *(rate(raw(found, read.label)) for found in goodputs)]
+            for read in RAW_READS
+        ),
+        [
+            f"forward / Mooncake alone ({PLAIN}); target and limit {FORWARD_LIMITS}",
+            *(_ratio(found.bytes_per_s, raw(found, PLAIN)) for found in goodputs),
+        ],
+    ]
+    return _table(
+        ["pages out of a decode engine's memory", *(f"{found.tokens} tokens" for found in goodputs)], rows
+    )
+
+
+def _prefill_first(engine: str) -> tuple[bool, str]:
+    return not engine.startswith("prefill"), engine
 
 
 def _stages(cells: Cells, tokens: int) -> str:

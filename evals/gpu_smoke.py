@@ -1,7 +1,7 @@
 """The whole system on the GPUs at hand: every token compared with one server's, and load times.
 
     python -m evals.gpu_smoke --out runs/smoke              # two GPUs
-    python -m evals.gpu_smoke --out runs/smoke --one-gpu    # both engines on GPU 0
+    python -m evals.gpu_smoke --out runs/smoke --one-gpu    # every engine on GPU 0
 
 from a source checkout with `requirements/cuda.txt` installed and `dualpath patch apply` done.
 
@@ -9,7 +9,8 @@ from a source checkout with `requirements/cuda.txt` installed and `dualpath patc
 2. The cluster plays them under every path policy, one request at a time, all engines' own caches
    emptied before each turn, so that every turn is read from the store; then with the decode engine's
    pool kept, and with all sessions at once.  Answers must equal those of the server with its cache.
-3. Load times of prompts that the store holds, alone and in a burst, per path policy; then upstream's
+3. Load times of prompts that the store holds, alone and in a burst, per path policy, and how fast
+   pages leave a decode engine's memory (`evals/gpu_goodput.py`); then upstream's load times
    (`mode: basic`) on a cluster of its own (`evals/gpu_loads.py`).
 
 Engines read the store at `store.read_rate` at most, which makes it the bottleneck that load paths are
@@ -52,7 +53,16 @@ from agents import (
 )
 
 from evals import jaeger
-from evals.gpu_loads import Cell, Expected, LoadMeter, LoadPlan
+from evals.gpu_goodput import Goodput, beside_mooncake, forwards
+from evals.gpu_loads import (
+    BURST_POLICIES,
+    RESIDENT_POLICY,
+    Cell,
+    Expected,
+    LoadMeter,
+    LoadPlan,
+    cell_name,
+)
 from evals.gpu_loads_report import stage_times, tables
 from launch.config import ClusterConfig, Group, Mode, load
 from launch.supervisor import Cluster, single_server
@@ -160,6 +170,27 @@ def run_loads(
         meter.upstream()
 
 
+def beside_raw(record: Record, cluster: Cluster, cells: dict[str, Cell]) -> list[Goodput]:
+    """Mooncake alone, with the bytes of every resident load; the cluster idles meanwhile."""
+    found = []
+    page_bytes = cluster.config.page_size * cluster.kv_bytes_per_token
+    for cell in cells.values():
+        if cell.load == "resident":
+            found.append(beside_mooncake(cell, cluster.config.host, page_bytes))
+            record.put("goodput", str(cell.tokens), asdict(found[-1]))
+    return found
+
+
+def add_forwards(
+    record: Record, cluster: Cluster, cells: dict[str, Cell], goodputs: list[Goodput]
+) -> None:
+    """Of a stopped cluster's resident loads: engines export their last spans when they stop."""
+    for goodput in goodputs:
+        cell = cells[cell_name(RESIDENT_POLICY, "resident", goodput.tokens)]
+        goodput.forwards = forwards(cluster.spans_path, cell.window_ns)
+        record.put("goodput", str(cell.tokens), asdict(goodput))
+
+
 def add_stages(record: Record, cluster: Cluster, cells: dict[str, Cell]) -> None:
     """Of a stopped cluster's lone loads: engines export their last spans when they stop."""
     traces = jaeger.traces(jaeger.read_lines(cluster.spans_path))
@@ -167,6 +198,11 @@ def add_stages(record: Record, cluster: Cluster, cells: dict[str, Cell]) -> None
         if cell.load == "lone" and not cell.stages_s:
             cell.stages_s = stage_times(traces, cell.window_ns)
             record.put("loads", cell.name, asdict(cell))
+
+
+def with_decode_engines(description: ClusterConfig, count: int) -> ClusterConfig:
+    decode = description.decode.model_copy(update={"count": count})
+    return description.model_copy(update={"decode": decode})
 
 
 def on_one_gpu(description: ClusterConfig) -> ClusterConfig:
@@ -190,21 +226,43 @@ def main(
     ] = "prefill,decode,round_robin,split",
     prompt_tokens: Annotated[int, typer.Option(min=1, help="First prompt of a session.")] = 3000,
     lengths: Annotated[
-        str, typer.Option(help="Prompt lengths of the lone loads, comma-separated; empty: no loads.")
+        str, typer.Option(help="Prompt lengths of the lone loads, comma-separated; empty: none.")
     ] = "8192,16384,32768",
     repetitions: Annotated[int, typer.Option(min=1, help="Of each lone load.")] = 5,
     burst_requests: Annotated[int, typer.Option(min=0, help="Prompts of a burst; 0: no bursts.")] = 8,
     burst_tokens: Annotated[int, typer.Option(min=1, help="Length of each.")] = 8192,
     burst_repetitions: Annotated[int, typer.Option(min=1, help="Of each burst.")] = 1,
+    burst_policies: Annotated[
+        str, typer.Option(help="Path policies of the bursts, comma-separated; upstream's is always there.")
+    ] = ",".join(BURST_POLICIES),
+    held: Annotated[bool, typer.Option(help="Also measure prompts that nobody has to load.")] = True,
+    resident_lengths: Annotated[
+        str,
+        typer.Option(help="Prompt lengths of forwards out of a decode engine's memory; empty: none."),
+    ] = "8192,16384,32768",
+    decode_engines: Annotated[
+        int | None, typer.Option(min=1, help="How many; by default as the cluster description says.")
+    ] = None,
 ) -> None:
     """Compare tokens on every path with one server's, and time loads beside upstream's."""
     agents.FIRST_PROMPT_TOKENS = prompt_tokens
     description: ClusterConfig = load(config)
     if one_gpu:
         description = on_one_gpu(description)
+    if decode_engines is not None:
+        description = with_decode_engines(description, decode_engines)
     names = policies.split(",")
-    sizes = tuple(int(length) for length in lengths.split(",") if length)
-    plan = LoadPlan(sizes, repetitions, burst_requests, burst_tokens, burst_repetitions)
+    plan = LoadPlan(
+        _numbers(lengths),
+        repetitions,
+        burst_requests,
+        burst_tokens,
+        burst_repetitions,
+        _known(burst_policies),
+        held,
+        _numbers(resident_lengths),
+        description.decode.count,
+    )
     record = Record(out)
     with single_server(description, out / "single") as server:
         record.say("the single server is up")
@@ -213,20 +271,24 @@ def main(
         record.put("tokens", "single server without cache", difference(uncached, reference))
     cells: dict[str, Cell] = {}
     expected: Expected = {}
+    goodputs: list[Goodput] = []
     cluster = Cluster(description, out / "dualpath")
     cluster.start(record.say)
     with cluster:
         equal = run_tokens(record, cluster, names, reference)
-        if sizes:
+        if plan.anything:
             run_loads(record, cluster, plan, cells, expected)
-    if sizes:
+            goodputs = beside_raw(record, cluster, cells)
+    if plan.anything:
         add_stages(record, cluster, cells)
-        upstream = Cluster(description.model_copy(update={"mode": Mode.BASIC}), out / "basic")
-        upstream.start(record.say)
-        with upstream:
-            run_loads(record, upstream, plan, cells, expected)
-        add_stages(record, upstream, cells)
-        text = tables(cells, plan)
+        add_forwards(record, cluster, cells, goodputs)
+        if plan.lengths or plan.burst_requests:
+            upstream = Cluster(description.model_copy(update={"mode": Mode.BASIC}), out / "basic")
+            upstream.start(record.say)
+            with upstream:
+                run_loads(record, upstream, plan, cells, expected)
+            add_stages(record, upstream, cells)
+        text = tables(cells, plan, goodputs)
         (out / "tables.md").write_text(text)
         print(text)
     different = [name for name, cell in cells.items() if not cell.equal_answers]
@@ -236,6 +298,20 @@ def main(
         print("answers differ from the single server's", file=sys.stderr)
     if different or not equal:
         raise typer.Exit(1)
+
+
+def _numbers(text: str) -> tuple[int, ...]:
+    try:
+        return tuple(int(part) for part in text.split(",") if part)
+    except ValueError:
+        raise typer.BadParameter(f"{text!r}: give whole numbers, such as 8192,16384") from None
+
+
+def _known(policies: str) -> tuple[str, ...]:
+    names = tuple(policies.split(","))
+    if unknown := [name for name in names if name not in BURST_POLICIES]:
+        raise typer.BadParameter(f"{', '.join(unknown)}: choose among {', '.join(BURST_POLICIES)}")
+    return names
 
 
 if __name__ == "__main__":

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
 import time
 import urllib.request
 from collections.abc import Sequence
+from functools import partial
 
 from prometheus_client.parser import text_string_to_metric_families
 
@@ -14,6 +13,7 @@ from evals import jaeger
 from evals.errors import EvalError
 from evals.load_client import Burst, send
 from evals.load_summary import Sample
+from evals.raw_rates import Place, raw_rates
 from evals.topology.network import Network
 from evals.topology.plan import STORE
 from launch.config import Mode
@@ -26,7 +26,6 @@ STORED_BYTES = "master_allocated_bytes"
 STORED_TIMEOUT_S = 60.0
 ROOMS_TIMEOUT_S = 10.0
 POLL_S = 0.1
-RAW_TIMEOUT_S = 120.0
 
 Prompts = Sequence[Sequence[int]]
 
@@ -103,30 +102,10 @@ class LoadCluster:
 
     def raw_read(self, reader: str, server: str, kind: str, size_bytes: int, repetitions: int) -> list[float]:
         """Bytes per second of Mooncake alone between two members, over their links as they are."""
-        module = [sys.executable, "-m", "evals.topology.raw_read"]
-        address = self.network.plan.link(server, kind).address
-        serve = [*module, "serve", f"--host={address}", f"--bytes={size_bytes}"]
-        own = self.network.plan.link(reader, kind).address
-        read = [*module, "read", f"--host={own}", f"--bytes={size_bytes}", f"--repetitions={repetitions}"]
-        quiet = {"stderr": subprocess.DEVNULL, "text": True}
-        with subprocess.Popen(
-            self.network.enter(server, serve), stdin=subprocess.PIPE, stdout=subprocess.PIPE, **quiet
-        ) as serving:
-            # Mooncake also writes to standard output; the line begins with the address.
-            found = next((line for line in serving.stdout if line.startswith(address)), None)
-            if found is None:
-                raise EvalError(f"raw read: the server on {address} did not start")
-            session, memory = found.split()
-            done = subprocess.run(
-                self.network.enter(reader, [*read, f"--session={session}", f"--address={memory}"]),
-                stdout=subprocess.PIPE,
-                timeout=RAW_TIMEOUT_S,
-                **quiet,
-            )
-            serving.stdin.close()
-        if done.returncode != 0:
-            raise EvalError(f"raw read from {session} failed with status {done.returncode}")
-        return [size_bytes / float(line) for line in done.stdout.split() if _is_number(line)]
+        return raw_rates(self._place(server, kind), self._place(reader, kind), size_bytes, repetitions)
+
+    def _place(self, member: str, kind: str) -> Place:
+        return Place(self.network.plan.link(member, kind).address, partial(self.network.enter, member))
 
     def _utilisation(self, storage: dict[str, int], burst: Burst) -> dict[str, float] | None:
         if self.storage_bits_per_s is None:
@@ -171,7 +150,3 @@ def forward_rates(cluster: Cluster, begun_ns: int, ended_ns: int) -> list[tuple[
             tags = {tag["key"]: tag["value"] for tag in span["tags"]}
             found.append((int(tags["dualpath.bytes"]), float(tags["dualpath.bandwidth_bytes_per_s"])))
     return found
-
-
-def _is_number(text: str) -> bool:
-    return text.replace(".", "", 1).isdigit()

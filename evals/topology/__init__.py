@@ -8,5 +8,5 @@ Router, scheduler and collector stay on the host, at the host's end of the compu
 
     plan.py      names, addresses and commands; pure
     network.py   builds, measures, re-shapes and removes; root only
-    raw_read.py  what a link can carry: one Mooncake read between two namespaces
+    raw_read.py  what a link can carry: one Mooncake read between two processes
 """

@@ -1,4 +1,4 @@
-"""What Mooncake alone carries from one namespace to another: `python -m evals.topology.raw_read`.
+"""What Mooncake alone carries from one process to another: `python -m evals.topology.raw_read`.
 
 `serve` registers memory and prints `<session> <address>`; `read` reads it with
 `batch_transfer_sync_read` and prints the seconds of each repetition, one a line.
@@ -18,13 +18,14 @@ import typer
 app = typer.Typer(add_completion=False, help=__doc__, pretty_exceptions_enable=False)
 
 Bytes = Annotated[int, typer.Option("--bytes", min=1, help="Size of one read.")]
+Pinned = Annotated[bool, typer.Option("--pinned", help="Register the memory with CUDA too.")]
 Host = Annotated[str, typer.Option(help="This side's address.")]
 
 
 @app.command()
-def serve(host: Host, size: Bytes) -> None:
+def serve(host: Host, size: Bytes, pinned: Pinned = False) -> None:
     """Offer memory until standard input ends."""
-    engine, address = _engine(host, size)
+    engine, address = _engine(host, size, pinned)
     print(f"{host}:{engine.get_rpc_port()} {address}", flush=True)
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     sys.stdin.read()
@@ -38,9 +39,10 @@ def read(
     address: Annotated[int, typer.Option(help="What `serve` printed second.")],
     repetitions: Annotated[int, typer.Option(min=1, help="Measured reads, after one that warms up.")] = 5,
     block_bytes: Annotated[int, typer.Option(min=1, help="Blocks that one call is made of.")] = 1 << 30,
+    pinned: Pinned = False,
 ) -> None:
     """Read the memory that `serve` offers."""
-    engine, local = _engine(host, size)
+    engine, local = _engine(host, size, pinned)
     offsets = range(0, size, block_bytes)
     blocks = (
         [local + offset for offset in offsets],
@@ -57,7 +59,7 @@ def read(
             print(f"{elapsed_s:.6f}", flush=True)
 
 
-def _engine(host: str, size: int):
+def _engine(host: str, size: int, pinned: bool):
     from mooncake.engine import TransferEngine
 
     engine = TransferEngine()
@@ -66,10 +68,19 @@ def _engine(host: str, size: int):
     memory = mmap.mmap(-1, size)
     memory.write(b"\1" * size)  # Touched, so that no page fault is measured.
     address = ctypes.addressof(ctypes.c_char.from_buffer(memory))
+    if pinned:
+        _pin(address, size)
     if (code := engine.register_memory(address, size)) != 0:
         sys.exit(f"registering {size} bytes failed: code {code}")
     _keep.append(memory)
     return engine, address
+
+
+def _pin(address: int, size: int) -> None:
+    import torch
+
+    if (code := int(torch.cuda.cudart().cudaHostRegister(address, size, 0))) != 0:
+        sys.exit(f"pinning {size} bytes failed: CUDA error {code}")
 
 
 _keep: list[mmap.mmap] = []

@@ -186,6 +186,9 @@ def test_pages_published_before_and_after_the_pull_arrives_all_land(decode, pref
     until_acknowledged(load)
     assert torch.equal(prefill.landed(load), bytes_of(decode.pool, pages))
     assert lane.missing_of(load) == []
+    # The first two batches were offered at once.  Of pages that follow each other, keys are one block
+    # and values another.
+    assert (load.clocks[0].transfers, load.clocks[0].blocks) == (3, 6)
     nothing_is_left(server, lane, room)
     assert [unpin.count for unpin in unpins] == [1] * len(batches)
 

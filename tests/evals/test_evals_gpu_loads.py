@@ -1,11 +1,15 @@
 """Tables and stage times of load cells with known numbers."""
 
+import json
+from dataclasses import replace
+
 import pytest
 from otlp_samples import otlp, span
 
 from evals import jaeger
+from evals.gpu_goodput import PLAIN, Forward, Goodput, forwards
 from evals.gpu_loads import Cell, LoadPlan
-from evals.gpu_loads_report import load_s, stage_times, tables
+from evals.gpu_loads_report import burst_limit, load_s, stage_times, tables
 
 PLAN = LoadPlan(lengths=(64, 128), repetitions=1, burst_requests=2, burst_tokens=64, burst_repetitions=1)
 
@@ -47,7 +51,73 @@ def test_the_tables_hold_the_ratios_of_medians():
     lines = tables(cells, PLAN).splitlines()
     assert "| load time `split`/`basic` | 0.500 | - | 0.5 |" in lines
     assert "| TTFT `split`/`basic` | 0.438 | - | - |" in lines
-    assert "| `split` | 4.00 | 1.750 | 2 | 0 | 0 |" in lines
+    assert "| `split` | 4.00 | 1.750 | 2 |" in lines
+
+
+def test_a_burst_shows_what_each_engine_read_and_how_many_of_them_may_read():
+    def burst(mode: str, job_s: float, **store_bytes: int) -> Cell:
+        engines = {engine.replace("_", "-"): count for engine, count in store_bytes.items()}
+        return Cell(mode, "burst", 64, job_s=[job_s] * 2, ttft_s=[[1.0]] * 2, store_bytes=engines)
+
+    cells = named(
+        burst("basic", 12.0, prefill_0=24_000_000, decode_0=0, decode_1=0),
+        burst("split", 4.0, decode_1=8_000_000, decode_0=6_000_000, prefill_0=10_000_000),
+    )
+    plan = replace(PLAN, lengths=(), decode_engines=2, burst_policies=("split", "decode"), held=False)
+    assert tables(cells, plan).splitlines() == [
+        "| 2 prompts of 64 at once | JCT, s | JCT `basic`/this | limit "
+        "| `prefill-0` read, MB | `decode-0` read, MB | `decode-1` read, MB |",
+        "| --- | --- | --- | --- | --- | --- | --- |",
+        "| upstream, `basic` | 12.00 | - | - | 12 | 0 | 0 |",
+        "| `split` | 4.00 | 3.000 | 3 | 5 | 3 | 4 |",
+        "| `decode` | - | - | - | - | - | - |",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("policy", "limit"), [("prefill", 1), ("decode", 2), ("shorter_queue", 3), ("split", 3)]
+)
+def test_a_burst_gains_at_most_the_engines_that_its_policy_lets_read(policy, limit):
+    assert burst_limit(policy, decode_engines=2) == limit
+
+
+def test_a_plan_fills_the_store_with_each_prompt_once():
+    plan = replace(PLAN, lengths=(64, 128), resident_lengths=(128, 256))
+    assert [len(prompt) for prompt in plan.prompts] == [64, 128, 256, 64, 64]
+    assert len({tuple(prompt) for prompt in plan.prompts}) == 5
+
+
+def test_forward_goodput_is_the_median_forward_over_the_median_of_mooncake_alone():
+    forwarded = [Forward(6_000_000, rate, 1, blocks) for rate, blocks in ((3e9, 2), (1e9, 1), (2e9, 5))]
+    known = Goodput(64, 6_000_000, {PLAIN: [4e9, 2.5e9, 2e9]}, forwarded)
+    unknown = Goodput(128, 9_000_000)
+    plan = replace(PLAN, lengths=(), burst_requests=0, resident_lengths=(64, 128))
+    rows = [line.split(" | ") for line in tables({}, plan, [known, unknown]).splitlines()]
+    found = {label.removeprefix("| "): values for label, *values in rows}
+    assert found["forwarded, MB"] == ["6", "9 |"]
+    assert found["forward, GB/s"] == ["2.00", "- |"]
+    assert found["calls of Mooncake"] == ["1", "- |"]
+    assert found["blocks"] == ["1 to 5", "- |"]
+    assert found[f"Mooncake alone, {PLAIN}, GB/s"] == ["2.50", "- |"]
+    assert next(values for label, values in found.items() if "target" in label) == ["0.800", "- |"]
+
+
+def test_only_forwards_that_began_in_a_window_count(tmp_path):
+    def forward(number: int, begun_us: int, name: str = "forward") -> dict:
+        attributes = {
+            "dualpath.bytes": {"intValue": str(number * 1000)},
+            "dualpath.bandwidth_bytes_per_s": {"doubleValue": 2.0},
+            "dualpath.transfers": {"intValue": "1"},
+            "dualpath.blocks": {"intValue": "3"},
+        }
+        listed = [{"key": key, "value": value} for key, value in attributes.items()]
+        return span(f"{number:016x}", name, begun_us, begun_us + 5, attributes=listed)
+
+    spans = (forward(1, 999), forward(2, 2_100), forward(3, 1_000), forward(4, 1_100, "load_back"))
+    path = tmp_path / "spans.jsonl"
+    path.write_text(json.dumps(otlp("prefill-0", *spans)) + "\n")
+    found = forwards(path, [(1_000_000, 1_500_000), (2_000_000, 2_500_000)])
+    assert found == [Forward(3000, 2.0, 1, 3), Forward(2000, 2.0, 1, 3)]
 
 
 def test_stages_are_medians_over_the_requests_of_a_cell_and_of_no_other_request():
