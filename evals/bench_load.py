@@ -54,7 +54,8 @@ COMPUTE_OVER_STORAGE = 8
 RESIDENT_POLICIES = ("decode", "split")
 BURST_POLICIES = ("decode", "shorter_queue", "split")
 LONE_POLICIES = ("prefill", "decode", "split")
-RAW_REPETITIONS = 7
+FORWARDS = 15
+"""Of a prompt out of the decode engine's memory, and reads of Mooncake alone beside them."""
 UNSHAPED_SAMPLES = 3
 """Per repetition: they are short, and without a link to wait for they vary most."""
 
@@ -199,19 +200,22 @@ class _Bench:
             self._sample(on, "1p1d", mode, "unshaped", REQUESTS)
 
     def _forward(self, on: LoadCluster) -> None:
-        """Forward a whole prompt out of the decode engine's memory, beside Mooncake alone; unshaped."""
+        """Forward a whole prompt out of the decode engine's memory, unshaped.
+
+        Mooncake alone moves as many bytes before each forward, so that both see the same machine.
+        """
         on.cluster.set_policy("decode")
-        size_bytes = PROMPT_TOKENS * on.cluster.kv_bytes_per_token
-        raw = on.raw_read("prefill-0", "decode-0", "compute", size_bytes, RAW_REPETITIONS)
-        self._store_capacity = statistics.median(
-            on.raw_read("prefill-0", "store", "storage", size_bytes, RAW_REPETITIONS)
-        )
+        size_bytes = PROMPT_TOKENS // on.cluster.config.page_size * self._page_bytes
+        with on.raw_reads("prefill-0", "store", "storage", size_bytes) as rate:
+            self._store_capacity = statistics.median(rate() for _ in range(FORWARDS))
         on.flush()
         on.measure(self._prompts[:1])
-        began_ns = time.time_ns()
-        for _ in range(RAW_REPETITIONS):
-            on.flush(Role.PREFILL)
-            on.measure(self._prompts[:1])
+        began_ns, raw = time.time_ns(), []
+        with on.raw_reads("prefill-0", "decode-0", "compute", size_bytes) as rate:
+            for _ in range(FORWARDS):
+                on.flush(Role.PREFILL)
+                raw.append(rate())
+                on.measure(self._prompts[:1])
         self._forwarded = (began_ns, time.time_ns(), raw)
 
     def _learn_rates(self, on: LoadCluster) -> None:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import time
 import urllib.request
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from functools import partial
 
 from prometheus_client.parser import text_string_to_metric_families
@@ -13,7 +14,7 @@ from evals import jaeger
 from evals.errors import EvalError
 from evals.load_client import Burst, send
 from evals.load_summary import Sample
-from evals.raw_rates import Place, raw_rates
+from evals.raw_rates import Place, raw_reads
 from evals.topology.network import Network
 from evals.topology.plan import STORE
 from launch.config import Mode
@@ -100,9 +101,11 @@ class LoadCluster:
         self._settled()
         self.cluster.flush_caches(role)
 
-    def raw_read(self, reader: str, server: str, kind: str, size_bytes: int, repetitions: int) -> list[float]:
-        """Bytes per second of Mooncake alone between two members, over their links as they are."""
-        return raw_rates(self._place(server, kind), self._place(reader, kind), size_bytes, repetitions)
+    def raw_reads(
+        self, reader: str, server: str, kind: str, size_bytes: int
+    ) -> AbstractContextManager[Callable[[], float]]:
+        """Mooncake alone between two members, over their links as they are; see `evals.raw_rates`."""
+        return raw_reads(self._place(server, kind), self._place(reader, kind), size_bytes)
 
     def _place(self, member: str, kind: str) -> Place:
         return Place(self.network.plan.link(member, kind).address, partial(self.network.enter, member))

@@ -1,12 +1,13 @@
 """What Mooncake alone carries from one process to another: `python -m evals.topology.raw_read`.
 
 `serve` registers memory and prints `<session> <address>`; `read` reads it with
-`batch_transfer_sync_read` and prints the seconds of each repetition, one a line.
+`batch_transfer_sync_read` once for every line of standard input and prints the seconds, one a line.
 """
 
 from __future__ import annotations
 
 import ctypes
+import itertools
 import mmap
 import signal
 import sys
@@ -37,11 +38,10 @@ def read(
     size: Bytes,
     session: Annotated[str, typer.Option(help="What `serve` printed first.")],
     address: Annotated[int, typer.Option(help="What `serve` printed second.")],
-    repetitions: Annotated[int, typer.Option(min=1, help="Measured reads, after one that warms up.")] = 5,
     block_bytes: Annotated[int, typer.Option(min=1, help="Blocks that one call is made of.")] = 1 << 30,
     pinned: Pinned = False,
 ) -> None:
-    """Read the memory that `serve` offers."""
+    """Read the memory that `serve` offers, until standard input ends."""
     engine, local = _engine(host, size, pinned)
     offsets = range(0, size, block_bytes)
     blocks = (
@@ -49,13 +49,14 @@ def read(
         [address + offset for offset in offsets],
         [min(block_bytes, size - offset) for offset in offsets],
     )
-    for repetition in range(repetitions + 1):
+    # The first read connects and does not count.
+    for counts in itertools.chain([False], (True for _ in sys.stdin)):
         begun_s = time.perf_counter()
         code = engine.batch_transfer_sync_read(session, *blocks)
         elapsed_s = time.perf_counter() - begun_s
         if code != 0:
             sys.exit(f"read from {session} failed with code {code}")
-        if repetition:
+        if counts:
             print(f"{elapsed_s:.6f}", flush=True)
 
 
