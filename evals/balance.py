@@ -1,14 +1,15 @@
 """`python -m evals.balance`: how evenly the store's pages are read, over all engines of a real cluster.
 
 One cluster with several PEs and DEs (launch/clusters/cpu-2p2d.yaml) behind the placing router plays
-the same agents twice: with the `split` path policy and the scheduler's own placement, and with both
-in turns (`round_robin`).  The figure is the paper's (SNIC max/avg): bytes read by the engine that
-read most, over the mean of all engines; 1 is perfect.
+the same agents three times: with the `split` path policy and the scheduler's own placement, with
+`split` and the paper's placement, and with path and placement in turns (`round_robin`).  The figure
+is the paper's (SNIC max/avg): bytes read by the engine that read most, over the mean of all engines;
+1 is perfect.
 
-The pools are far smaller than the agents' contexts and agents take turns, so that nearly every turn
-needs the store, as in the paper, whose engines keep nothing.  Both runs
-use one cluster; each has its own random tokens, so that the second finds nothing of the first, and
-every answer is compared with a single server's.
+As in the paper, storage is the bottleneck: every engine reads at `--read-rate` at most, the pools are
+far smaller than the agents' contexts, and agents take turns, so that nearly every turn needs the store.
+All runs use one cluster; each has its own random tokens, so that it finds nothing of the one before,
+and every answer is compared with a single server's.
 """
 
 from __future__ import annotations
@@ -33,7 +34,7 @@ from evals.imbalance import max_over_mean
 from evals.replay import Replay, replay
 from evals.trace import load_sessions
 from evals.workload import Workload, build
-from launch.config import ClusterConfig, HostPool, RouterKind, load
+from launch.config import ClusterConfig, HostPool, RouterKind, bits_per_s, load
 from launch.readiness import require_ready
 from launch.supervisor import Cluster, single_server
 from scheduler_svc.client import SchedulerClient
@@ -44,9 +45,13 @@ CLUSTER = Path(__file__).parent.parent / "launch" / "clusters" / "cpu-2p2d.yaml"
 TRACE = Path(__file__).parent / "data" / "claude-code-weka"
 OUT = Path("results/balance")
 TARGET = 1.1
+READ_RATE = "10mbit"
+"""Reading what the agents need takes several times what computing it takes."""
 POOL_TOKENS = 3072
 """Device pool of each engine; the host pool is half as large again."""
 MAX_CONTEXT_TOKENS = 768
+PATIENCE_S = 300
+"""Of a PE for a DE that is still reading (upstream's default): queues for storage are long here."""
 SETTLE_TIMEOUT_S = 20.0
 POLL_S = 0.2
 REPORT_REQUESTS = 20
@@ -64,8 +69,10 @@ class Setting:
 
 SETTINGS = (
     Setting("split", "split", DEFAULT_PLACEMENT, 1),
-    Setting("round_robin", "round_robin", "round_robin", 2),
+    Setting("paper", "split", "paper", 2),
+    Setting("round_robin", "round_robin", "round_robin", 3),
 )
+"""The first is ours, the last what it must beat."""
 
 
 @dataclass(frozen=True)
@@ -76,6 +83,8 @@ class Result:
     max_over_mean: float
     store_read_bytes: dict[str, int]
     """By engine."""
+    busiest_link: float | None
+    """Share of the run in which the engine that read most read at its full rate; None: no limit."""
     job_s: float
     requests: int
     placed_by: dict[str, int]
@@ -86,7 +95,7 @@ class Result:
 
 
 def balance(counts: dict[str, int]) -> float:
-    """Reads of the engine that read most over the mean.  Raises EvalError when nothing was read: there is no balance to speak of."""
+    """Reads of the engine that read most over the mean.  Raises EvalError when nothing was read."""
     if not any(counts.values()):
         raise EvalError("no engine read the store; give more --agents, so that the pools do not hold them all")
     return max_over_mean(counts.values())
@@ -97,11 +106,14 @@ def main(
     concurrency: Annotated[int, typer.Option(min=1, help="Requests in flight.")] = 6,
     turns: Annotated[int, typer.Option(min=1, help="Requests of each session.")] = 3,
     cluster: Annotated[Path, typer.Option(help="Cluster description (YAML).")] = CLUSTER,
+    read_rate: Annotated[
+        str, typer.Option(help="At which each engine reads the store at most; empty: no limit.")
+    ] = READ_RATE,
     out: Annotated[Path, typer.Option(help="Result folder, which is replaced.")] = OUT,
 ) -> None:
     """Measure and print max/mean of the store reads: scheduler against round robin."""
     with failures_explained():
-        config = _shrunk(load(cluster))
+        config = shrunk(load(cluster), read_rate or None)
         require_ready(config)
         shutil.rmtree(out, ignore_errors=True)
         workload = build(
@@ -119,14 +131,24 @@ def main(
         raise typer.Exit(1)
 
 
-def _shrunk(config: ClusterConfig) -> ClusterConfig:
+def shrunk(config: ClusterConfig, read_rate: str | None) -> ClusterConfig:
     if config.router.kind is not RouterKind.PLACING:
         raise EvalError("router.kind is rust: that router asks nobody for engines; set it to placing")
     if not config.tracing.enabled:
         raise EvalError("tracing.enabled is false: spans tell who placed a request; set it to true")
+    if read_rate is not None:
+        try:
+            bits_per_s(read_rate)
+        except ValueError as error:
+            raise EvalError(f"--read-rate is {read_rate!r}: {error}") from error
     pools = {"max_total_tokens": POOL_TOKENS, "host_pool": HostPool(ratio=1.5)}
+    groups = {}
+    for role in ("prefill", "decode"):
+        group = getattr(config, role)
+        env = {**group.env, "SGLANG_DISAGGREGATION_BOOTSTRAP_TIMEOUT": str(PATIENCE_S)}
+        groups[role] = group.model_copy(update={**pools, "env": env})
     return config.model_copy(
-        update={role: getattr(config, role).model_copy(update=pools) for role in ("prefill", "decode")}
+        update={**groups, "store": config.store.model_copy(update={"read_rate": read_rate})}
     )
 
 
@@ -160,6 +182,7 @@ def _measure(config: ClusterConfig, workload: Workload, concurrency: int, out: P
             before, begun_ns = _counters(running), time.time_ns()
             run = play(running.url, setting, "cluster", running.collector_url)
             counted = _counters(running).since(before)
+            limit = config.store.read_rate
             reads = {name: read.store_read_bytes for name, read in sorted(counted.engines.items())}
             results.append(
                 Result(
@@ -168,6 +191,7 @@ def _measure(config: ClusterConfig, workload: Workload, concurrency: int, out: P
                     placement=setting.placement,
                     max_over_mean=balance(reads),
                     store_read_bytes=reads,
+                    busiest_link=limit and max(reads.values()) * 8 / bits_per_s(limit) / run.job_s,
                     job_s=run.job_s,
                     requests=len(run.records),
                     placed_by=placed_by(running.spans_path, begun_ns),
@@ -176,6 +200,7 @@ def _measure(config: ClusterConfig, workload: Workload, concurrency: int, out: P
                     tokens_equal=run.answers == expected[setting.name].answers,
                 )
             )
+            console.print(f"cluster {setting.name}: max/mean {results[-1].max_over_mean:.3f}")
     return results
 
 
@@ -223,6 +248,10 @@ def _print(results: list[Result]) -> None:
     row("max/mean of store reads", lambda result: f"{result.max_over_mean:.3f}")
     for engine in results[0].store_read_bytes:
         row(f"  {engine}", lambda result, engine=engine: f"{result.store_read_bytes[engine] / 1e6:.1f} MB")
+    row(
+        "link of the one that read most, busy",
+        lambda result: "-" if result.busiest_link is None else f"{result.busiest_link:.0%}",
+    )
     row("requests", lambda result: str(result.requests))
     row("placed by", lambda result: ", ".join(f"{who} {count}" for who, count in result.placed_by.items()))
     row("pages read twice", lambda result: str(result.duplicate_store_pages))
@@ -230,11 +259,9 @@ def _print(results: list[Result]) -> None:
     row("job completion", lambda result: f"{result.job_s:.1f} s")
     row("tokens equal", lambda result: "yes" if result.tokens_equal else "[red]no[/]")
     console.print(table)
-    ours, reference = (result.max_over_mean for result in results)
-    met = ours <= TARGET and ours < reference
-    console.print(
-        f"target: split at most {TARGET} and below round robin: {'[green]met[/]' if met else '[red]missed[/]'}"
-    )
+    ours, reference = results[0].max_over_mean, results[-1].max_over_mean
+    verdict = "[green]met[/]" if ours <= TARGET and ours < reference else "[red]missed[/]"
+    console.print(f"target: {results[0].name} at most {TARGET} and below {results[-1].name}: {verdict}")
 
 
 if __name__ == "__main__":

@@ -13,6 +13,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import NamedTuple, Protocol
 
+from scheduler_svc.kept_pages import KeptPages
 from scheduler_svc.placed_work import PlacedWork
 from scheduler_svc.protocol import Engine, EngineStatus, Load, Role
 from scheduler_svc.token_rate import TokenRate
@@ -79,6 +80,7 @@ class EngineState:
     ranks: dict[int, RankState] = field(default_factory=dict)
     placed: PlacedWork = field(default_factory=PlacedWork)
     token_rate: TokenRate = field(default_factory=TokenRate, repr=False)
+    kept: KeptPages = field(default_factory=KeptPages, repr=False)
     tokens: int = 0
     """Prompt tokens it has to do (tok_e), those just placed included."""
     sequences: int = 0
@@ -116,14 +118,16 @@ class EngineState:
         endpoints = (state.engine.page_endpoint for _, state in ranks)
         self.page_endpoints = tuple(endpoint for endpoint in endpoints if endpoint is not None)
 
-    def place(self, room: int, tokens: int, now_s: float) -> None:
-        """It was given the request of `room`, with about `tokens`."""
+    def place(self, room: int, tokens: int, kept_pages: int, now_s: float) -> None:
+        """It was given the request of `room`, with about `tokens`, because of `kept_pages` among others."""
         self.placed.placed(room, tokens, now_s)
+        self.kept.expect(room, kept_pages)
         self.count_work()
 
-    def arrive(self, room: int, tokens: int, now_s: float) -> None:
-        """Its leader rank reported `room`, which has `tokens`."""
+    def arrive(self, room: int, tokens: int, local_pages: int, now_s: float) -> None:
+        """Its leader rank reported `room`, which has `tokens`, of which `local_pages` are there."""
         self.placed.arrived(room, tokens, now_s)
+        self.kept.found(room, local_pages)
         self.count_work()
         if self.role is Role.PREFILL:
             self.token_rate.arrived(tokens)

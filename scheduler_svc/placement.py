@@ -21,6 +21,7 @@ from scheduler_svc.placement_rules import (
     choose_decode,
     group_key,
     is_worth_staying,
+    pair_rate,
     prefill_class,
     prefill_key,
 )
@@ -48,6 +49,10 @@ class Choice(NamedTuple):
     decode: EngineState
     inputs: dict[str, str | int | float]
     """The numbers that led to it and how many engines there were, for spans."""
+    prefill_kept_pages: int = 0
+    """Pages of the session's earlier turns on the PE, if it has evicted none."""
+    decode_kept_pages: int = 0
+    """The same on the DE."""
 
 
 class PlacementPolicy(EngineWatcher, Protocol):
@@ -249,11 +254,12 @@ class AffinityPlacement:
             return choice
         last = self._sessions.get(session_id)
         if last is not None:
-            prefill, prefill_saved = self._stay(last.prefill, choice.prefill, last, prompt_tokens)
-            decode, decode_saved = self._stay(last.decode, choice.decode, last, prompt_tokens)
-            choice.inputs["prefill.saved_bytes"] = prefill_saved
-            choice.inputs["decode.saved_bytes"] = decode_saved
-            choice = Choice(prefill, decode, choice.inputs)
+            rate = pair_rate(choice.prefill, choice.decode)
+            prefill, prefill_pages = self._stay(last.prefill, choice.prefill, rate, last, prompt_tokens)
+            decode, decode_pages = self._stay(last.decode, choice.decode, rate, last, prompt_tokens)
+            choice.inputs["prefill.saved_bytes"] = expected_bytes(prefill, prefill_pages)
+            choice.inputs["decode.saved_bytes"] = expected_bytes(decode, decode_pages)
+            choice = Choice(prefill, decode, choice.inputs, prefill_pages, decode_pages)
         self._sessions[session_id] = _Session(choice.prefill, choice.decode, prompt_tokens)
         self._sessions.move_to_end(session_id)
         if len(self._sessions) > self._max_sessions:
@@ -261,16 +267,25 @@ class AffinityPlacement:
         return choice
 
     def _stay(
-        self, last: EngineState, best: EngineState, session: _Session, prompt_tokens: int
+        self,
+        last: EngineState,
+        best: EngineState,
+        rate_bytes_per_s: float,
+        session: _Session,
+        prompt_tokens: int,
     ) -> tuple[EngineState, int]:
-        """The engine to take, and the bytes that need not be read on it."""
+        """The engine to take, and the session's pages on it if none was evicted."""
         if not self._paper.holds(last):
             return best, 0
-        kept_pages = min(session.prompt_tokens, prompt_tokens) // last.page_size
-        saved_bytes = kept_pages * last.page_bytes
-        if last is best or is_worth_staying(last, best, saved_bytes):
-            return last, saved_bytes
+        pages = min(session.prompt_tokens, prompt_tokens) // last.page_size
+        if last is best or is_worth_staying(last, best, expected_bytes(last, pages), rate_bytes_per_s):
+            return last, pages
         return best, 0
+
+
+def expected_bytes(engine: EngineState, pages: int) -> int:
+    """Of `pages` of an earlier turn, those that `engine` may be expected to have kept."""
+    return int(pages * engine.page_bytes * engine.kept.share)
 
 
 PLACEMENT_POLICIES: dict[str, Callable[[], PlacementPolicy]] = {

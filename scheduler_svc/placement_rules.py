@@ -144,35 +144,45 @@ def choose_decode(prompt_tokens: int, engines: Sequence[EngineLoad]) -> DecodeCh
     """Section 6.1, DE phase 2, within one non-empty group.
 
     Of the DEs with enough free device memory: those that stay within Z take the one with the
-    fewest sequences, else the one with the fewest tokens is taken.  Equals: fewest tokens, first.
+    fewest sequences, else the one with the fewest tokens is taken.  Equals (the paper names no rule):
+    shortest storage read queue, fewest tokens, first.
     """
     limit = balance_limit(prompt_tokens, engines)
     # One pass: rules are numbered by preference, so the least key is the choice.
-    best: tuple[DecodeRule, int, int, int] | None = None
+    best: tuple[DecodeRule, int, int, int, int] | None = None
     for index, engine in enumerate(engines):
-        tokens, free = engine.tokens, engine.free_device_tokens
+        tokens, free, queue = engine.tokens, engine.free_device_tokens, engine.read_queue_bytes
         if free is not None and prompt_tokens > free:
-            key = (_NONE_FITS, tokens, 0, index)
+            key = (_NONE_FITS, tokens, queue, 0, index)
         elif tokens + prompt_tokens <= limit:
-            key = (_FEWEST_SEQUENCES, engine.sequences, tokens, index)
+            key = (_FEWEST_SEQUENCES, engine.sequences, queue, tokens, index)
         else:
-            key = (_LEAST_TOKENS, tokens, 0, index)
+            key = (_LEAST_TOKENS, tokens, queue, 0, index)
         if best is None or key < best:
             best = key
-    return DecodeChoice(best[3], best[0], limit)
+    return DecodeChoice(best[4], best[0], limit)
 
 
-def is_worth_staying(last: EngineLoad, best: EngineLoad, saved_bytes: int) -> bool:
+def pair_rate(prefill: EngineLoad, decode: EngineLoad) -> float:
+    """Bytes per second at which a pair reads what it lacks: both links share it (policy `split`).
+
+    An engine that has not read yet is taken to be as fast as the other; 0 while neither has.
+    """
+    rates = prefill.read_rate_bytes_per_s, decode.read_rate_bytes_per_s
+    return 2 * max(rates) if min(rates) <= 0 else sum(rates)
+
+
+def is_worth_staying(
+    last: EngineLoad, best: EngineLoad, saved_bytes: int, rate_bytes_per_s: float
+) -> bool:
     """Session affinity: stay with the engine that holds the session's pages while what it saves
     outweighs what it costs (ours, on top of the paper).
 
-        expected_wait_s(last) - expected_wait_s(best)  <=  saved_bytes / read rate of best
+        expected_wait_s(last) - expected_wait_s(best)  <=  saved_bytes / rate_bytes_per_s
 
-    A saved page is one `best` would have to read.  An engine that has not read yet is taken to be as
-    fast as the other: a session would never move to it otherwise, however idle it is.  With neither
-    rate known any saving is worth it.
+    A saved page is one that the pair with `best` would have to read, at that rate.  While it is not
+    known any saving is worth it.
     """
-    rate = best.read_rate_bytes_per_s or last.read_rate_bytes_per_s
-    if rate <= 0:
+    if rate_bytes_per_s <= 0:
         return True
-    return expected_wait_s(last) - expected_wait_s(best) <= saved_bytes / rate
+    return expected_wait_s(last) - expected_wait_s(best) <= saved_bytes / rate_bytes_per_s

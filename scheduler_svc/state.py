@@ -161,9 +161,10 @@ class Cluster:
 
     def _place(self, message: Place, now_s: float) -> Result:
         try:
-            prefill, decode, inputs = self._placement_policy.place(message.session_id, message.prompt_tokens)
+            choice = self._placement_policy.place(message.session_id, message.prompt_tokens)
         except NoEngine as nobody:
             raise Refused(ErrorCode.NO_ENGINE, str(nobody)) from None
+        prefill, decode = choice.prefill, choice.decode
         placement = Placement(
             request_id=message.request_id,
             room=self._unused_room(),
@@ -177,10 +178,10 @@ class Cluster:
             self._placement_policy.name,
             expected_wait_s(prefill),
             expected_wait_s(decode),
-            inputs,
+            choice.inputs,
         )
-        for engine in (prefill, decode):
-            engine.place(placement.room, message.prompt_tokens, now_s)
+        for engine, kept_pages in ((prefill, choice.prefill_kept_pages), (decode, choice.decode_kept_pages)):
+            engine.place(placement.room, message.prompt_tokens, kept_pages, now_s)
         return Result(placement, events=(event,))
 
     def _unused_room(self) -> int:
@@ -228,7 +229,7 @@ class Cluster:
             return
         side.reported += (report.rank,)
         if report.rank == LEADER_RANK:
-            side.engine.arrive(report.room, report.prompt_tokens, now_s)
+            side.engine.arrive(report.room, report.prompt_tokens, report.local_pages, now_s)
 
     def _known_engine(self, message: Report | Done) -> EngineState:
         engine = self.engines.get(message.engine_id)

@@ -100,7 +100,7 @@ class PolicyScheduler:
                 self._prefill_by_link.setdefault(engine.storage, []).append(engine)
 
     def plan(self, prompt_tokens: int, hit_pages: int) -> Planned:
-        prefill, decode, _ = self._placement.place(None, prompt_tokens)
+        prefill, decode, *_ = self._placement.place(None, prompt_tokens)
         ours, theirs = prefill.storage, decode.storage
         request = PathRequest(
             0,

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from otlp_samples import otlp, span
 
-from evals.balance import CLUSTER, balance, placed_by
+from evals.balance import CLUSTER, balance, placed_by, shrunk
 from evals.errors import EvalError
 from launch.config import RouterKind, load
 
@@ -44,3 +44,13 @@ def test_the_cluster_it_runs_on_by_default_has_several_engines_behind_the_placin
     config = load(CLUSTER)
     assert config.router.kind is RouterKind.PLACING
     assert min(config.prefill.count, config.decode.count) > 1
+
+
+def test_a_read_rate_without_a_unit_is_an_error_that_says_what_to_give():
+    with pytest.raises(EvalError, match=r"--read-rate is '10': give a number above 0 and kbit, mbit or gbit"):
+        shrunk(load(CLUSTER), "10")
+
+
+def test_every_engine_reads_at_the_given_rate_or_without_a_limit():
+    assert shrunk(load(CLUSTER), "10mbit").store.read_rate == "10mbit"
+    assert shrunk(load(CLUSTER), None).store.read_rate is None

@@ -24,6 +24,7 @@ from scheduler_svc.placement_rules import (
     balance_limit,
     choose_decode,
     is_worth_staying,
+    pair_rate,
     prefill_class,
     prefill_key,
 )
@@ -151,14 +152,22 @@ def test_an_engine_that_never_counts_its_memory_is_not_judged_by_it():
 
 
 def test_staying_is_worth_it_while_the_saved_read_outlasts_the_longer_wait():
-    last = Seen(tokens=3000, tokens_per_s=1000, read_rate_bytes_per_s=1e9)
-    best = Seen(tokens=1000, tokens_per_s=1000, read_rate_bytes_per_s=1e9)
-    assert is_worth_staying(last, best, saved_bytes=2_000_000_000)
-    assert not is_worth_staying(last, best, saved_bytes=1_999_999_999)
-    best.read_rate_bytes_per_s = 0
-    assert not is_worth_staying(last, best, saved_bytes=1_999_999_999), "as fast as the one that has read"
-    last.read_rate_bytes_per_s = 0
-    assert is_worth_staying(last, best, saved_bytes=1)
+    last, best = Seen(tokens=3000, tokens_per_s=1000), Seen(tokens=1000, tokens_per_s=1000)
+    assert is_worth_staying(last, best, 2_000_000_000, rate_bytes_per_s=1e9)
+    assert not is_worth_staying(last, best, 1_999_999_999, rate_bytes_per_s=1e9)
+    assert is_worth_staying(last, best, 1, rate_bytes_per_s=0), "nothing is known against it"
+
+
+def test_a_pair_reads_with_both_links_and_one_that_has_not_read_is_as_fast_as_the_other():
+    slow, fast, unknown = (Seen(read_rate_bytes_per_s=rate) for rate in (1e9, 3e9, 0))
+    assert pair_rate(slow, fast) == 4e9
+    assert pair_rate(unknown, fast) == pair_rate(fast, unknown) == 6e9
+    assert pair_rate(unknown, unknown) == 0
+
+
+def test_decode_engines_with_equally_many_requests_are_told_apart_by_their_read_queues():
+    assert choose_decode(0, [Seen(read_queue_bytes=2), Seen(read_queue_bytes=1)]).index == 1
+    assert choose_decode(0, [Seen(read_queue_bytes=1), Seen(sequences=1)]).index == 0
 
 
 # Work that is placed and not reported
@@ -402,19 +411,36 @@ def test_a_session_stays_with_its_pair_while_others_move_on():
     assert [place(state, "a") for _ in range(3)] == [first] * 3
 
 
+RATE = 1_000_000.0
+KEPT_PAGES = 1000 // PAGE_TOKENS
+"""Of a session's 1,000 tokens, with pages of 1,000 bytes: a pair reads them in 31 ms."""
+
+
+def reading(queue_bytes: int) -> Load:
+    return Load(read_rate_bytes_per_s=RATE, read_queue_bytes=queue_bytes)
+
+
 def test_a_session_leaves_an_engine_whose_queue_costs_more_than_its_pages_save():
-    # 1,000,000 B/s; the session's 1,000 tokens are 62 pages of 1,000 bytes: 62 ms.
-    rate = 1_000_000.0
-    state = cluster("decode", *beats(2, load=Load(read_rate_bytes_per_s=rate)), placement="affinity")
+    state = cluster("decode", *beats(2, load=reading(0)), placement="affinity")
     prefill, decode = place(state, "a", tokens=1000)
-    saved_bytes = 1000 // PAGE_TOKENS * 1000
-    at_most = Load(read_rate_bytes_per_s=rate, read_queue_bytes=saved_bytes)
-    state.handle(heartbeat(prefill, load=at_most), 0.0)
+    most_bytes = KEPT_PAGES * 1000 // 2
+    state.handle(heartbeat(prefill, load=reading(most_bytes)), 0.0)
     assert place(state, "a", tokens=1000)[0] == prefill
-    state.handle(
-        heartbeat(prefill, load=replace(at_most, read_queue_bytes=saved_bytes + 1)), 0.0
-    )
+    state.handle(heartbeat(prefill, load=reading(most_bytes + 1)), 0.0)
     assert place(state, "a", tokens=1000) == ({"p0": "p1", "p1": "p0"}[prefill], decode)
+
+
+@pytest.mark.parametrize(("found_pages", "stays"), [(KEPT_PAGES, True), (0, False)])
+def test_pages_that_an_engine_has_been_seen_to_evict_are_no_reason_to_stay(found_pages, stays):
+    state = cluster("decode", *beats(2, load=reading(0)), placement="affinity")
+    prefill, _ = place(state, "a", tokens=1000)
+    for _ in range(20):
+        found = state.handle(Place(request_id="r", session_id="a", prompt_tokens=1000), 0.0).reply
+        assert found.prefill.engine_id == prefill
+        state.handle(prefill_report(found.room, found_pages, KEPT_PAGES, by=prefill), 0.0)
+        state.handle(heartbeat(prefill, load=reading(0)), 0.0)
+    state.handle(heartbeat(prefill, load=reading(KEPT_PAGES * 1000 // 4)), 0.0)
+    assert (place(state, "a", tokens=1000)[0] == prefill) is stays
 
 
 def test_only_the_dead_engine_of_a_session_is_replaced_and_its_return_is_no_reason_to_go_back():
