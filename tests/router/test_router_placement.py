@@ -98,7 +98,7 @@ def test_a_hung_scheduler_costs_no_request_and_is_used_again_when_it_answers(wor
     assert [answer.status for answer in answers] == [200] * 3
     assert {world.placed_by(answer) for answer in answers} == {"router"}
     # Only the first one asked: nobody waits for a scheduler that is known not to answer.
-    waited = [world.spans(answer)["dualpath-router/place"][0] for answer in answers]
+    waited = [world.spans(answer, "dualpath-router/place")["dualpath-router/place"][0] for answer in answers]
     reasons = [attributes(span)["dualpath.fallback.reason"] for span in waited]
     assert set(reasons) == {"scheduler does not answer"}
     world.scheduler.send(signal.SIGCONT)

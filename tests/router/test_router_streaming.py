@@ -102,11 +102,14 @@ def test_log_probabilities_of_the_prompt_come_from_the_prefill_engine(world, rou
     assert router.ask(return_logprob=True).json["meta_info"] == {"input_token_logprobs": [1, 2, 3]}
 
 
+ROUTE, PLACE, UPSTREAM = (f"dualpath-router/{name}" for name in ("route", "place", "upstream"))
+
+
 def test_the_clients_trace_is_continued_to_both_engines_and_every_step_has_a_span(world, router):
     answer = router.ask()
-    found = world.spans(answer, "dualpath-router/route")
-    (route,), (place,) = found["dualpath-router/route"], found["dualpath-router/place"]
-    upstream = {attributes(span)["dualpath.role"]: span for span in found["dualpath-router/upstream"]}
+    found = world.spans(answer, ROUTE, PLACE, UPSTREAM, UPSTREAM)
+    (route,), (place,) = found[ROUTE], found[PLACE]
+    upstream = {attributes(span)["dualpath.role"]: span for span in found[UPSTREAM]}
     assert place.parent_span_id == route.span_id
     for role in Role:
         (engine,) = [engine for engine in world.of(role) if engine.seen]
@@ -123,9 +126,9 @@ def test_a_failed_half_is_seen_in_its_span(world, router):
         engine.behaviour = die
     for engine in world.of(Role.PREFILL):
         engine.behaviour = hang
-    found = world.spans(router.ask(), "dualpath-router/route")
-    assert found["dualpath-router/route"][0].status.code == 2
-    halves = {attributes(span)["dualpath.role"]: span for span in found["dualpath-router/upstream"]}
+    found = world.spans(router.ask(), ROUTE, UPSTREAM, UPSTREAM)
+    assert found[ROUTE][0].status.code == 2
+    halves = {attributes(span)["dualpath.role"]: span for span in found[UPSTREAM]}
     assert halves["decode"].status.code == 2
     assert not attributes(halves["prefill"])["dualpath.upstream.complete"]
 
