@@ -88,8 +88,9 @@ def _measure(scheduler: Any) -> AttentionTime | None:
 
     sizer = scheduler.dynamic_chunk_sizer
     if sizer is None:
+        runner = _WithinVocabulary(scheduler.tp_worker.model_runner, scheduler.model_config.vocab_size)
         sizer = DynamicChunkSizer(
-            model_runner=scheduler.tp_worker.model_runner,
+            model_runner=runner,
             model_config=scheduler.model_config,
             tree_cache=scheduler.tree_cache,
             req_to_token_pool=scheduler.req_to_token_pool,
@@ -103,6 +104,21 @@ def _measure(scheduler: Any) -> AttentionTime | None:
         if not sizer.profile_and_fit():
             return None
     return AttentionTime(sizer.predictor.quadratic_coeff_a)
+
+
+class _WithinVocabulary:
+    """A model runner for the profiler, which draws token ids below 10,000 whatever the model knows."""
+
+    def __init__(self, runner: Any, vocabulary_size: int) -> None:
+        self._runner = runner
+        self._vocabulary_size = vocabulary_size
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._runner, name)
+
+    def forward(self, forward_batch: Any, **kwargs: Any) -> Any:
+        forward_batch.input_ids.remainder_(self._vocabulary_size)
+        return self._runner.forward(forward_batch=forward_batch, **kwargs)
 
 
 def after_get_prefill_adder_class(adder: type[PrefillAdder], _scheduler: Any) -> type[PrefillAdder]:
@@ -141,18 +157,19 @@ def quota_adder(base: type[PrefillAdder], quota: Quota) -> type[PrefillAdder]:
         def _within_quota(self, req: Req, cached: int, unit: int) -> Iterator[bool]:
             """Lend SGLang only as many of the step's tokens as the quota allows this request.
 
-            Yields False when not even `unit` of them fit.  The first request of a step always gets so
-            many: a prefix whose quota is smaller would wait for ever.
+            A prompt is cut at whole `unit`s; yields False when not even one fits.  The first request of a
+            step always gets one: a prefix whose quota is smaller would wait for ever.
             """
             new = len(req.full_untruncated_fill_ids) - cached
             allowed = quota.time.tokens_within(cached, self._attention_left_ms)
-            if not self.can_run_list:
-                allowed = max(allowed, unit)
-            withheld = max(self.rem_chunk_tokens - allowed, 0) if allowed < new else 0
+            withheld = 0
+            if allowed < new:
+                allowed = max(allowed // unit * unit, 0 if self.can_run_list else unit)
+                withheld = max(self.rem_chunk_tokens - allowed, 0)
             taken_before = len(self.can_run_list)
             self.rem_chunk_tokens -= withheld
             try:
-                yield allowed >= min(unit, new)
+                yield allowed > 0
             finally:
                 self.rem_chunk_tokens += withheld
                 if len(self.can_run_list) > taken_before:

@@ -127,6 +127,7 @@ def test_a_long_prompt_is_computed_in_steps_that_shrink_as_its_prefix_grows(step
         assert fill(adder, [request_of(160)])[1:] == [] or unfinished is None, "only one request is cut"
     assert sum(chunks) == 900
     assert chunks[:-1] == sorted(chunks[:-1], reverse=True)
+    assert all(chunk % PAGE == 0 for chunk in chunks[:-1])
     done = 0
     for chunk in chunks:
         assert TIME.of(done, chunk) <= quota_ms
