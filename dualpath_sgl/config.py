@@ -44,6 +44,9 @@ class Settings(BaseSettings):
     subscribe_timeout_s: Positive = 10.0
     """A DE waits this long for the planned PE to ask for its pages before it stops holding them."""
 
+    attention_quota_ms: Positive | None = None
+    """A PE's step is filled until its predicted attention takes this long (the paper: 300 ms)."""
+
     def http_url(self, listens_on: str, port: int) -> str:
         """Where routers reach this engine's HTTP server: `host` when that listens on every address."""
         address = self.host if listens_on in EVERY_ADDRESS else listens_on

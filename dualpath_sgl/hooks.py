@@ -9,7 +9,7 @@ from __future__ import annotations
 from queue import Empty
 from typing import TYPE_CHECKING, Any, Callable
 
-from dualpath_sgl import runtime, stages
+from dualpath_sgl import attention_quota, runtime, stages
 from dualpath_sgl.decode import DecodeSide
 from dualpath_sgl.device_memory import free_tokens
 from dualpath_sgl.prefill import PrefillSide
@@ -202,13 +202,16 @@ def after_commit_restore(_result: None, _queue: Any, request: Any) -> None:
 
 _AROUND, _BEFORE, _AFTER = "around", "before", "after"
 _SRT = "sglang.srt."
+_SCHEDULER = _SRT + "managers.scheduler.Scheduler."
 _CONTROLLER = _SRT + "mem_cache.hybrid_cache.hybrid_cache_controller.HybridCacheController."
 _TREE = _SRT + "mem_cache.unified_radix_cache.UnifiedRadixCache."
 _PREALLOC = _SRT + "disaggregation.decode.DecodePreallocQueue."
 _MIXIN = _SRT + "disaggregation.decode_hicache_mixin."
 
 HOOKS: tuple[tuple[str, Callable, str], ...] = (
-    (_SRT + "managers.scheduler.Scheduler._prefetch_kvcache", around_prefetch_kvcache, _AROUND),
+    (_SCHEDULER + "maybe_init_dynamic_chunk_sizer", attention_quota.after_init_chunk_sizer, _AFTER),
+    (_SCHEDULER + "get_prefill_adder_class", attention_quota.after_get_prefill_adder_class, _AFTER),
+    (_SCHEDULER + "_prefetch_kvcache", around_prefetch_kvcache, _AROUND),
     (_CONTROLLER + "submit_prefetch", before_submit_prefetch, _BEFORE),
     (_CONTROLLER + "_sync_prefetch_hit_query", after_sync_prefetch_hit_query, _AFTER),
     (_SRT + "disaggregation.prefill.PrefillBootstrapQueue.add", after_bootstrap_add, _AFTER),

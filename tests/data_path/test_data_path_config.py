@@ -32,6 +32,7 @@ def clean_environment(monkeypatch):
         ("DUALPATH_PLAN_TIMEOUT_S", "-1"),
         ("DUALPATH_PEER_TIMEOUT_S", "1s"),
         ("DUALPATH_SUBSCRIBE_TIMEOUT_S", ""),
+        ("DUALPATH_ATTENTION_QUOTA_MS", "0"),
     ],
 )
 def test_a_bad_value_is_refused_with_its_field_and_value(monkeypatch, variable, value):
@@ -79,6 +80,7 @@ def test_every_variable_is_read(monkeypatch):
         "key_file": Path("/keys/decode-3.key_secret"), "scheduler_key_file": Path("/keys/scheduler.key"), "host": "10.0.0.2",
         "protocol": "rdma", "device": "mlx5_1", "otlp_endpoint": "http://10.0.0.3:4317",
         "plan_timeout_s": 0.5, "peer_timeout_s": 1.5, "lease_s": 2.5, "subscribe_timeout_s": 3.5,
+            "attention_quota_ms": 300.0,
     }  # fmt: skip
     assert values.keys() == Settings.model_fields.keys(), "a new setting needs a line here"
     for name, value in values.items():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import urllib.error
 
 import pytest
@@ -26,6 +27,8 @@ GIANTS = ("goliath", "orion", "titan")
 GIANT_PROMPT_TOKENS = 1800
 """29 pages: one all but fills an engine's device pool; two do not fit into its host pool."""
 TOO_LARGE_PROMPT_TOKENS = 4000
+NEWCOMERS = ("ian", "joe")
+"""Nothing of them is stored before the test that needs prompts to compute: eleven pages each."""
 
 
 @pytest.fixture(scope="module")
@@ -36,7 +39,7 @@ def mla_config():
 @pytest.fixture(scope="module")
 def mla_reference(mla_config, one_cluster) -> dict[str, list[list[int]]]:
     """Answers of one plain SGLang server of the MLA model, one list for each turn."""
-    some, others, large = people(), crowd()[len(people()) :], giants()
+    some, others, large = people(), crowd()[len(people()) :] + newcomers(), giants()
     with one_cluster.single_server(mla_config) as server:
         for turn in range(TURNS):
             for session in some:
@@ -57,6 +60,10 @@ def people() -> list[Session]:
 
 def crowd() -> list[Session]:
     return [Session(name) for name in CROWD]
+
+
+def newcomers() -> list[Session]:
+    return [Session(name) for name in NEWCOMERS]
 
 
 def giants() -> list[Session]:
@@ -124,6 +131,23 @@ def test_a_request_larger_than_every_pool_gets_an_http_error_and_disturbs_nobody
     sessions = people()
     play_from_store(cluster, sessions, 0)
     assert_right(sessions, mla_reference)
+
+
+def test_prompts_cut_by_the_attention_quota_get_the_single_servers_tokens(cluster, mla_reference):
+    bounded = cluster.processes["prefill-0"]
+    bounded.argv = [*bounded.argv, "--chunked-prefill-size=1024"]
+    bounded.env["DUALPATH_ATTENTION_QUOTA_MS"] = "0.0001"
+    known = len(bounded.log_path.read_text())
+    cluster.restart("prefill-0")
+    wait_until_served(cluster)
+    cluster.set_policy("split")
+    sessions = newcomers() + people()  # the router takes turns: one newcomer each
+    for session in sessions:
+        session.play(cluster.url, 0)
+    assert_right(sessions, mla_reference)
+    steps = re.findall(r"Prefill batch.*#new-token: (\d+)", bounded.log_path.read_text()[known:])
+    assert max(map(int, steps)) == cluster.config.page_size
+    assert len(steps) > 10
 
 
 def test_nothing_is_forwarded_between_engines_whose_layouts_differ_and_the_scheduler_says_so(
