@@ -1,13 +1,14 @@
 """One child process of a cluster: own process group, own log, never left behind.
 
-* It dies with the supervisor, even one killed by SIGKILL (PR_SET_PDEATHSIG).
+* It dies with the supervisor, even one killed by SIGKILL (a parent-death signal, prctl(2)).
+* No code of this process runs in the child before exec: with gRPC's threads about (span export),
+  a plain fork would run its fork handlers there, and they can end the child.
 * Its process id stays reserved until its whole group is gone: it is watched without being
   reaped, so a signal to the group can never reach a stranger that got the same number.
 """
 
 from __future__ import annotations
 
-import ctypes
 import os
 import signal
 import subprocess
@@ -16,11 +17,11 @@ from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-PR_SET_PDEATHSIG = 1
 POLL_S = 0.05
 TAIL_LINES = 25
 
-_libc = ctypes.CDLL(None, use_errno=True)
+# `setpriv` asks for the parent-death signal; the shell then ends if the supervisor (`$0`) died before.
+_DIE_WITH_PARENT = ("setpriv", "--pdeathsig", "KILL", "sh", "-c", '[ "$PPID" = "$0" ] || exit 1; exec "$@"')
 # The parent-death signal is sent when the *thread* that started the child ends, so one
 # thread that lives as long as this process starts them all.
 _starter = ThreadPoolExecutor(max_workers=1, thread_name_prefix="starter")
@@ -64,14 +65,9 @@ class ManagedProcess:
         self.pid = self._popen.pid
 
     def _spawn(self, supervisor_pid: int) -> subprocess.Popen:
-        def die_with_supervisor() -> None:
-            _libc.prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
-            if os.getppid() != supervisor_pid:  # It died before the call above.
-                os._exit(1)
-
         with self.log_path.open("ab") as log:
             return subprocess.Popen(
-                self.argv,
+                [*_DIE_WITH_PARENT, str(supervisor_pid), *self.argv],
                 env=self.env,
                 stdin=subprocess.DEVNULL,
                 stdout=log,
@@ -79,7 +75,6 @@ class ManagedProcess:
                 # Not a session of its own: Linux shares cores among sessions (autogroups) first, and
                 # a thread's niceness (`dualpath_sgl/lane_priority.py`) counts only within one.
                 process_group=0,
-                preexec_fn=die_with_supervisor,
             )
 
     @property

@@ -30,6 +30,7 @@ LIBRARIES = (
     Library("libstdc++.so.6", "libstdc++6", "torch, Mooncake and the router are C++"),
     Library("c++", "g++", "SGLang compiles its page hash at the first request"),
     Library("ninja", "ninja-build", "SGLang compiles its page hash with it"),
+    Library("setpriv", "util-linux", "a cluster's processes end with the supervisor that started them"),
     Library("openssl/sha.h", "libssl-dev", "SGLang's page hash includes it"),
 )
 

@@ -6,8 +6,10 @@ import subprocess
 import sys
 import textwrap
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import grpc
 import psutil
 import pytest
 
@@ -130,6 +132,35 @@ def test_children_die_with_a_supervisor_that_is_killed(tmp_path):
     until(
         lambda: not any(child.is_running() and child.status() != psutil.STATUS_ZOMBIE for child in children)
     )
+
+
+def test_every_child_of_a_process_with_live_grpc_threads_gets_to_its_program(tmp_path):
+    server = grpc.server(ThreadPoolExecutor(max_workers=2))
+    port = server.add_insecure_port("127.0.0.1:0")
+    server.start()
+    try:
+        with grpc.insecure_channel(f"127.0.0.1:{port}") as channel:
+            grpc.channel_ready_future(channel).result(timeout=PATIENCE_S)
+            children = [
+                ManagedProcess(f"child{i}", ["echo", "up"], dict(os.environ), tmp_path / f"child{i}.log")
+                for i in range(50)
+            ]
+            for child in children:
+                child.start()
+            until(lambda: not any(child.running for child in children))
+            assert {child.describe_exit() for child in children} == {"ended with status 0"}
+            assert {child.tail() for child in children} == {"up"}
+            stop_all(children, grace_s=0.0)
+    finally:
+        server.stop(grace=None)
+
+
+def test_a_program_that_does_not_exist_is_named(tmp_path):
+    child = ManagedProcess("child", ["no-such-program"], dict(os.environ), tmp_path / "child.log")
+    child.start()
+    until(lambda: not child.running)
+    assert child.describe_exit() == "ended with status 127" and "no-such-program: not found" in child.tail()
+    stop_all([child], grace_s=0.0)
 
 
 def test_a_process_that_dies_at_the_start_is_named_with_its_last_lines_and_all_others_stop(tmp_path):
