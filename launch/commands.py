@@ -31,6 +31,10 @@ MOONCAKE_ENV = {
 # does after 5 s) may close one just as the router sends on it: the request is lost on one engine,
 # and its other half waits for it on the other one for ever.
 HTTP_ENV = {"SGLANG_TIMEOUT_KEEP_ALIVE": "3600"}
+# A decode engine forgets where a prefill engine's ranks listen when two heartbeats in a row fail.
+# SGLang sends one in 5 s; a prefill engine restarted in less than two of them stays unnoticed, and
+# requests wait 300 s for its old ports.  2 s is SGLang's minimum, and no engine restarts in 4 s.
+PD_ENV = {"SGLANG_DISAGGREGATION_HEARTBEAT_INTERVAL": "2"}
 CPU_FLAGS = (
     "--device=cpu",
     "--attention-backend=torch_native",
@@ -253,6 +257,7 @@ def engine_environment(
     environment = {
         **server_environment(config, engine.group, own, base),
         **MOONCAKE_ENV,
+        **PD_ENV,
         "MOONCAKE_MASTER": f"{addresses.store}:{ports.master}",
         "MOONCAKE_LOCAL_HOSTNAME": own.storage,
     }

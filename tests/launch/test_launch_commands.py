@@ -42,8 +42,8 @@ def commands(config: ClusterConfig) -> dict[str, str]:
     return {spec.name: " ".join(engine_command(config, HERE, spec, PORTS)) for spec in specs}
 
 
-def environment(config: ClusterConfig, base: dict[str, str]) -> dict[str, str]:
-    spec = engine_specs(config, lambda: 7)[0]
+def environment(config: ClusterConfig, base: dict[str, str], engine: str = "prefill-0") -> dict[str, str]:
+    spec = next(spec for spec in engine_specs(config, lambda: 7) if spec.name == engine)
     return engine_environment(config, HERE, spec, PORTS, base)
 
 
@@ -165,6 +165,13 @@ def test_the_scheduler_binds_beyond_loopback_only_where_the_cluster_is_not_on_it
 
 def test_servers_do_not_close_the_connections_that_the_router_keeps():
     assert int(environment(cluster(), {})["SGLANG_TIMEOUT_KEEP_ALIVE"]) >= 600
+
+
+def test_decode_engines_notice_a_prefill_engine_that_is_replaced_within_seconds():
+    interval = "SGLANG_DISAGGREGATION_HEARTBEAT_INTERVAL"
+    assert float(environment(cluster(), {})[interval]) == 2
+    asked = cluster(decode={"count": 1, "env": {interval: "7"}})
+    assert environment(asked, {}, "decode-0")[interval] == "7"
 
 
 def router(config: ClusterConfig) -> str:
