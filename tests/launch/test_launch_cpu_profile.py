@@ -47,6 +47,20 @@ def test_pages_survive_the_way_to_the_host_and_back(data, halves):
             assert torch.equal(back[half][device_slots], source[half * LAYERS + layer][device_slots])
 
 
+@given(st.data())
+def test_pages_move_between_layer_first_buffers(data):
+    from_pages = data.draw(page_lists)
+    to_pages = data.draw(st.permutations(range(PAGES)))[: len(from_pages)]
+    source = [torch.randn(SLOTS, HEADS, DIM) for _ in range(LAYERS)]
+    moved = [torch.zeros(SLOTS, HEADS, DIM) for _ in range(LAYERS)]
+    from_slots, to_slots = pages_to_slots(from_pages), pages_to_slots(to_pages)
+    kvcacheio.transfer_kv_direct(source, moved, from_slots, to_slots, PAGE_TOKENS)
+    for layer in range(LAYERS):
+        expected = torch.zeros(SLOTS, HEADS, DIM)
+        expected[to_slots] = source[layer][from_slots]
+        assert torch.equal(moved[layer], expected)
+
+
 def test_a_kernel_without_stand_in_imports_but_refuses_to_run():
     with pytest.raises(NotImplementedError, match="use --hicache-io-backend direct"):
         kvcacheio.transfer_kv_per_layer()
