@@ -17,8 +17,11 @@ from dualpath_sgl.page_load import LaneClock, PageLoad
 
 logger = logging.getLogger(__name__)
 
-BATCH_BYTES = 8 * 1024 * 1024
-"""One read: large enough to keep the link busy, small enough to forward behind it."""
+LEAST_BATCH_BYTES = 8 * 1024 * 1024
+MOST_BATCH_BYTES = 64 * 1024 * 1024
+BATCH_S = 0.05
+"""One read takes about so long at the measured rate, within these sizes: long beside what a read costs
+whatever its size (some milliseconds, in which the link idles), short enough to forward behind it."""
 RATE_MEMORY = 0.8
 """What bytes and seconds of earlier batches still count in the drain rate after one more batch."""
 
@@ -46,6 +49,11 @@ class StoreLane(threading.Thread):
         with self._lock:
             return self._recent_bytes / self._recent_s if self._recent_s else 0.0
 
+    @property
+    def batch_bytes(self) -> int:
+        """Of the next read."""
+        return min(max(LEAST_BATCH_BYTES, int(self.rate_bytes_per_s * BATCH_S)), MOST_BATCH_BYTES)
+
     def submit(self, load: PageLoad, first: int, end: int) -> None:
         """Read pages `[first, end)` of `load`; the part is open from now on."""
         with self._lock:
@@ -70,12 +78,9 @@ class StoreLane(threading.Thread):
                 part.load.close_part()
 
     def _read(self, part: _Part) -> None:
-        load = part.load
-        step = max(1, BATCH_BYTES // load.page_bytes)
-        for first in range(part.first, part.end, step):
-            if load.cancelled:
-                return
-            end = min(first + step, part.end)
+        load, first = part.load, part.first
+        while first < part.end and not load.cancelled:
+            end = min(first + max(1, self.batch_bytes // load.page_bytes), part.end)
             part.clock.begin()
             started_s = time.monotonic()
             whole = read_pages(load, first, end)
@@ -84,6 +89,7 @@ class StoreLane(threading.Thread):
             load.land(first, first + whole)
             if whole < end - first:
                 return
+            first = end
 
     def _account(self, byte_count: int, elapsed_s: float) -> None:
         with self._lock:

@@ -49,7 +49,8 @@ def fresh(rank, monkeypatch):
     store.before_read = lambda hashes: None
     acknowledgements(rank.controller)
     # Three pages a read, so that a load takes several.
-    monkeypatch.setattr(store_lane, "BATCH_BYTES", 3 * rank.page_bytes + 1)
+    for limit in ("LEAST_BATCH_BYTES", "MOST_BATCH_BYTES"):
+        monkeypatch.setattr(store_lane, limit, 3 * rank.page_bytes + 1)
 
 
 def stored(rank: Rank, pages: int = PAGES, held: int = PAGES):
@@ -155,6 +156,17 @@ def test_the_queue_shows_every_byte_submitted_and_not_yet_read(rank, lane):
     while finals < 2:
         finals += bool(rank.controller.prefetch_sync_queue.get(timeout=WAIT_S).completed_req)
     eventually(lambda: lane.queue_bytes == 0, "the queue is empty")
+
+
+@pytest.mark.parametrize(
+    "rate_bytes_per_s, pages", [(0, 2), (30, 2), (80, 4), (1e9, 6)], ids=["unknown", "slow", "fast", "faster"]
+)
+def test_a_read_is_as_long_as_the_measured_rate_fills(rank, monkeypatch, rate_bytes_per_s, pages):
+    monkeypatch.setattr(store_lane, "LEAST_BATCH_BYTES", 2 * rank.page_bytes)
+    monkeypatch.setattr(store_lane, "MOST_BATCH_BYTES", 6 * rank.page_bytes)
+    lane = StoreLane()  # not started: it has only this rate
+    lane._recent_bytes, lane._recent_s = rate_bytes_per_s * rank.page_bytes, 1.0
+    assert lane.batch_bytes == pytest.approx(pages * rank.page_bytes, abs=1)
 
 
 def test_prefix_keys_grow_with_the_pages_before_each_batch(rank, lane):
