@@ -15,6 +15,7 @@ from __future__ import annotations
 import argparse
 import base64
 import json
+import os
 import queue
 import signal
 import sys
@@ -40,6 +41,8 @@ FORWARD_QUEUE_REQUESTS = 256
 """Requests waiting to be sent on; more are dropped and counted."""
 FORWARD_TIMEOUT_S = 5.0
 STOP_GRACE_S = 2.0
+LEAST_PRIORITY = 19
+"""Niceness: spans wait, and what they tell of is not slowed down by their being written."""
 _ID_FIELDS = ("traceId", "spanId", "parentSpanId")
 
 
@@ -130,6 +133,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--forward", metavar="HOST:PORT", help="another OTLP gRPC endpoint")
     options = parser.parse_args(arguments)
 
+    os.nice(LEAST_PRIORITY)
     stop = threading.Event()
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: stop.set())
