@@ -56,7 +56,7 @@ BURST_POLICIES = ("decode", "shorter_queue", "split")
 LONE_POLICIES = ("prefill", "decode", "split")
 FORWARDS = 15
 """Of a prompt out of the decode engine's memory, and reads of Mooncake alone beside them."""
-UNSHAPED_SAMPLES = 3
+UNSHAPED_SAMPLES = 10
 """Per repetition: they are short, and without a link to wait for they vary most."""
 
 
@@ -81,6 +81,7 @@ def run(options: LoadOptions, console: Console) -> LoadSummary:
             bench.basic("1p2d", prefill=1, decode=2)
             bench.basic("2p1d", prefill=2, decode=1)
             bench.both_1p1d()
+            bench.unshaped_1p1d()
     summary = bench.summary()
     print_summary(summary, console)
     return summary
@@ -104,7 +105,7 @@ class _Bench:
         self._near_bits_per_s: int | None = None
         columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
         self.progress = Progress(*columns, console=console)
-        self._task = self.progress.add_task("clusters", total=2 if options.quick else 6)
+        self._task = self.progress.add_task("clusters", total=2 if options.quick else 8)
 
     # -- one cluster each --------------------------------------------------------------------------
 
@@ -116,7 +117,7 @@ class _Bench:
                 self._sample(on, "1p1d", "basic", "lone", 1)
             self._near_bits_per_s = self._near_bound_rate()
             self._oracle(on, "oracle_upstream")
-            self._at_other_rates(on, "basic")
+            self._near_bound(on, "basic")
 
         self._on_cluster("1p1d-basic", self._variant(Mode.BASIC, 1, 1), measure)
 
@@ -156,6 +157,31 @@ class _Bench:
 
         self._on_cluster("1p2d-dualpath", self._variant(Mode.DUALPATH, 1, 2), measure)
 
+    def unshaped_1p1d(self) -> None:
+        """`basic` and `split` burst by burst in turns, on two clusters at once, without shaping.
+
+        With no link to wait for, a burst takes what the cores give it; from one minute to the next that
+        differs more than the two modes do.
+        """
+        basic, split = self._variant(Mode.BASIC, 1, 1), self._variant(Mode.DUALPATH, 1, 1)
+
+        def measure(upstream: LoadCluster, dualpath: LoadCluster) -> None:
+            dualpath.cluster.set_policy("split")
+            in_turns = {"basic": upstream, "split": dualpath}
+            for on in in_turns.values():
+                self._unshape(on)
+            for _ in range(UNSHAPED_SAMPLES * self._options.repetitions):
+                for mode, on in in_turns.items():
+                    self._sample(on, "1p1d", mode, "unshaped", REQUESTS)
+
+        self._on_cluster(
+            "1p1d-basic-unshaped",
+            basic,
+            lambda upstream: self._on_cluster(
+                "1p1d-split-unshaped", split, lambda dualpath: measure(upstream, dualpath)
+            ),
+        )
+
     # -- parts of them -----------------------------------------------------------------------------
 
     def _paths(self, on: LoadCluster) -> None:
@@ -172,7 +198,8 @@ class _Bench:
         for policy in RESIDENT_POLICIES:
             on.cluster.set_policy(policy)
             self._sample(on, "1p1d", policy, "resident", 1, flush=Role.PREFILL)
-        self._at_other_rates(on, "split")
+        on.cluster.set_policy("split")
+        self._near_bound(on, "split")
         self._forward(on)
 
     def _oracle(self, on: LoadCluster, mode: str) -> None:
@@ -183,9 +210,7 @@ class _Bench:
         for _ in range(self._options.repetitions):
             self._sample(on, "1p1d", mode, "burst", REQUESTS, flush=None)
 
-    def _at_other_rates(self, on: LoadCluster, mode: str) -> None:
-        if mode == "split":
-            on.cluster.set_policy(mode)
+    def _near_bound(self, on: LoadCluster, mode: str) -> None:
         compute_bits_per_s = on.network.plan.link("prefill-0", "compute").bits_per_s
         on.shape_storage(self._near_bits_per_s)
         if compute_bits_per_s is not None:
@@ -193,11 +218,11 @@ class _Bench:
         self._learn_rates(on)
         for _ in range(self._options.repetitions):
             self._sample(on, "1p1d", mode, "near_bound", REQUESTS)
+
+    def _unshape(self, on: LoadCluster) -> None:
         on.shape_storage(None)
         on.shape_compute(None)
         self._learn_rates(on)
-        for _ in range(UNSHAPED_SAMPLES * self._options.repetitions):
-            self._sample(on, "1p1d", mode, "unshaped", REQUESTS)
 
     def _forward(self, on: LoadCluster) -> None:
         """Forward a whole prompt out of the decode engine's memory, unshaped.
@@ -205,6 +230,7 @@ class _Bench:
         Mooncake alone moves as many bytes before each forward, so that both see the same machine.
         """
         on.cluster.set_policy("decode")
+        self._unshape(on)
         size_bytes = PROMPT_TOKENS // on.cluster.config.page_size * self._page_bytes
         with on.raw_reads("prefill-0", "store", "storage", size_bytes) as rate:
             self._store_capacity = statistics.median(rate() for _ in range(FORWARDS))
