@@ -1,6 +1,6 @@
 # make demo    the whole thing on this machine's CPU: set-up, cluster, agent trace, report
 # make test    every test, the end-to-end ones on a real cluster included
-# make bench-load    the load paths on shaped links against upstream (root, 24 GiB of memory, about 25 minutes)
+# make bench-load    the load paths on shaped links against upstream (root, 24 GiB of memory, about half an hour)
 # make bench-scheduler    requests a second, plan latency and memory of the scheduler (two minutes)
 # make sim-paper    the paper's results beside simulated ones (about 15 minutes of one core)
 # make setup   only the virtual environment, the patches and the tiny model
