@@ -13,17 +13,16 @@ outgoing connections take theirs from 32768 up, SGLang's ranks meet on one of 22
 
 
 class FreePorts:
-    """Hands out ports that are free on `host`, each once."""
+    """Hands out ports that are free on `host`, each once in this process, whoever asks for it."""
 
     def __init__(self, host: str):
         self._host = host
-        self._taken: set[int] = set()
 
     def take(self) -> int:
         """Raises OSError when no port is free, or `host` is no address of this machine."""
         for port in _random.sample(range(LOWEST, HIGHEST), HIGHEST - LOWEST):
-            if port not in self._taken and self._is_free(port):
-                self._taken.add(port)
+            if (self._host, port) not in _taken and self._is_free(port):
+                _taken.add((self._host, port))
                 return port
         raise OSError(f"no free port on {self._host} in {LOWEST}..{HIGHEST}")
 
@@ -39,6 +38,8 @@ class FreePorts:
         return True
 
 
+_taken: set[tuple[str, int]] = set()
+"""Hosts and ports: one may be bound long after it was drawn, and looks free until then."""
 _BUSY = {errno.EADDRINUSE, errno.EACCES}
 # Not the shared generator: a caller that seeds it would get the same ports in every process.
 _random = random.SystemRandom()

@@ -17,7 +17,7 @@ from scheduler_svc.lane_model import LaneModel
 
 FORWARD_COST_S = 0.005
 """What it costs to forward anything at all: the plan's way to the DE, its first batch's way back and
-the hop of the last batch (8 MiB take 4 ms at the 2 GB/s measured between two processes)."""
+the hop of the last batch (8 MiB, the smallest, take 4 ms at the 2 GB/s measured between two processes)."""
 
 FORWARD_COST_BYTES = 4 * 1024 * 1024
 """The same while no rate is known: 5 ms of a link of 0.8 GB/s."""

@@ -22,8 +22,7 @@ from scheduler_svc.protocol import Engine, Role
 
 WAIT_S = 30.0
 Behaviour = Callable[["FaultyEngine", web.Request, dict], Awaitable[web.StreamResponse]]
-ports = FreePorts("127.0.0.1")
-"""Of everything in these tests: a port may be drawn long before it is bound, and must not be drawn twice."""
+_ports = FreePorts("127.0.0.1")
 
 
 class Room:
@@ -139,7 +138,7 @@ class FaultyEngine:
         self.name = name
         self.rooms = rooms
         self.role = Role.PREFILL if name.startswith("p") else Role.DECODE
-        self.port = ports.take()
+        self.port = _ports.take()
         self.url = f"http://127.0.0.1:{self.port}"
         self.meta_info: dict = {}
         self.behaviour: Behaviour = answer

@@ -18,10 +18,11 @@ from pathlib import Path
 from types import TracebackType
 from typing import NamedTuple
 
-from faulty_engine import WAIT_S, Behaviour, FaultyEngine, Room, ports
+from faulty_engine import WAIT_S, Behaviour, FaultyEngine, Room
 from opentelemetry.proto.trace.v1.trace_pb2 import Span
 from otlp_collector import attributes, collector
 
+from launch.ports import FreePorts
 from launch.process import ManagedProcess
 from scheduler_svc.client import SchedulerClient
 from scheduler_svc.protocol import Heartbeat, Load, Role
@@ -30,6 +31,7 @@ HEARTBEAT_S = 0.5
 START_TIMEOUT_S = 180.0
 """Of four routers at once; each imports SGLang."""
 STRICT_BODY_BYTES = 100_000
+_ports = FreePorts("127.0.0.1")
 
 
 class Answer(NamedTuple):
@@ -87,7 +89,7 @@ class World:
         self.engines = {name: FaultyEngine(name, self._loop, rooms) for name in names}
         self.registered = list(self.engines.values())
         """Engines that send heartbeats."""
-        self.scheduler_address = f"tcp://127.0.0.1:{ports.take()}"
+        self.scheduler_address = f"tcp://127.0.0.1:{_ports.take()}"
         self._open = ExitStack()
         self._collector = self._open.enter_context(collector())
         self._spans: list[tuple[str, Span]] = []
@@ -211,7 +213,7 @@ class World:
             ),
             "mini_lb": self._start_router(pair, "--mini-lb"),
             "rust": self._start_router(
-                pair, "--worker-startup-check-interval=1", f"--prometheus-port={ports.take()}"
+                pair, "--worker-startup-check-interval=1", f"--prometheus-port={_ports.take()}"
             ),
         }
 
@@ -259,7 +261,7 @@ class World:
             time.sleep(0.01)
 
     def _start_router(self, engines: list[FaultyEngine], *options: str) -> Router:
-        port = ports.take()
+        port = _ports.take()
         listed = []
         for engine in engines:
             if engine.role is Role.PREFILL:
