@@ -70,7 +70,8 @@ class AuthorizedKeys:
 
 def refusal(names: frozenset[str], message: Wire) -> str | None:
     """Why a peer of these names may not say `message`; None: it may."""
-    engine_id = message.engine.engine_id if isinstance(message, Heartbeat) else getattr(message, "engine_id", None)
+    spoken_for = message.engine if isinstance(message, Heartbeat) else message
+    engine_id = getattr(spoken_for, "engine_id", None)
     if engine_id is None or engine_name(engine_id) in names:
         return None
     return (

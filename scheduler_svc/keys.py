@@ -77,7 +77,9 @@ def generate(directory: Path, peers: list[str], engines: Sequence[str] = ()) -> 
     """
     peer_directory = directory / PEERS
     if engines and len(peers) != 1:
-        raise KeyFileError(f"--engines {','.join(engines)} shares one key: give --peer once, e.g. the host's name")
+        raise KeyFileError(
+            f"--engines {','.join(engines)} shares one key: give --peer once, e.g. the host's name"
+        )
     for name in (*peers, *engines):
         if not name or name != Path(name).name or name.startswith("."):
             raise KeyFileError(f"peer name {name!r} is not a plain file name; use letters, digits, - and _")
