@@ -17,6 +17,7 @@ import time
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from dualpath_sgl import faults
 from dualpath_sgl.closing import close_room
 from dualpath_sgl.page_load import PageLoad
 from dualpath_sgl.peer_lane import PeerLane
@@ -261,7 +262,7 @@ class PrefillSide:
                 lane = self._lane(plan.decode_endpoints[self._runtime.rank])
                 lane.submit(load, request.room, pages)
             except Exception:
-                logger.exception("DualPath: room %d: no peer lane", request.room)
+                faults.record("room %d: its pages come from the store, no peer lane", request.room)
                 request.fallback_reason = "peer lane did not start"
                 return 0
         return pages
@@ -287,7 +288,7 @@ class PrefillSide:
             self._lane(plan.decode_endpoints[rank]).let_go(plan.room)
         except Exception:
             # The DE stops waiting by itself (DUALPATH_SUBSCRIBE_TIMEOUT_S).
-            logger.exception("DualPath: room %d: its decode engine was not told", plan.room)
+            faults.record("room %d: its decode engine was not told to let go", plan.room)
 
     def _lane(self, endpoint: str) -> PeerLane:
         with self._lock:

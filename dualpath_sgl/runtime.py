@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 from typing import TYPE_CHECKING, Any
 
-from dualpath_sgl import layout
+from dualpath_sgl import faults, layout
 from dualpath_sgl.config import Settings
 from dualpath_sgl.control import ControlChannel
 from dualpath_sgl.decode import DecodeSide
@@ -103,7 +103,7 @@ class Runtime:
         try:
             self.side.take(controller, operation)
         except Exception:
-            logger.exception("DualPath: request %s is computed without its stored pages", operation.request_id)
+            faults.record("request %s is computed without its stored pages", operation.request_id)
             acknowledge(controller, operation, 0)
 
     def load_from_store(
