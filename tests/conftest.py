@@ -1,8 +1,8 @@
 """Settings that hold for every test, and the tests that get a process of their own."""
 
-import own_process
 import pytest
 from hypothesis import HealthCheck, settings
+from own_process import Plugin
 
 # Times are never asserted: a shared core must not fail a property.
 settings.register_profile("dualpath", deadline=None, suppress_health_check=[HealthCheck.too_slow])
@@ -10,7 +10,7 @@ settings.load_profile("dualpath")
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    config.pluginmanager.register(own_process.Plugin())
+    config.pluginmanager.register(Plugin())
 
 
 @pytest.fixture
