@@ -14,6 +14,7 @@ from dualpath_sgl.integrity import PoolCheck
 from dualpath_sgl.open_loads import OpenLoads
 from dualpath_sgl.page_load import PageLoad, acknowledge
 from dualpath_sgl.page_server import PageServer
+from dualpath_sgl.peer_keys import PeerKeys
 from dualpath_sgl.prefill import PrefillSide
 from dualpath_sgl.rank_sync import RankSync
 from dualpath_sgl.store_lane import StoreLane
@@ -57,6 +58,7 @@ class Runtime:
         """As of SGLang's last scheduler iteration (an idle one makes at least one a second)."""
         self.pool_check = PoolCheck(pool)
         self.rank_sync = RankSync()
+        self.peer_keys = PeerKeys(settings.key_file, settings.peer_keys) if settings.peer_keys else None
         self.server: PageServer | None = None
         if self.role is Role.DECODE:
             self.server = PageServer(
@@ -65,6 +67,7 @@ class Runtime:
                 self.fingerprint,
                 settings.lease_s,
                 settings.subscribe_timeout_s,
+                self.peer_keys,
             )
             self.side: PrefillSide | DecodeSide = DecodeSide(self)
         else:
