@@ -9,6 +9,7 @@ from typing import Annotated, Literal
 from pydantic import Field, ValidationError
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
+from scheduler_svc.engine_names import check_server_id
 from scheduler_svc.protocol import PLAN_TIMEOUT_S
 
 EVERY_ADDRESS = ("0.0.0.0", "::", "")
@@ -67,6 +68,7 @@ def settings() -> Settings:
         ) from None
     if loaded.enabled and not loaded.engine_id:
         raise ValueError("DUALPATH_ENGINE_ID is empty: give this engine a name unique in the cluster")
+    check_server_id(loaded.engine_id)
     if (loaded.key_file is None) != (loaded.scheduler_key_file is None):
         raise ValueError("give both DUALPATH_KEY_FILE and DUALPATH_SCHEDULER_KEY_FILE, or neither")
     return loaded

@@ -9,7 +9,7 @@ from __future__ import annotations
 from queue import Empty
 from typing import TYPE_CHECKING, Any, Callable
 
-from dualpath_sgl import attention_quota, runtime, stages
+from dualpath_sgl import attention_quota, key_tag, runtime, stages, weights
 from dualpath_sgl.decode import DecodeSide
 from dualpath_sgl.device_memory import free_tokens
 from dualpath_sgl.prefill import PrefillSide
@@ -212,6 +212,11 @@ HOOKS: tuple[tuple[str, Callable, str], ...] = (
     (_SCHEDULER + "maybe_init_dynamic_chunk_sizer", attention_quota.after_init_chunk_sizer, _AFTER),
     (_SCHEDULER + "get_prefill_adder_class", attention_quota.after_get_prefill_adder_class, _AFTER),
     (_SCHEDULER + "_prefetch_kvcache", around_prefetch_kvcache, _AROUND),
+    (
+        _SRT + "managers.cache_controller.HiCacheController._generate_storage_config",
+        key_tag.after_generate_storage_config,
+        _AFTER,
+    ),
     (_CONTROLLER + "submit_prefetch", before_submit_prefetch, _BEFORE),
     (_CONTROLLER + "_sync_prefetch_hit_query", after_sync_prefetch_hit_query, _AFTER),
     (_SRT + "disaggregation.prefill.PrefillBootstrapQueue.add", after_bootstrap_add, _AFTER),
@@ -236,6 +241,7 @@ HOOKS: tuple[tuple[str, Callable, str], ...] = (
         after_commit_restore,
         _AFTER,
     ),
+    *weights.HOOKS,
 )
 
 

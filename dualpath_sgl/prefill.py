@@ -233,6 +233,12 @@ class PrefillSide:
                 lane.start()
             return lane
 
+    def rename_layout(self, fingerprint: str) -> None:
+        """Lanes ask for pages of this layout from now on."""
+        with self._lock:
+            for lane in self._lanes.values():
+                lane.fingerprint = fingerprint
+
     def _on_missing(self, load: PageLoad, first: int, end: int, reason: str) -> None:
         """The DE did not deliver: the store does."""
         logger.warning(
