@@ -111,6 +111,7 @@ def around_prefetch_io(original: Callable, controller: Any) -> None:
     if current is None:
         return original(controller)
     current.controller = controller
+    current.rank_sync.open()
     prefill = _prefill()
     while not controller.storage_stop_event.is_set():
         try:

@@ -44,8 +44,8 @@ def page_blocks(pool: Any, host_indices: Any) -> tuple[list[tuple[int, ...]], tu
     blocks = len(pointers) // pages if pages else 0
     if not blocks or blocks * pages != len(pointers) or list(sizes) != list(sizes[:blocks]) * pages:
         raise ValueError(
-            f"{type(pool).__name__}: {len(pointers)} blocks of {sorted(set(sizes))} bytes for {pages} pages of "
-            f"{pool.page_size} tokens: no page of it can be moved by itself"
+            f"{type(pool).__name__}: {len(pointers)} blocks of {sorted(set(sizes))} bytes for {pages} pages "
+            f"of {pool.page_size} tokens: no page of it can be moved by itself"
         )
     return (
         [tuple(pointers[page * blocks : (page + 1) * blocks]) for page in range(pages)],

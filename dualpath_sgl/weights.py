@@ -90,8 +90,8 @@ class Weights:
         self._on_name()
         if is_settled and not self._is_named:
             logger.warning(
-                "DualPath: the new weights have no version: this engine shares no page with others until they "
-                "have one; give every engine the same weight_version with the update"
+                "DualPath: the new weights have no version: this engine shares no page with others until "
+                "they have one; give every engine the same weight_version with the update"
             )
 
 
