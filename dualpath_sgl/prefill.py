@@ -307,6 +307,12 @@ class PrefillSide:
                 self._lanes[endpoint] = lane
             return lane
 
+    def rename_layout(self, fingerprint: str) -> None:
+        """Lanes ask for pages of this layout from now on."""
+        with self._lock:
+            for lane in self._lanes.values():
+                lane.fingerprint = fingerprint
+
     def _on_missing(self, load: PageLoad, first: int, end: int, reason: str) -> None:
         """The DE did not deliver: the store does."""
         logger.warning(
