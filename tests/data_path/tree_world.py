@@ -73,6 +73,7 @@ class SchedulerChannel:
         self.described = engine
         """As the scheduler knows this engine."""
         self.connected = True
+        self.faults = 0
         self.sent: list[Report | Done] = []
         self.load = load
         self._on_plan = on_plan
