@@ -77,6 +77,9 @@ class Engine(Wire, kw_only=True):
     role: Role
     rank: Rank = 0
     tp_size: Annotated[int, Meta(ge=1, le=4096)] = 1
+    dp_rank: Rank | None = None
+    """Of a server with data parallelism, each DP rank is an engine with a name of its own (`engine_names`)."""
+    dp_size: Annotated[int, Meta(ge=1, le=4096)] = 1
     url: Name
     """HTTP address of the SGLang server, e.g. `http://127.0.0.1:30000`."""
     bootstrap_port: Annotated[int, Meta(ge=1, le=65535)] | None = None
@@ -260,6 +263,8 @@ class ErrorCode(StrEnum):
     """The engine has sent no heartbeat (or it expired): heartbeat, then repeat."""
     NO_ENGINE = "no_engine"
     """No live engine of the wanted role."""
+    FORBIDDEN = "forbidden"
+    """The peer's key does not speak for this engine, or is not authorized any more."""
     INTERNAL = "internal"
     """A fault in the scheduler while it handled this message; the message changed nothing."""
 

@@ -31,6 +31,7 @@ from sglang.srt.mem_cache.pool_host.mha import MHATokenToKVPoolHost
 
 from dualpath_sgl.forward import Forwarder
 from dualpath_sgl.layout import page_blocks, page_bytes
+from dualpath_sgl.open_loads import OpenLoads
 from dualpath_sgl.page_load import PageLoad
 
 WAIT_S = 30.0
@@ -133,6 +134,7 @@ class Rank:
         self.page_bytes = page_bytes(self.pool)
         self.forwarder = forwarder("127.0.0.1", "tcp", "", self.pool.get_hybrid_pool_buffer())
         self.controller = Controller(self.pool)
+        self.open_loads = OpenLoads()
 
     def pages(self, count: int) -> torch.Tensor:
         """Reserve `count` pages: host token slots."""
@@ -149,8 +151,13 @@ class Rank:
         operation = PrefetchOperation(CacheRequestHandle(name, 0), list(range(pages * self.pool.page_size)))
         operation.host_indices = self.pages(pages)
         operation.hash_value = [f"{name}/{page}" for page in range(pages)]
+        operation.storage_start = first_page * PAGE_TOKENS
         return PageLoad(
-            self.controller, operation, first_page=first_page, page_bytes=self.page_bytes, **callbacks
+            self.controller,
+            operation,
+            open_loads=self.open_loads,
+            page_bytes=self.page_bytes,
+            **callbacks,
         )
 
     def store(self, load: PageLoad, pages: torch.Tensor) -> None:
