@@ -144,6 +144,8 @@ class SglangEngine:
         if self.role == "decode":
             self.queue.pop_preallocated()
             self.scheduler.disagg_decode_transfer_queue.advance()
+        else:
+            self.scheduler._process_storage_prefetch_retries()
 
     def abort(self, req: Req) -> None:
         """The client has left: SGLang drops the request wherever it waits."""
