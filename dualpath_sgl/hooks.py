@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, Callable
 from dualpath_sgl import attention_quota, runtime, stages
 from dualpath_sgl.decode import DecodeSide
 from dualpath_sgl.device_memory import free_tokens
+from dualpath_sgl.engine_facts import after_scheduler_init
 from dualpath_sgl.prefill import PrefillSide
 from dualpath_sgl.real_request import real
 
@@ -209,6 +210,7 @@ _PREALLOC = _SRT + "disaggregation.decode.DecodePreallocQueue."
 _MIXIN = _SRT + "disaggregation.decode_hicache_mixin."
 
 HOOKS: tuple[tuple[str, Callable, str], ...] = (
+    (_SCHEDULER + "__init__", after_scheduler_init, _AFTER),
     (_SCHEDULER + "maybe_init_dynamic_chunk_sizer", attention_quota.after_init_chunk_sizer, _AFTER),
     (_SCHEDULER + "get_prefill_adder_class", attention_quota.after_get_prefill_adder_class, _AFTER),
     (_SCHEDULER + "_prefetch_kvcache", around_prefetch_kvcache, _AROUND),
