@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, Callable
 from dualpath_sgl import attention_quota, faults, key_tag, runtime, stages, weights
 from dualpath_sgl.decode import DecodeSide
 from dualpath_sgl.device_memory import free_tokens
+from dualpath_sgl.engine_facts import after_scheduler_init
 from dualpath_sgl.host_tree import holds_only_kv
 from dualpath_sgl.prefill import PrefillSide
 from dualpath_sgl.real_request import real
@@ -252,6 +253,7 @@ _PREALLOC = _SRT + "disaggregation.decode.DecodePreallocQueue."
 _MIXIN = _SRT + "disaggregation.decode_hicache_mixin."
 
 HOOKS: tuple[tuple[str, Callable, str], ...] = (
+    (_SCHEDULER + "__init__", after_scheduler_init, _AFTER),
     (_SCHEDULER + "maybe_init_dynamic_chunk_sizer", attention_quota.after_init_chunk_sizer, _AFTER),
     (_SCHEDULER + "get_prefill_adder_class", attention_quota.after_get_prefill_adder_class, _AFTER),
     (_SCHEDULER + "_prefetch_kvcache", before_prefetch_kvcache, _BEFORE),
@@ -302,10 +304,12 @@ _SGLANG_MUST_NOT_GO_ON = (
     before_retire_prefetch,
     before_tree_reset,
     after_stop_storage_threads,
+    after_scheduler_init,
     key_tag.after_generate_storage_config,
     *(hook for _, hook, _ in weights.HOOKS),
 )
-"""Without one of these, memory may be written to that SGLang gives away next, or bytes have a wrong name."""
+"""Without one of these, memory may be written to that SGLang gives away next, bytes have a wrong name, or an
+engine runs that was to be refused."""
 
 
 def register(traced: bool) -> None:
