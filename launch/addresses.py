@@ -37,6 +37,14 @@ class Addresses:
         return self.engines.get(name, EngineAddresses(self.hub, self.hub, nic))
 
     @property
+    def every(self) -> list[str]:
+        """All addresses of the cluster, each once."""
+        own = [
+            address for engine in self.engines.values() for address in (engine.compute, engine.storage)
+        ]
+        return list(dict.fromkeys([self.hub, self.store, *own]))
+
+    @property
     def reachable_from_elsewhere(self) -> bool:
         """Whether `hub` is more than this machine's loopback."""
         return self.hub != "127.0.0.1"
