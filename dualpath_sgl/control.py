@@ -55,6 +55,7 @@ class ControlChannel(threading.Thread):
         socket.setsockopt(zmq.RECONNECT_IVL, 100)
         socket.setsockopt(zmq.RECONNECT_IVL_MAX, 1000)
         socket.setsockopt(zmq.MAXMSGSIZE, protocol.MAX_MESSAGE_BYTES)
+        socket.setsockopt(zmq.IPV6, int("[" in address))
         if key_files is not None:
             secure_client(socket, *key_files)
         self._mailbox: Mailbox[Wire] = Mailbox()

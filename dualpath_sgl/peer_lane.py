@@ -79,6 +79,7 @@ class PeerLane(threading.Thread):
         self._socket = zmq.Context.instance().socket(zmq.DEALER)
         self._socket.setsockopt(zmq.LINGER, 0)
         self._socket.setsockopt(zmq.MAXMSGSIZE, peer_protocol.MAX_MESSAGE_BYTES)
+        self._socket.setsockopt(zmq.IPV6, int("[" in self._endpoint))
         try:
             self._socket.connect(self._endpoint)
         except zmq.ZMQError as error:

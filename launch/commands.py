@@ -43,6 +43,7 @@ HTTP_ENV = {"SGLANG_TIMEOUT_KEEP_ALIVE": "3600"}
 # SGLang sends one in 5 s; a prefill engine restarted in less than two of them stays unnoticed, and
 # requests wait 300 s for its old ports.  2 s is SGLang's minimum, and no engine restarts in 4 s.
 PD_ENV = {"SGLANG_DISAGGREGATION_HEARTBEAT_INTERVAL": "2"}
+BOOTSTRAP_TIMEOUT = "SGLANG_DISAGGREGATION_BOOTSTRAP_TIMEOUT"
 CPU_FLAGS = (
     "--device=cpu",
     "--attention-backend=torch_native",
@@ -279,6 +280,7 @@ def engine_environment(
     }
     if config.mode is Mode.DUALPATH:
         environment |= {
+            **_patience(config),
             "DUALPATH_ENABLED": "1",
             "DUALPATH_ENGINE_ID": engine.name,
             "DUALPATH_SCHEDULER": scheduler_url(addresses, ports),
@@ -311,6 +313,11 @@ def server_environment(
             # Without a binding SGLang wants one NUMA node per rank.
             environment["SGLANG_CPU_OMP_THREADS_BIND"] = "|".join(str(rank) for rank in range(group.tp_size))
     return environment
+
+
+def _patience(config: ClusterConfig) -> dict[str, str]:
+    """How long a PE waits for its DE: the DE must know, which holds a request back for its load."""
+    return {name: value for name, value in config.prefill.env.items() if name == BOOTSTRAP_TIMEOUT}
 
 
 def _host_pool_flag(group: Group) -> str:

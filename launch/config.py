@@ -57,7 +57,7 @@ def bits_per_s(rate: str) -> int:
     bits = float(found[1]) * BIT_UNITS[found[2]] if found else 0
     if not LOWEST_RATE <= bits <= HIGHEST_RATE:
         raise ValueError(
-            "give a number and kbit, mbit or gbit, from 1kbit to 100000gbit, such as 400mbit"
+            "give a number above 0 and kbit, mbit or gbit, such as 400mbit; from 1kbit to 100000gbit"
         )
     return round(bits)
 

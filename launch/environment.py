@@ -9,7 +9,7 @@ own addresses.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, MutableMapping
 
 from launch.hosts import is_ipv6
 
@@ -39,6 +39,13 @@ def inherited(base: Mapping[str, str], own_addresses: Iterable[str]) -> dict[str
     if "no_grpc_proxy" in base:  # gRPC then looks at nothing else.
         environment["no_grpc_proxy"] = f"{base['no_grpc_proxy']},{exempt}"
     return environment
+
+
+def forget_foreign_tracing(environment: MutableMapping[str, str]) -> None:
+    """In a process that itself exports spans to the cluster's collector."""
+    for name in foreign(environment):
+        if name.startswith("OTEL_"):
+            del environment[name]
 
 
 def _exempt(base: Mapping[str, str], own_addresses: Iterable[str]) -> list[str]:

@@ -13,7 +13,8 @@ from launch.addresses import on_one_host
 from launch.commands import Ports, engine_environment, engine_specs
 from launch.config import ClusterConfig
 from launch.direct_http import fetch
-from launch.environment import foreign, inherited
+from launch.environment import foreign, forget_foreign_tracing, inherited
+from launch.ports import FreePorts
 
 PORTS = Ports(*range(1, 7))
 CONFIG = ClusterConfig.model_validate(
@@ -131,3 +132,38 @@ def test_sglangs_own_calls_in_a_child_reach_a_part_past_that_proxy(server):
     argv = [sys.executable, "-c", call]
     environment = inherited(base, ["127.0.0.1"])
     assert subprocess.run(argv, env=environment, capture_output=True, text=True).stdout == "here\n"
+
+
+def test_decode_engines_know_how_long_prefill_engines_wait_for_them():
+    timeout = "SGLANG_DISAGGREGATION_BOOTSTRAP_TIMEOUT"
+    config = CONFIG.model_copy(update={"prefill": CONFIG.prefill.model_copy(update={"env": {timeout: "20"}})})
+    decode = engine_specs(config, lambda: 7)[1]
+    assert engine_environment(config, on_one_host("127.0.0.1"), decode, PORTS, {})[timeout] == "20"
+    assert timeout not in engine_environment(CONFIG, on_one_host("127.0.0.1"), decode, PORTS, {timeout: "1"})
+
+
+def test_the_spans_of_an_evaluation_do_not_follow_the_users_exporter():
+    environment = {"OTEL_SDK_DISABLED": "true", "OTEL_RESOURCE_ATTRIBUTES": "a=b", "SGLANG_X": "1"}
+    forget_foreign_tracing(environment)
+    assert environment == {"OTEL_RESOURCE_ATTRIBUTES": "a=b", "SGLANG_X": "1"}
+
+
+def test_spans_in_plain_text_reach_the_collector_past_a_proxy(tmp_path):
+    port = FreePorts("127.0.0.1").take()
+    spans = tmp_path / "spans.jsonl"
+    argv = [sys.executable, "-m", "launch.collector", f"--port={port}", f"--out={spans}"]
+    collector = subprocess.Popen(argv, stdout=subprocess.PIPE, text=True)
+    try:
+        assert "collector ready" in collector.stdout.readline()
+        code = (
+            "from scheduler_svc.tracing import init_tracing, shutdown\n"
+            f"init_tracing('x', 'http://127.0.0.1:{port}').start_span('past the proxy').end()\n"
+            "shutdown()\n"
+        )
+        environment = os.environ | dict.fromkeys(PROXIES, DEAD_PROXY)
+        environment = {name: value for name, value in environment.items() if name.lower() != "no_proxy"}
+        subprocess.run([sys.executable, "-c", code], env=environment, check=True, timeout=60)
+        assert "past the proxy" in spans.read_text()
+    finally:
+        collector.terminate()
+        collector.wait()
