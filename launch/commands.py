@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from dualpath_sgl.read_limit import READ_RATE_KEY
+from launch import security
 from launch.addresses import Addresses, EngineAddresses
 from launch.config import ClusterConfig, Group, Mode, RouterKind, bits_per_s
 from launch.environment import inherited
@@ -153,7 +154,7 @@ def scheduler_command(config: ClusterConfig, addresses: Addresses, ports: Ports)
     return _python(
         "scheduler_svc",
         f"--bind={scheduler_url(addresses, ports)}",
-        *(["--insecure-bind"] if addresses.reachable_from_elsewhere else []),
+        *security.scheduler_flags(config.security, addresses),
         f"--policy={config.scheduler.policy}",
         f"--placement={config.scheduler.placement}",
         *([f"--otlp-endpoint={collector_url(addresses, ports)}"] if config.tracing.enabled else []),
@@ -207,6 +208,7 @@ def placing_flags(config: ClusterConfig, addresses: Addresses, ports: Ports) -> 
         f"--dualpath-scheduler={scheduler_url(addresses, ports)}",
         # An engine that has come up is used at once.
         "--health-success-threshold=1",
+        *security.router_flags(config.security),
         *(["--enable-trace", collector] if config.tracing.enabled else []),
     ]
 
@@ -285,6 +287,7 @@ def engine_environment(
             "DUALPATH_ENGINE_ID": engine.name,
             "DUALPATH_SCHEDULER": scheduler_url(addresses, ports),
             "DUALPATH_HOST": own.compute,
+            **security.engine_environment(config.security, addresses, engine.name),
         }
         if config.tracing.enabled:
             environment["DUALPATH_OTLP_ENDPOINT"] = collector_url(addresses, ports)

@@ -29,7 +29,7 @@ import psutil
 
 from evals.topology.network import Network
 from evals.topology.plan import STORE, Rates
-from launch import commands
+from launch import commands, exposure
 from launch.addresses import STORE_PROCESSES, Addresses, on_network, on_one_host
 from launch.comeback import Comeback
 from launch.commands import Ports
@@ -42,6 +42,7 @@ from launch.hosts import authority
 from launch.ports import FreePorts
 from launch.process import ManagedProcess, ProcessDied, stop_all
 from launch.run_dir import STATE_FILE, Claim, ClusterState, ProcessState
+from launch.security import OPERATOR, key_files
 from launch.store_node import READY as STORE_READY
 from scheduler_svc.client import SchedulerClient
 from scheduler_svc.protocol import Role
@@ -292,6 +293,14 @@ class Cluster(Supervisor):
         """ZeroMQ address; answered only in mode dualpath."""
         return commands.scheduler_url(self.addresses, self.ports)
 
+    def ask_scheduler(self) -> SchedulerClient:
+        """A client with the operator's key, where there are keys."""
+        return SchedulerClient(self.scheduler_address, curve_key_files=self._operator_keys)
+
+    @property
+    def _operator_keys(self) -> tuple[Path, Path] | None:
+        return key_files(self.config.security, OPERATOR)
+
     @property
     def master_metrics_url(self) -> str:
         return f"http://{authority(self.addresses.store, self.ports.master_metrics)}/metrics"
@@ -368,7 +377,7 @@ class Cluster(Supervisor):
         self.restart("scheduler")
         expected = {spec.name for spec in self._specs}
         deadline_s = time.monotonic() + REJOIN_TIMEOUT_S
-        with SchedulerClient(self.scheduler_address) as client:
+        with self.ask_scheduler() as client:
             while expected != {engine.engine.engine_id for engine in client.status(PROBE_TIMEOUT_S).engines}:
                 if time.monotonic() > deadline_s:
                     raise StartTimeout(f"engines did not join the scheduler again in {REJOIN_TIMEOUT_S:g} s")
@@ -383,6 +392,8 @@ class Cluster(Supervisor):
             )
         if self.config.network is not None:
             self._build_network(self.config.network)
+        elif (problem := exposure.warning(exposure.public_addresses())) is not None:
+            self._on_event(problem)
         config, addresses, ports = self.config, self.addresses, self.ports
         base = commands.part_environment(addresses, os.environ)
         argv = commands.master_command(addresses, ports)
@@ -464,6 +475,7 @@ class Cluster(Supervisor):
             mode=self.config.mode,
             url=self.url,
             scheduler=self.scheduler_address if "scheduler" in self.processes else None,
+            scheduler_keys=self._operator_keys,
             engines={engine.name: engine.url for engine in self.engines},
             processes={name: self._state_of(process) for name, process in self.processes.items()},
         ).write(self.run_dir)
