@@ -84,7 +84,9 @@ class PageServer(threading.Thread):
         self._socket = keys.server_socket() if keys else zmq.Context.instance().socket(zmq.ROUTER)
         self._socket.setsockopt(zmq.LINGER, 0)
         self._socket.setsockopt(zmq.MAXMSGSIZE, peer_protocol.MAX_MESSAGE_BYTES)
-        self.endpoint = f"tcp://{host}:{self._socket.bind_to_random_port(f'tcp://{host}')}"
+        self._socket.setsockopt(zmq.IPV6, int(":" in host))
+        address = f"tcp://[{host}]" if ":" in host else f"tcp://{host}"
+        self.endpoint = f"{address}:{self._socket.bind_to_random_port(address)}"
 
     # -- called by the DE's scheduler thread and lanes --------------------------------------
 

@@ -84,6 +84,7 @@ class PeerLane(threading.Thread):
         self._socket = zmq.Context.instance().socket(zmq.DEALER)
         self._socket.setsockopt(zmq.LINGER, 0)
         self._socket.setsockopt(zmq.MAXMSGSIZE, peer_protocol.MAX_MESSAGE_BYTES)
+        self._socket.setsockopt(zmq.IPV6, int("[" in self._endpoint))
         if self._secure is not None:
             self._secure(self._socket)
         try:

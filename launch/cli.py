@@ -66,6 +66,8 @@ def up(
         signal.signal(stop_signal, signal.default_int_handler)
     try:
         cluster = Cluster(description, run_dir)
+    except ConfigError as error:
+        _fail(f"{config}: {error}")
     except OSError as error:
         _fail(str(error))
     begun_s = time.monotonic()
