@@ -158,6 +158,8 @@ _SCHEDULER = "sglang.srt.managers.scheduler.Scheduler."
 _UPDATER = "sglang.srt.managers.scheduler_components.weight_updater.SchedulerWeightUpdaterManager."
 _TREE = "sglang.srt.mem_cache.unified_radix_cache.UnifiedRadixCache."
 
+MUST_NOT_FAIL = (before_update, before_update_in_session, before_begin_session, before_end_session)
+
 HOOKS: tuple[tuple[str, Callable, str], ...] = (
     (_UPDATER + "update_weights_from_disk", before_update, "before"),
     (_UPDATER + "update_weights_from_ipc", before_update, "before"),
