@@ -25,4 +25,7 @@ def server_id(name: str) -> str:
 def check_server_id(server_id: str) -> None:
     """Raises ValueError when the id could be taken for a part of another server."""
     if "/" in server_id:
-        raise ValueError(f"engine id {server_id!r} holds a slash, which parts a server from its DP ranks")
+        raise ValueError(
+            f"DUALPATH_ENGINE_ID is {server_id!r}: a slash parts a server from its DP ranks, choose a name "
+            "without one"
+        )
