@@ -16,6 +16,7 @@ from dualpath_sgl.device_memory import free_tokens
 from dualpath_sgl.engine_facts import after_scheduler_init
 from dualpath_sgl.host_tree import holds_only_kv
 from dualpath_sgl.prefill import PrefillSide
+from dualpath_sgl.rank_sync import meet
 from dualpath_sgl.real_request import real
 
 if TYPE_CHECKING:
@@ -206,6 +207,8 @@ def before_tree_reset(tree: Any) -> None:
     if current is not None:
         was_idle = not len(current.open_loads)
         current.quiesce()
+        if current.tp_size > 1:
+            meet()
         if was_idle:
             current.pool_check.before_flush(tree)
 
@@ -306,7 +309,7 @@ _SGLANG_MUST_NOT_GO_ON = (
     after_stop_storage_threads,
     after_scheduler_init,
     key_tag.after_generate_storage_config,
-    *(hook for _, hook, _ in weights.HOOKS),
+    *weights.MUST_NOT_FAIL,
 )
 """Without one of these, memory may be written to that SGLang gives away next, bytes have a wrong name, or an
 engine runs that was to be refused."""
