@@ -23,6 +23,7 @@ from typing import TYPE_CHECKING, Callable
 
 import torch
 
+from dualpath_sgl import faults
 from dualpath_sgl.closing import close_room
 from dualpath_sgl.decode_work import DecodeWork
 from dualpath_sgl.host_tree import HostPrefix, held_on_host
@@ -115,6 +116,7 @@ class DecodeSide:
                 rank=self._runtime.rank,
                 prompt_tokens=len(req.origin_input_ids),
                 local_pages=held.tokens // self._runtime.page_size,
+                prompt_hash=request.prompt_hash,
                 traceparent=request.traceparent,
             )
         )
@@ -136,10 +138,10 @@ class DecodeSide:
         waiting = [r for r in self._requests.values() if not r.settled and not r.loading]
         for request, decided in zip(waiting, self._decided(queue, waiting), strict=True):
             if decided:
-                self._decide(queue, request)
+                self._step(self._decide, queue, request)
         loading = [request for request in self._requests.values() if request.loading and not request.settled]
         for request in loading:
-            self._follow(queue, request)
+            self._step(self._follow, queue, request)
         self._stop_holding(queue, [request for request in loading if not request.settled])
 
     def reset(self) -> None:
@@ -195,6 +197,21 @@ class DecodeSide:
         if time.monotonic() > request.reported_s + self._runtime.settings.plan_timeout_s:
             return "no plan in time"
         return None
+
+    def _step(
+        self,
+        step: Callable[[DecodePreallocQueue, _Request], None],
+        queue: DecodePreallocQueue,
+        request: _Request,
+    ) -> None:
+        """An exception ends DualPath's part in this request, and no other's."""
+        try:
+            step(queue, request)
+        except Exception as error:
+            faults.record("room %d goes on without DualPath", request.room)
+            self._runtime.server.close(request.room)
+            if not request.settled:
+                self._settle(request, f"{type(error).__name__} in the decode engine")
 
     def _decide(self, queue: DecodePreallocQueue, request: _Request) -> None:
         self._plans.pop(request.room, None)

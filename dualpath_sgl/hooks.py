@@ -6,14 +6,17 @@ requests (fake bootstrap hosts) alone.
 
 from __future__ import annotations
 
+import functools
 from queue import Empty
 from typing import TYPE_CHECKING, Any, Callable
 
-from dualpath_sgl import attention_quota, runtime, stages
+from dualpath_sgl import attention_quota, faults, key_tag, runtime, stages, weights
 from dualpath_sgl.decode import DecodeSide
 from dualpath_sgl.device_memory import free_tokens
+from dualpath_sgl.engine_facts import after_scheduler_init
 from dualpath_sgl.host_tree import holds_only_kv
 from dualpath_sgl.prefill import PrefillSide
+from dualpath_sgl.rank_sync import meet
 from dualpath_sgl.real_request import real
 
 if TYPE_CHECKING:
@@ -42,15 +45,16 @@ def _is_real(req: Req) -> bool:
 # -- PE: arrival ---------------------------------------------------------------------------------
 
 
-def around_prefetch_kvcache(original: Callable, scheduler: Any, req: Req, *args: Any, **kwargs: Any):
+def before_prefetch_kvcache(scheduler: Any, req: Req, *_args: Any, **_kwargs: Any) -> None:
     side = _prefill()
-    if side is None or not _is_real(req):
-        return original(scheduler, req, *args, **kwargs)
-    side.begin(req, holds_only_kv(scheduler.tree_cache))
-    result = original(scheduler, req, *args, **kwargs)
-    if not scheduler.tree_cache.has_ongoing_prefetch(req.cache_request_handle):
+    if side is not None and _is_real(req):
+        side.begin(req, holds_only_kv(scheduler.tree_cache))
+
+
+def after_prefetch_kvcache(_result: Any, scheduler: Any, req: Req, *_args: Any, **_kwargs: Any) -> None:
+    side = _prefill()
+    if side is not None and not scheduler.tree_cache.has_ongoing_prefetch(req.cache_request_handle):
         side.not_registered(req.rid, req.storage_prefetch_last_match_len or 0)
-    return result
 
 
 def before_submit_prefetch(
@@ -125,6 +129,7 @@ def around_prefetch_io(original: Callable, controller: Any) -> None:
     if current is None:
         return original(controller)
     current.controller = controller
+    current.rank_sync.open()
     prefill = _prefill()
     while not controller.storage_stop_event.is_set():
         try:
@@ -136,7 +141,7 @@ def around_prefetch_io(original: Callable, controller: Any) -> None:
                 current.rank_sync.admit(operation)
             current.take(controller, operation)
         if prefill is not None:
-            prefill.tick_io()
+            _guarded(prefill.tick_io)()
     return None
 
 
@@ -202,6 +207,8 @@ def before_tree_reset(tree: Any) -> None:
     if current is not None:
         was_idle = not len(current.open_loads)
         current.quiesce()
+        if current.tp_size > 1:
+            meet()
         if was_idle:
             current.pool_check.before_flush(tree)
 
@@ -249,9 +256,16 @@ _PREALLOC = _SRT + "disaggregation.decode.DecodePreallocQueue."
 _MIXIN = _SRT + "disaggregation.decode_hicache_mixin."
 
 HOOKS: tuple[tuple[str, Callable, str], ...] = (
+    (_SCHEDULER + "__init__", after_scheduler_init, _AFTER),
     (_SCHEDULER + "maybe_init_dynamic_chunk_sizer", attention_quota.after_init_chunk_sizer, _AFTER),
     (_SCHEDULER + "get_prefill_adder_class", attention_quota.after_get_prefill_adder_class, _AFTER),
-    (_SCHEDULER + "_prefetch_kvcache", around_prefetch_kvcache, _AROUND),
+    (_SCHEDULER + "_prefetch_kvcache", before_prefetch_kvcache, _BEFORE),
+    (_SCHEDULER + "_prefetch_kvcache", after_prefetch_kvcache, _AFTER),
+    (
+        _SRT + "managers.cache_controller.HiCacheController._generate_storage_config",
+        key_tag.after_generate_storage_config,
+        _AFTER,
+    ),
     (_CONTROLLER + "submit_prefetch", before_submit_prefetch, _BEFORE),
     (_CONTROLLER + "_sync_prefetch_hit_query", after_sync_prefetch_hit_query, _AFTER),
     (_SRT + "disaggregation.prefill.PrefillBootstrapQueue.add", after_bootstrap_add, _AFTER),
@@ -284,7 +298,21 @@ HOOKS: tuple[tuple[str, Callable, str], ...] = (
         after_commit_restore,
         _AFTER,
     ),
+    *weights.HOOKS,
 )
+
+
+_SGLANG_MUST_NOT_GO_ON = (
+    before_handle_prefetch_result,
+    before_retire_prefetch,
+    before_tree_reset,
+    after_stop_storage_threads,
+    after_scheduler_init,
+    key_tag.after_generate_storage_config,
+    *weights.MUST_NOT_FAIL,
+)
+"""Without one of these, memory may be written to that SGLang gives away next, bytes have a wrong name, or an
+engine runs that was to be refused."""
 
 
 def register(traced: bool) -> None:
@@ -295,7 +323,22 @@ def register(traced: bool) -> None:
     from sglang.srt.plugins.hook_registry import HookRegistry, HookType
 
     for target, hook, kind in HOOKS + (stages.HOOKS if traced else ()):
-        HookRegistry.register(target, hook, HookType(kind))
+        as_it_is = kind == _AROUND or hook in _SGLANG_MUST_NOT_GO_ON
+        HookRegistry.register(target, hook if as_it_is else _guarded(hook), HookType(kind))
+
+
+def _guarded(hook: Callable) -> Callable:
+    """An exception in `hook` is ours: SGLang's scheduler loop, which catches nothing, must not end by it."""
+
+    @functools.wraps(hook)
+    def guarded(*args: Any, **kwargs: Any) -> Any:
+        try:
+            return hook(*args, **kwargs)
+        except Exception:
+            faults.record("%s failed; SGLang goes on without it", hook.__name__)
+            return None
+
+    return guarded
 
 
 def assert_applied() -> None:

@@ -7,11 +7,11 @@ it is given only after every lane has let go of the operation's memory.
 
 from __future__ import annotations
 
-import logging
 import threading
 import time
 from typing import TYPE_CHECKING, Callable
 
+from dualpath_sgl import faults
 from scheduler_svc.protocol import LaneRecord
 
 if TYPE_CHECKING:
@@ -22,8 +22,6 @@ if TYPE_CHECKING:
     )
 
     from dualpath_sgl.open_loads import OpenLoads
-
-logger = logging.getLogger(__name__)
 
 
 class LaneClock:
@@ -157,7 +155,7 @@ class PageLoad:
                 self._on_lanes_done(self)
             except Exception:
                 # SGLang must get its memory back whatever becomes of the report.
-                logger.exception("Load of request %s was not reported", self.operation.request_id)
+                faults.record("the load of request %s was not reported", self.operation.request_id)
         if self._hold is None:
             self._acknowledge()
         else:
@@ -175,7 +173,7 @@ def acknowledge(controller: HybridCacheController, operation: PrefetchOperation,
     try:
         controller._page_transfer_sidecar(operation, pages)
     except Exception:
-        logger.exception("Sidecar prefetch failed for request %s", operation.request_id)
+        faults.record("request %s: its side pools were not read", operation.request_id)
     controller.prefetch_sync_queue.put(
         PrefetchAck(rid=operation.request_id, operation=operation, completed_req=True)
     )

@@ -71,7 +71,8 @@ class PageServer(threading.Thread):
         """With `keys` it speaks CURVE, and only with the holders of those."""
         super().__init__(name="dualpath-page-server", daemon=True)
         self._session = session
-        self._fingerprint = fingerprint
+        self.fingerprint = fingerprint
+        """May be set at any time; only pulls that name it are served from then on."""
         self._lease_s = lease_s
         self._subscribe_timeout_s = subscribe_timeout_s
         self._rooms: dict[int, _Room] = {}
@@ -83,7 +84,9 @@ class PageServer(threading.Thread):
         self._socket = keys.server_socket() if keys else zmq.Context.instance().socket(zmq.ROUTER)
         self._socket.setsockopt(zmq.LINGER, 0)
         self._socket.setsockopt(zmq.MAXMSGSIZE, peer_protocol.MAX_MESSAGE_BYTES)
-        self.endpoint = f"tcp://{host}:{self._socket.bind_to_random_port(f'tcp://{host}')}"
+        self._socket.setsockopt(zmq.IPV6, int(":" in host))
+        address = f"tcp://[{host}]" if ":" in host else f"tcp://{host}"
+        self.endpoint = f"{address}:{self._socket.bind_to_random_port(address)}"
 
     # -- called by the DE's scheduler thread and lanes --------------------------------------
 
@@ -195,7 +198,7 @@ class PageServer(threading.Thread):
             logger.warning("DualPath page server: ignored a malformed message: %s", error)
             return
         if isinstance(message, Pull):
-            if message.fingerprint != self._fingerprint:
+            if message.fingerprint != self.fingerprint:
                 self._send(
                     identity,
                     Ended(room=message.room, end_page=message.first_page, reason="layout differs"),

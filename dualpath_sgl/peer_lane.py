@@ -63,7 +63,8 @@ class PeerLane(threading.Thread):
         super().__init__(name=f"dualpath-peer-lane {endpoint}", daemon=True)
         self._endpoint = endpoint
         self._forwarder = forwarder
-        self._fingerprint = fingerprint
+        self.fingerprint = fingerprint
+        """Of the pages it asks for; may be set at any time."""
         self._timeout_s = timeout_s
         self._on_missing = on_missing
         self._secure = secure
@@ -83,6 +84,7 @@ class PeerLane(threading.Thread):
         self._socket = zmq.Context.instance().socket(zmq.DEALER)
         self._socket.setsockopt(zmq.LINGER, 0)
         self._socket.setsockopt(zmq.MAXMSGSIZE, peer_protocol.MAX_MESSAGE_BYTES)
+        self._socket.setsockopt(zmq.IPV6, int("[" in self._endpoint))
         if self._secure is not None:
             self._secure(self._socket)
         try:
@@ -113,7 +115,7 @@ class PeerLane(threading.Thread):
                 room=pull.room,
                 first_page=first_page,
                 end_page=first_page + pull.end,
-                fingerprint=self._fingerprint,
+                fingerprint=self.fingerprint,
             )
         )
 

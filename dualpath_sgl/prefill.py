@@ -17,6 +17,7 @@ import time
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from dualpath_sgl import faults
 from dualpath_sgl.closing import close_room
 from dualpath_sgl.page_load import PageLoad
 from dualpath_sgl.peer_lane import PeerLane
@@ -224,6 +225,7 @@ class PrefillSide:
                 prompt_tokens=request.prompt_tokens,
                 local_pages=request.local_pages,
                 hit_pages=hit_pages,
+                prompt_hash=request.prompt_hash,
                 traceparent=request.traceparent,
             )
         )
@@ -260,7 +262,7 @@ class PrefillSide:
             try:
                 self._lane(plan).submit(load, request.room, pages)
             except Exception:
-                logger.exception("DualPath: room %d: no peer lane", request.room)
+                faults.record("room %d: its pages come from the store, no peer lane", request.room)
                 request.fallback_reason = "peer lane did not start"
                 return 0
         return pages
@@ -286,7 +288,7 @@ class PrefillSide:
             self._lane(plan).let_go(plan.room)
         except Exception:
             # The DE stops waiting by itself (DUALPATH_SUBSCRIBE_TIMEOUT_S).
-            logger.exception("DualPath: room %d: its decode engine was not told", plan.room)
+            faults.record("room %d: its decode engine was not told to let go", plan.room)
 
     def _lane(self, plan: Plan) -> PeerLane:
         """Raises scheduler_svc.keys.KeyFileError when engines have keys and the DE's is not there."""
@@ -305,6 +307,12 @@ class PrefillSide:
                 lane.start()
                 self._lanes[endpoint] = lane
             return lane
+
+    def rename_layout(self, fingerprint: str) -> None:
+        """Lanes ask for pages of this layout from now on."""
+        with self._lock:
+            for lane in self._lanes.values():
+                lane.fingerprint = fingerprint
 
     def _on_missing(self, load: PageLoad, first: int, end: int, reason: str) -> None:
         """The DE did not deliver: the store does."""
