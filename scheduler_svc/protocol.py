@@ -164,6 +164,8 @@ class Load(Wire):
     """Times since the rank's start that its pools were checked, empty, before a flush."""
     kept_pages: Count = 0
     """Pages that those checks found pinned or lost (must stay 0)."""
+    faults: Count = 0
+    """Exceptions in DualPath's own code since the rank's start (must stay 0)."""
 
 
 class Heartbeat(Wire, tag="heartbeat"):
@@ -315,7 +317,7 @@ class Status(Wire, tag="status"):
     policy: Name
     uptime_s: Seconds
     engines: tuple[EngineStatus, ...]
-    """At most `STATUS_ENGINES`, in the order in which they came."""
+    """One page of them, in the order in which they came."""
     rooms_open: Count
     rooms_closed: Count
     paths: dict[Path, Count]
