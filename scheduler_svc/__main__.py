@@ -74,7 +74,8 @@ def serve(
         authorized_keys = None
         try:
             if authorized_keys_dir is not None:
-                admitting = PeerAuthenticator(authorized_keys_dir, context, metrics.refused_connections.inc)
+                refused = metrics.refused_connections.labels("auth")
+                admitting = PeerAuthenticator(authorized_keys_dir, context, refused.inc)
                 authorized_keys = running.enter_context(admitting).keys
             server = Server(
                 bind,

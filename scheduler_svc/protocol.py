@@ -168,7 +168,7 @@ class Load(Wire):
     kept_pages: Count = 0
     """Pages that those checks found pinned or lost (must stay 0)."""
     faults: Count = 0
-    """Exceptions in the rank's DualPath code since it started, each of them in its log."""
+    """Exceptions in DualPath's own code since the rank's start (must stay 0)."""
 
 
 class Heartbeat(Wire, tag="heartbeat"):
@@ -320,7 +320,7 @@ class Status(Wire, tag="status"):
     policy: Name
     uptime_s: Seconds
     engines: tuple[EngineStatus, ...]
-    """At most `STATUS_ENGINES`, in the order in which they came."""
+    """One page of them, in the order in which they came."""
     rooms_open: Count
     rooms_closed: Count
     paths: dict[Path, Count]
