@@ -20,7 +20,7 @@ import msgspec
 from dualpath_sgl.router.errors import BadRequest
 
 ONE_PER_PROMPT = (
-    *("rid", "return_logprob", "logprob_start_len", "top_logprobs_num", "return_sampling_mask"),
+    *("return_logprob", "logprob_start_len", "top_logprobs_num", "return_sampling_mask"),
     *("sampling_logprobs_mode", "return_hidden_states", "lora_path", "lora_id", "custom_logit_processor"),
 )
 """Fields that may be lists with a list of prompts, and only then."""
