@@ -21,7 +21,7 @@ from dualpath_sgl.router.metrics import RouterMetrics
 from dualpath_sgl.router.placement import PlacementClient, SchedulerAway
 from dualpath_sgl.router.request import ClientRequest
 from dualpath_sgl.router.spans import RouterSpans
-from scheduler_svc.protocol import Place, Role
+from scheduler_svc.protocol import PROTOCOL_VERSION, Place, Role
 from scheduler_svc.tracing import traceparent_of
 
 ROOM_BITS = 63
@@ -84,6 +84,8 @@ class Pairing:
             session_id=request.session_id,
             prompt_tokens=request.prompt_tokens,
             traceparent=traceparent,
+            version=PROTOCOL_VERSION,
+            oldest_version=PROTOCOL_VERSION,
         )
         with self._metrics.scheduler_asked():
             placement = await self._scheduler.place(question)

@@ -12,6 +12,7 @@ import orjson
 from dualpath_sgl.router import refusals
 from dualpath_sgl.router.engines import Engine
 from dualpath_sgl.router.errors import BadRequest
+from scheduler_svc.protocol import printable
 
 SESSION_HEADERS = ("X-Session-Id", "X-SMG-Routing-Key")
 """The second is what the Rust router's sticky policies go by."""
@@ -71,8 +72,8 @@ def _session_id(headers: Mapping[str, str], body: Mapping[str, Any]) -> str | No
     named = [headers.get(name) for name in SESSION_HEADERS]
     named += [body.get("session_id"), parameters.get("id") if isinstance(parameters, dict) else None]
     found = next((name for name in named if isinstance(name, str) and name), None)
-    # Headers may hold bytes that are no UTF-8, which the wire to the scheduler does not take.
-    return None if found is None else found.encode(errors="replace").decode()[:MAX_SESSION_CHARACTERS]
+    # Headers may hold bytes that are no UTF-8, and bodies line ends: the wire to the scheduler takes neither.
+    return None if found is None else printable(found, MAX_SESSION_CHARACTERS)
 
 
 def prompt_tokens(body: Mapping[str, Any]) -> int:
