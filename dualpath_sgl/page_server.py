@@ -71,7 +71,8 @@ class PageServer(threading.Thread):
         """With `keys` it speaks CURVE, and only with the holders of those."""
         super().__init__(name="dualpath-page-server", daemon=True)
         self._session = session
-        self._fingerprint = fingerprint
+        self.fingerprint = fingerprint
+        """May be set at any time; only pulls that name it are served from then on."""
         self._lease_s = lease_s
         self._subscribe_timeout_s = subscribe_timeout_s
         self._rooms: dict[int, _Room] = {}
@@ -197,7 +198,7 @@ class PageServer(threading.Thread):
             logger.warning("DualPath page server: ignored a malformed message: %s", error)
             return
         if isinstance(message, Pull):
-            if message.fingerprint != self._fingerprint:
+            if message.fingerprint != self.fingerprint:
                 self._send(
                     identity,
                     Ended(room=message.room, end_page=message.first_page, reason="layout differs"),

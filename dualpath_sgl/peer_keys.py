@@ -16,7 +16,7 @@ import zmq
 
 from scheduler_svc.authenticator import PeerAuthenticator, sender
 from scheduler_svc.authorized_keys import engine_name
-from scheduler_svc.keys import PUBLIC, load_public, load_secret
+from scheduler_svc.keys import PUBLIC, load_public, load_secret, secure_server
 from scheduler_svc.sparse_log import SparseLog
 
 logger = logging.getLogger(__name__)
@@ -28,6 +28,7 @@ Secure = Callable[[zmq.Socket], None]
 class PeerKeys:
     def __init__(self, key_file: Path, directory: Path) -> None:
         """`key_file`: this engine's `.key_secret`.  Raises scheduler_svc.keys.KeyFileError."""
+        self._key_file = key_file
         self._own = load_secret(key_file)
         self._directory = directory
         # Of its own: ZeroMQ asks one authenticator a context, and SGLang uses the common one.
@@ -39,8 +40,7 @@ class PeerKeys:
         """The page server's socket, not bound yet; its peers are authenticated until `stop`."""
         self._authenticator.start()
         socket = self._context.socket(zmq.ROUTER)
-        socket.curve_publickey, socket.curve_secretkey = self._own
-        socket.curve_server = True
+        secure_server(socket, self._key_file)
         return socket
 
     def stop(self) -> None:

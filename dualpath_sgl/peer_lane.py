@@ -63,7 +63,8 @@ class PeerLane(threading.Thread):
         super().__init__(name=f"dualpath-peer-lane {endpoint}", daemon=True)
         self._endpoint = endpoint
         self._forwarder = forwarder
-        self._fingerprint = fingerprint
+        self.fingerprint = fingerprint
+        """Of the pages it asks for; may be set at any time."""
         self._timeout_s = timeout_s
         self._on_missing = on_missing
         self._secure = secure
@@ -114,7 +115,7 @@ class PeerLane(threading.Thread):
                 room=pull.room,
                 first_page=first_page,
                 end_page=first_page + pull.end,
-                fingerprint=self._fingerprint,
+                fingerprint=self.fingerprint,
             )
         )
 

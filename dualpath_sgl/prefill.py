@@ -225,6 +225,7 @@ class PrefillSide:
                 prompt_tokens=request.prompt_tokens,
                 local_pages=request.local_pages,
                 hit_pages=hit_pages,
+                prompt_hash=request.prompt_hash,
                 traceparent=request.traceparent,
             )
         )
@@ -306,6 +307,12 @@ class PrefillSide:
                 lane.start()
                 self._lanes[endpoint] = lane
             return lane
+
+    def rename_layout(self, fingerprint: str) -> None:
+        """Lanes ask for pages of this layout from now on."""
+        with self._lock:
+            for lane in self._lanes.values():
+                lane.fingerprint = fingerprint
 
     def _on_missing(self, load: PageLoad, first: int, end: int, reason: str) -> None:
         """The DE did not deliver: the store does."""

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import importlib
+import json
+import os
 import signal
 import sys
 import time
@@ -134,6 +136,31 @@ def status(
 def demo() -> None:
     """Replay a real agent trace through a small cluster on this machine and write a report."""
     sys.exit(importlib.import_module("evals.demo").main())
+
+
+@app.command()
+def doctor(
+    flags: Annotated[
+        list[str] | None, typer.Argument(metavar="[-- ENGINE FLAGS]", help="SGLang's flags of one engine.")
+    ] = None,
+    config: Annotated[
+        Path | None, typer.Option("--config", "-c", help="Cluster description (YAML).")
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="The findings as JSON.")] = False,
+) -> None:
+    """Say what will not work here, and the remedy; exit status 1 when something will not."""
+    from dataclasses import asdict
+
+    from launch import doctor as doctor_
+
+    found = doctor_.examine(_load(config) if config is not None else None, flags or (), os.environ)
+    if as_json:
+        document = {"works": doctor_.works(found), "findings": [asdict(finding) for finding in found]}
+        print(json.dumps(document, indent=2))
+    else:
+        doctor_.show(found, Console(highlight=False))
+    if not doctor_.works(found):
+        raise typer.Exit(1)
 
 
 @app.command("bench-load")

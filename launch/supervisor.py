@@ -45,6 +45,7 @@ from launch.run_dir import STATE_FILE, Claim, ClusterState, ProcessState
 from launch.security import OPERATOR, key_files
 from launch.store_node import READY as STORE_READY
 from scheduler_svc.client import SchedulerClient
+from scheduler_svc.engine_names import server_id
 from scheduler_svc.protocol import Role
 
 START_TIMEOUT_S = 600.0
@@ -378,7 +379,7 @@ class Cluster(Supervisor):
         expected = {spec.name for spec in self._specs}
         deadline_s = time.monotonic() + REJOIN_TIMEOUT_S
         with self.ask_scheduler() as client:
-            while expected != {engine.engine.engine_id for engine in client.status(PROBE_TIMEOUT_S).engines}:
+            while expected != {server_id(e.engine.engine_id) for e in client.status(PROBE_TIMEOUT_S).engines}:
                 if time.monotonic() > deadline_s:
                     raise StartTimeout(f"engines did not join the scheduler again in {REJOIN_TIMEOUT_S:g} s")
                 time.sleep(POLL_S)

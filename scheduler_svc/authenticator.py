@@ -87,8 +87,8 @@ class PeerAuthenticator:
         *route, version, request_id, _domain, address, _identity, mechanism, credential = request
         key = z85.encode(credential) if mechanism == b"CURVE" else b""
         admitted = bool(self.keys.names(key))
-        # The user id travels with every message of the connection.  300, "try again later": after 400 the
-        # peer's ZeroMQ would never come back, and a key may be put into the directory at any time.
+        # The user id travels with every message of the connection.  300 is "try again later": the peer does
+        # so every `HANDSHAKE_MS`.  After 400 its ZeroMQ would never come back, and its key may come any time.
         verdict = (b"200", b"OK", key) if admitted else (b"300", b"key not authorized", b"")
         self._socket.send_multipart([*route, version, request_id, *verdict, b""])
         if not admitted:

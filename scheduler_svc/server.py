@@ -25,10 +25,12 @@ from scheduler_svc.protocol import (
     Error,
     ErrorCode,
     Heartbeat,
+    Malformed,
     Report,
     Request,
     decode_request,
     encode,
+    printable,
 )
 from scheduler_svc.reach import is_loopback
 from scheduler_svc.sparse_log import SparseLog
@@ -191,8 +193,8 @@ class Server:
             return
         try:
             message = decode_request(frames[0])
-        except ValueError as error:
-            self._refuse(identity, ErrorCode.MALFORMED, str(error))
+        except Malformed as error:
+            self._refuse(identity, ErrorCode.MALFORMED, str(error), error.room, error.request_id)
             return
         if self._authorized_keys is not None and (why := self._authorized_keys.refusal(key, message)):
             self._forbidden.warning("refused %s: %s", type(message).__name__, why)
@@ -235,10 +237,18 @@ class Server:
             self._metrics.undelivered.inc()
             logger.info("undelivered %.40s...: %s", frame.decode(), error.strerror)
 
-    def _refuse(self, identity: bytes, code: ErrorCode, text: str) -> None:
+    def _refuse(
+        self,
+        identity: bytes,
+        code: ErrorCode,
+        text: str,
+        room: int | None = None,
+        request_id: str | None = None,
+    ) -> None:
         self._cluster.errors += 1
         self._metrics.errors.labels(code.value).inc()
-        self._outbox.append((identity, encode(Error(code=code, message=text))))
+        error = Error(code=code, message=printable(text), room=room, request_id=request_id)
+        self._outbox.append((identity, encode(error)))
 
     def _observe(self) -> None:
         for observer in self._observers:

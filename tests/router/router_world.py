@@ -59,8 +59,12 @@ class Router(NamedTuple):
         """Exactly these bytes, well-formed or not."""
         return self._answer("/generate", body, {"Content-Type": "application/json"})
 
-    def get(self, path: str) -> Answer:
-        return self._answer(path, None, {})
+    def get(self, path: str, headers: dict[str, str] | None = None) -> Answer:
+        return self._answer(path, None, headers or {})
+
+    def post(self, path: str, headers: dict[str, str] | None = None) -> Answer:
+        """Without a body."""
+        return self._answer(path, b"", headers or {})
 
     def _answer(self, path: str, data: bytes | None, headers: dict[str, str]) -> Answer:
         """Continues a new trace."""
@@ -174,7 +178,8 @@ class World:
         return self._up("placing")
 
     def strict_router(self) -> Router:
-        """The same for `p0` and `d0` only, with a short time limit, no second attempts and small bodies."""
+        """The same for `p0` and `d0`, while `p1` and `d1` may join, with a short time limit, no second
+        attempts and small bodies."""
         return self._up("strict")
 
     def upstream_router(self) -> Router:
@@ -210,6 +215,8 @@ class World:
                 "--request-timeout-secs=2",
                 "--disable-retries",
                 f"--max-payload-size={STRICT_BODY_BYTES}",
+                f"--dualpath-engine-url-prefix={self.p1.url}",
+                f"--dualpath-engine-url-prefix={self.d1.url}",
             ),
             "mini_lb": self._start_router(pair, "--mini-lb"),
             "rust": self._start_router(
