@@ -2,7 +2,8 @@
 
 SGLang counts a prefetch by its contiguous prefix, so pages may land in any order but only the
 prefix is acknowledged.  The final acknowledgement hands the pages to SGLang's scheduler thread;
-it is given only after every lane has let go of the operation's memory.
+it is given only after every lane has let go of the operation's memory, and without those pages
+into which a read that hangs may still write.
 """
 
 from __future__ import annotations
@@ -12,10 +13,11 @@ import threading
 import time
 from typing import TYPE_CHECKING, Callable
 
+import torch
+
 from scheduler_svc.protocol import LaneRecord
 
 if TYPE_CHECKING:
-    import torch
     from sglang.srt.mem_cache.hybrid_cache.hybrid_cache_controller import (
         HybridCacheController,
         PrefetchOperation,
@@ -89,6 +91,8 @@ class PageLoad:
         """Pages landed without a gap."""
         self.clocks: list[LaneClock] = []
         self._landed = bytearray(self.pages)
+        self._host_indices = operation.host_indices
+        self._withheld = bytearray(self.pages)
         self._open_parts = 1  # whoever submits parts closes this one after the last
         self._lock = threading.Lock()
         self._on_prefix = on_prefix
@@ -106,7 +110,16 @@ class PageLoad:
 
     def host_indices(self, first: int, end: int) -> torch.Tensor:
         page_size = self.controller.page_size
-        return self.operation.host_indices[first * page_size : end * page_size]
+        return self._host_indices[first * page_size : end * page_size]
+
+    def withhold(self, first: int, end: int) -> Callable[[], None]:
+        """Pages `[first, end)` may still be written into: the load will end without them.
+
+        None of them may land.  SGLang gets them back when the result is called, on any thread, once.
+        """
+        with self._lock:
+            self._withheld[first:end] = b"\x01" * (end - first)
+        return lambda: self.controller.append_host_mem_release(self.host_indices(first, end))
 
     def open_part(self, lane: str, first: int) -> LaneClock:
         with self._lock:
@@ -160,6 +173,10 @@ class PageLoad:
             self.controller._page_transfer_sidecar(self.operation, self.prefix)
         except Exception:
             logger.exception("Sidecar prefetch failed for request %s", self.operation.request_id)
+        if any(self._withheld):
+            # On the last acknowledgement SGLang frees what did not land of these.
+            kept = torch.frombuffer(self._withheld, dtype=torch.bool)
+            self.operation.host_indices = self._host_indices.reshape(self.pages, -1)[~kept].flatten()
         self.controller.prefetch_sync_queue.put(
             PrefetchAck(rid=self.operation.request_id, operation=self.operation, completed_req=True)
         )
