@@ -25,9 +25,9 @@ MOST_PIECE_BYTES = 1024 * 1024
 PIECES_A_READ = 64
 """A read is cut into about so many transfers, within these sizes: on a slow link they are short, so that
 one of them ends every now and then while the peer is alive."""
-UNDER_WAY = 32
-"""Transfers.  Mooncake's queue for one peer ends at 1,024; what is queued at a peer that hangs ends four by
-four, each after `MC_TCP_PROGRESS_TIMEOUT_SEC`."""
+UNDER_WAY = 12
+"""Transfers: three for each of the four connections that Mooncake makes to a peer.  At a peer that hangs they
+end in three rounds of `MC_TCP_PROGRESS_TIMEOUT_SEC` and one second."""
 POLL_S = 0.0002
 """Sleeping between looks leaves the core to Mooncake's own thread, which does the copying: on two cores a
 read of 256 blocks of 64 KiB takes 10 ms instead of the 17 ms of Mooncake's spinning wait."""

@@ -8,13 +8,13 @@ into which a read that hangs may still write.
 
 from __future__ import annotations
 
-import logging
 import threading
 import time
 from typing import TYPE_CHECKING, Callable
 
 import torch
 
+from dualpath_sgl import faults
 from scheduler_svc.protocol import LaneRecord
 
 if TYPE_CHECKING:
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
         PrefetchOperation,
     )
 
-logger = logging.getLogger(__name__)
+    from dualpath_sgl.open_loads import OpenLoads
 
 
 class LaneClock:
@@ -66,6 +66,7 @@ class LaneClock:
 class PageLoad:
     """Pages `[0, pages)` of one operation; page 0 is prompt page `first_page`.
 
+    Where it begins is the operation's own word: SGLang may move it until there is host memory.
     Lanes work between `open_part` and `close_part` and call `land` for pages that are whole.
     `hold`, when given, receives the closing step and may call it later: a DE does so to keep
     owning pages that a PE still reads.
@@ -76,7 +77,7 @@ class PageLoad:
         controller: HybridCacheController,
         operation: PrefetchOperation,
         *,
-        first_page: int,
+        open_loads: OpenLoads,
         page_bytes: int,
         on_prefix: Callable[[PageLoad, int], None] | None = None,
         on_lanes_done: Callable[[PageLoad], None] | None = None,
@@ -84,7 +85,7 @@ class PageLoad:
     ) -> None:
         self.controller = controller
         self.operation = operation
-        self.first_page = first_page
+        self.first_page = operation.storage_start // controller.page_size
         self.page_bytes = page_bytes
         self.pages = len(operation.hash_value)
         self.prefix = 0
@@ -98,11 +99,19 @@ class PageLoad:
         self._on_prefix = on_prefix
         self._on_lanes_done = on_lanes_done
         self._hold = hold
+        self._stopped = False
+        self._acknowledged = False
+        self._open_loads = open_loads
+        open_loads.add(self)
 
     @property
     def cancelled(self) -> bool:
-        """SGLang wants no more pages (abort or prefetch time-out)."""
-        return self.operation.is_terminated()
+        """SGLang wants no more pages (abort, prefetch time-out, or it stops its storage threads)."""
+        return self._stopped or self.operation.is_terminated()
+
+    def stop(self) -> None:
+        """No lane begins another transfer."""
+        self._stopped = True
 
     @property
     def lanes_open(self) -> bool:
@@ -115,11 +124,20 @@ class PageLoad:
     def withhold(self, first: int, end: int) -> Callable[[], None]:
         """Pages `[first, end)` may still be written into: the load will end without them.
 
-        None of them may land.  SGLang gets them back when the result is called, on any thread, once.
+        None of them may land.  SGLang gets them back when the result is called, on any thread, once;
+        until then this load is open (OpenLoads).
         """
         with self._lock:
             self._withheld[first:end] = b"\x01" * (end - first)
-        return lambda: self.controller.append_host_mem_release(self.host_indices(first, end))
+        return lambda: self._give_back(first, end)
+
+    def _give_back(self, first: int, end: int) -> None:
+        self.controller.append_host_mem_release(self.host_indices(first, end))
+        with self._lock:
+            self._withheld[first:end] = bytes(end - first)
+            over = self._acknowledged and not any(self._withheld)
+        if over:
+            self._open_loads.remove(self)
 
     def open_part(self, lane: str, first: int) -> LaneClock:
         with self._lock:
@@ -160,23 +178,33 @@ class PageLoad:
                 self._on_lanes_done(self)
             except Exception:
                 # SGLang must get its memory back whatever becomes of the report.
-                logger.exception("Load of request %s was not reported", self.operation.request_id)
+                faults.record("the load of request %s was not reported", self.operation.request_id)
         if self._hold is None:
             self._acknowledge()
         else:
             self._hold(self._acknowledge)
 
     def _acknowledge(self) -> None:
-        from sglang.srt.managers.cache_controller import PrefetchAck
+        with self._lock:
+            withheld = any(self._withheld)
+            if withheld:
+                # On its last word SGLang frees what did not land of these.
+                free = ~torch.tensor(list(self._withheld), dtype=torch.bool)
+                self.operation.host_indices = self._host_indices.reshape(self.pages, -1)[free].flatten()
+            self._acknowledged = True
+        acknowledge(self.controller, self.operation, self.prefix)
+        if not withheld:
+            self._open_loads.remove(self)
 
-        try:
-            self.controller._page_transfer_sidecar(self.operation, self.prefix)
-        except Exception:
-            logger.exception("Sidecar prefetch failed for request %s", self.operation.request_id)
-        if any(self._withheld):
-            # On the last acknowledgement SGLang frees what did not land of these.
-            kept = torch.frombuffer(self._withheld, dtype=torch.bool)
-            self.operation.host_indices = self._host_indices.reshape(self.pages, -1)[~kept].flatten()
-        self.controller.prefetch_sync_queue.put(
-            PrefetchAck(rid=self.operation.request_id, operation=self.operation, completed_req=True)
-        )
+
+def acknowledge(controller: HybridCacheController, operation: PrefetchOperation, pages: int) -> None:
+    """Give `operation` back to SGLang with `pages` whole pages: its last word, said once."""
+    from sglang.srt.managers.cache_controller import PrefetchAck
+
+    try:
+        controller._page_transfer_sidecar(operation, pages)
+    except Exception:
+        faults.record("request %s: its side pools were not read", operation.request_id)
+    controller.prefetch_sync_queue.put(
+        PrefetchAck(rid=operation.request_id, operation=operation, completed_req=True)
+    )

@@ -20,9 +20,10 @@ import zmq
 
 from dualpath_sgl import peer_protocol
 from dualpath_sgl.mailbox import Mailbox
+from dualpath_sgl.peer_keys import PeerKeys
 from dualpath_sgl.peer_protocol import Ended, Pages, Pull, Reading, Release, Released, Waiting
-from dualpath_sgl.rare_log import RareLog
 from scheduler_svc.protocol import Wire, encode
+from scheduler_svc.sparse_log import SparseLog
 
 logger = logging.getLogger(__name__)
 
@@ -80,8 +81,15 @@ class _Puller:
 
 class PageServer(threading.Thread):
     def __init__(
-        self, host: str, session: str, fingerprint: str, lease_s: float, subscribe_timeout_s: float
+        self,
+        host: str,
+        session: str,
+        fingerprint: str,
+        lease_s: float,
+        subscribe_timeout_s: float,
+        keys: PeerKeys | None = None,
     ) -> None:
+        """With `keys` it speaks CURVE, and only with the holders of those."""
         super().__init__(name="dualpath-page-server", daemon=True)
         self._session = session
         self._fingerprint = fingerprint
@@ -95,8 +103,9 @@ class PageServer(threading.Thread):
         """By room; the server's own thread."""
         self._wake: Mailbox[int] = Mailbox()
         """Rooms of which there is news."""
-        self._noise = RareLog(logger)
-        self._socket = zmq.Context.instance().socket(zmq.ROUTER)
+        self._noise = SparseLog(logger)
+        self._keys = keys
+        self._socket = keys.server_socket() if keys else zmq.Context.instance().socket(zmq.ROUTER)
         self._socket.setsockopt(zmq.LINGER, 0)
         self._socket.setsockopt(zmq.MAXMSGSIZE, peer_protocol.MAX_MESSAGE_BYTES)
         # A lane keeps its name when its connection breaks, and is itself again on the next one.
@@ -224,9 +233,12 @@ class PageServer(threading.Thread):
         for _ in range(MESSAGES_AT_A_TIME):
             if not self._socket.poll(0):
                 break
-            identity, *frames = self._socket.recv_multipart()
+            sender, *frames = self._socket.recv_multipart(copy=False)
+            if self._keys is not None and not self._keys.admits(sender):
+                continue
+            identity = sender.bytes
             try:
-                message = peer_protocol.decode_to_server(b"".join(frames))
+                message = peer_protocol.decode_to_server(b"".join(frame.bytes for frame in frames))
             except ValueError as error:
                 self._noise.warning("DualPath page server: ignored a malformed message: %s", error)
                 continue

@@ -28,9 +28,10 @@ from dualpath_sgl.forward import Forwarder, StillWriting, merge_runs
 from dualpath_sgl.lane_priority import wait_politely
 from dualpath_sgl.mailbox import Mailbox
 from dualpath_sgl.page_load import LaneClock, PageLoad
+from dualpath_sgl.peer_keys import Secure
 from dualpath_sgl.peer_protocol import Ended, Pages, Pull, Reading, Release, Released
-from dualpath_sgl.rare_log import RareLog
 from scheduler_svc.protocol import Wire, encode
+from scheduler_svc.sparse_log import SparseLog
 
 logger = logging.getLogger(__name__)
 
@@ -105,8 +106,12 @@ class PeerLane(threading.Thread):
         fingerprint: str,
         timeout_s: float,
         on_missing: OnMissing,
+        secure: Secure | None = None,
     ) -> None:
-        """Raises OSError or zmq.ZMQError when the process has no descriptor left."""
+        """`secure` makes the lane's socket speak CURVE to this DE (`PeerKeys.towards`).
+
+        Raises OSError or zmq.ZMQError when the process has no descriptor left.
+        """
         super().__init__(name=f"dualpath-peer-lane {endpoint}", daemon=True)
         self._endpoint = endpoint
         self._forwarder = forwarder
@@ -129,12 +134,14 @@ class PeerLane(threading.Thread):
         self._greeting: str | None = None
         self._unfinished: _Unfinished | None = None
         self._wave_bytes = FIRST_WAVE_BYTES
-        self._noise = RareLog(logger)
+        self._noise = SparseLog(logger)
         self._socket = zmq.Context.instance().socket(zmq.DEALER)
         self._socket.setsockopt(zmq.LINGER, 0)
         self._socket.setsockopt(zmq.MAXMSGSIZE, peer_protocol.MAX_MESSAGE_BYTES)
         # Who pulled may release, nobody else; and it is the same one when a connection was lost.
         self._socket.setsockopt(zmq.IDENTITY, b"lane" + uuid.uuid4().bytes)
+        if secure is not None:
+            secure(self._socket)
 
     # -- any thread -----------------------------------------------------------------------------
 

@@ -5,14 +5,16 @@ from __future__ import annotations
 import logging
 from typing import TYPE_CHECKING, Any
 
-from dualpath_sgl import layout
+from dualpath_sgl import faults, layout
 from dualpath_sgl.config import Settings
 from dualpath_sgl.control import ControlChannel
 from dualpath_sgl.decode import DecodeSide
 from dualpath_sgl.forward import Forwarder
 from dualpath_sgl.integrity import PoolCheck
-from dualpath_sgl.page_load import PageLoad
+from dualpath_sgl.open_loads import OpenLoads
+from dualpath_sgl.page_load import PageLoad, acknowledge
 from dualpath_sgl.page_server import PageServer
+from dualpath_sgl.peer_keys import PeerKeys
 from dualpath_sgl.prefill import PrefillSide
 from dualpath_sgl.rank_sync import RankSync
 from dualpath_sgl.store_lane import StoreLane
@@ -50,11 +52,13 @@ class Runtime:
         )
         self.forwarder = Forwarder(settings.host, settings.protocol, settings.device, _buffers(pool))
         self.store_lane = StoreLane()
+        self.open_loads = OpenLoads()
         self.unplanned_read_bytes = 0
         self.device_free_tokens = 0
         """As of SGLang's last scheduler iteration (an idle one makes at least one a second)."""
         self.pool_check = PoolCheck(pool)
         self.rank_sync = RankSync()
+        self.peer_keys = PeerKeys(settings.key_file, settings.peer_keys) if settings.peer_keys else None
         self.server: PageServer | None = None
         if self.role is Role.DECODE:
             self.server = PageServer(
@@ -63,6 +67,7 @@ class Runtime:
                 self.fingerprint,
                 settings.lease_s,
                 settings.subscribe_timeout_s,
+                self.peer_keys,
             )
             self.side: PrefillSide | DecodeSide = DecodeSide(self)
         else:
@@ -96,6 +101,14 @@ class Runtime:
         self.control.start()
         logger.info("DualPath: %s rank %d runs, layout %s", self.role, self.rank, self.fingerprint)
 
+    def take(self, controller: HybridCacheController, operation: PrefetchOperation) -> None:
+        """An operation of SGLang's has host memory; called on its prefetch I/O thread, never raises."""
+        try:
+            self.side.take(controller, operation)
+        except Exception:
+            faults.record("request %s is computed without its stored pages", operation.request_id)
+            acknowledge(controller, operation, 0)
+
     def load_from_store(
         self, controller: HybridCacheController, operation: PrefetchOperation
     ) -> None:
@@ -103,12 +116,20 @@ class Runtime:
         load = PageLoad(
             controller,
             operation,
-            first_page=0,
+            open_loads=self.open_loads,
             page_bytes=self.page_bytes,
             on_lanes_done=self._count_unplanned,
         )
         self.store_lane.submit(load, 0, load.pages)
         load.close_part()
+
+    def quiesce(self) -> None:
+        """Let go of everything of SGLang's: it is about to drop its cache, or stops its storage threads.
+
+        On SGLang's scheduler thread.  Raises RuntimeError when a transfer does not end in time.
+        """
+        self.side.reset()
+        self.open_loads.drain()
 
     def _count_unplanned(self, load: PageLoad) -> None:
         self.unplanned_read_bytes += sum(clock.bytes for clock in load.clocks)
@@ -120,7 +141,7 @@ class Runtime:
             "read_rate_bytes_per_s": self.store_lane.rate_bytes_per_s,
             "unplanned_read_bytes": self.unplanned_read_bytes,
             "host_free_pages": self.pool.available_size() // self.page_size,
-            "held": self.side.held,
+            "held": self.side.held + len(self.open_loads),
             "pool_checks": self.pool_check.checks,
             "kept_pages": self.pool_check.kept_pages,
         }
@@ -146,12 +167,17 @@ _current: Runtime | None = None
 
 
 def start(settings: Settings, config: HiCacheStorageConfig, pool: Any) -> Runtime:
-    """Build and start the process's runtime.  Raises when one runs already."""
+    """The process's runtime: built when SGLang first attaches the storage, and kept if it does so again.
+
+    Raises RuntimeError when another host pool has one already.
+    """
     global _current
-    if _current is not None:
-        raise RuntimeError("DualPath runs already in this process")
-    _current = Runtime(settings, config, pool)
-    _current.start()
+    if _current is None:
+        runtime = Runtime(settings, config, pool)
+        runtime.start()
+        _current = runtime
+    elif _current.pool is not pool:
+        raise RuntimeError("DualPath runs already in this process, for another host pool")
     return _current
 
 

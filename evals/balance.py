@@ -37,7 +37,6 @@ from evals.workload import Workload, build
 from launch.config import ClusterConfig, HostPool, RouterKind, bits_per_s, load
 from launch.readiness import require_ready
 from launch.supervisor import Cluster, single_server
-from scheduler_svc.client import SchedulerClient
 from scheduler_svc.placement import DEFAULT_PLACEMENT
 from scheduler_svc.tracing import init_tracing, shutdown
 
@@ -218,7 +217,7 @@ def placed_by(spans: Path, begun_ns: int) -> dict[str, int]:
 def _counters(cluster: Cluster) -> measure.Counters:
     """Once every room is closed."""
     deadline_s = time.monotonic() + SETTLE_TIMEOUT_S
-    with SchedulerClient(cluster.scheduler_address) as client:
+    with cluster.ask_scheduler() as client:
         while (status := client.status()).rooms_open and time.monotonic() < deadline_s:
             time.sleep(POLL_S)
     return measure.from_scheduler(status)

@@ -19,7 +19,6 @@ from evals.topology.network import Network
 from evals.topology.plan import STORE
 from launch.config import Mode
 from launch.supervisor import Cluster
-from scheduler_svc.client import SchedulerClient
 from scheduler_svc.protocol import Role, Status
 
 STORED_BYTES = "master_allocated_bytes"
@@ -137,7 +136,7 @@ class LoadCluster:
         if self.cluster.config.mode is not Mode.DUALPATH:
             return None
         deadline_s = time.monotonic() + ROOMS_TIMEOUT_S
-        with SchedulerClient(self.cluster.scheduler_address) as client:
+        with self.cluster.ask_scheduler() as client:
             while (status := client.status()).rooms_open and time.monotonic() < deadline_s:
                 time.sleep(POLL_S)
         return status

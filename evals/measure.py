@@ -15,7 +15,6 @@ from evals.errors import EvalError
 from evals.summary import EngineRead, Quantiles
 from launch.config import Mode
 from launch.supervisor import Cluster
-from scheduler_svc.client import SchedulerClient
 from scheduler_svc.protocol import Status
 
 PREFETCHED_TOKENS = "sglang:prefetched_tokens_total"
@@ -63,7 +62,7 @@ def of(cluster: Cluster) -> Counters:
     if cluster.config.mode is not Mode.DUALPATH:
         engines = [(engine.name, engine.role.value, engine.url) for engine in cluster.engines]
         return from_engines(engines, cluster.kv_bytes_per_token)
-    with SchedulerClient(cluster.scheduler_address) as client:
+    with cluster.ask_scheduler() as client:
         deadline_s = time.monotonic() + SETTLE_TIMEOUT_S
         while (status := client.status()).rooms_open and time.monotonic() < deadline_s:
             time.sleep(SETTLE_POLL_S)

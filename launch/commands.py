@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from dualpath_sgl.read_limit import READ_RATE_KEY
+from launch import security
 from launch.addresses import Addresses, EngineAddresses
 from launch.config import ClusterConfig, Group, Mode, RouterKind, bits_per_s
 from scheduler_svc.protocol import Role
@@ -136,7 +137,7 @@ def scheduler_command(config: ClusterConfig, addresses: Addresses, ports: Ports)
     return _python(
         "scheduler_svc",
         f"--bind=tcp://{addresses.hub}:{ports.scheduler}",
-        *(["--insecure-bind"] if addresses.reachable_from_elsewhere else []),
+        *security.scheduler_flags(config.security, addresses),
         f"--policy={config.scheduler.policy}",
         f"--placement={config.scheduler.placement}",
         *([f"--otlp-endpoint=http://{addresses.hub}:{ports.collector}"] if config.tracing.enabled else []),
@@ -190,6 +191,7 @@ def placing_flags(config: ClusterConfig, addresses: Addresses, ports: Ports) -> 
         f"--dualpath-scheduler=tcp://{addresses.hub}:{ports.scheduler}",
         # An engine that has come up is used at once.
         "--health-success-threshold=1",
+        *security.router_flags(config.security),
         *(["--enable-trace", collector] if config.tracing.enabled else []),
     ]
 
@@ -267,6 +269,7 @@ def engine_environment(
             "DUALPATH_ENGINE_ID": engine.name,
             "DUALPATH_SCHEDULER": f"tcp://{addresses.hub}:{ports.scheduler}",
             "DUALPATH_HOST": own.compute,
+            **security.engine_environment(config.security, addresses, engine.name),
         }
         if config.tracing.enabled:
             environment["DUALPATH_OTLP_ENDPOINT"] = f"http://{addresses.hub}:{ports.collector}"

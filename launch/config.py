@@ -23,9 +23,11 @@ from pydantic import (
     model_validator,
 )
 
+from launch.security import OPERATOR, ROUTER, Security
 from launch.tiny_model import TinyModel, build
 from scheduler_svc.placement import DEFAULT_PLACEMENT, PLACEMENT_POLICIES
 from scheduler_svc.policies import DEFAULT_PATH_POLICY, PATH_POLICIES
+from scheduler_svc.reach import is_loopback
 
 
 class ConfigError(ValueError):
@@ -193,6 +195,14 @@ class ClusterConfig(_Section):
     tracing: Tracing = Tracing()
     network: Network | None = None
     """None: everything on `host`."""
+    security: Security | None = None
+    """None: only on loopback, or on a shaped `network`, whose links exist on this machine only."""
+
+    @field_validator("host")
+    @classmethod
+    def _is_an_address(cls, host: str) -> str:
+        # Mooncake and SGLang compare addresses as they are written.
+        return "127.0.0.1" if host == "localhost" else host
 
     @model_validator(mode="after")
     def _same_layout_on_both_sides(self) -> ClusterConfig:
@@ -202,6 +212,25 @@ class ClusterConfig(_Section):
                 "pages are forwarded only between equal layouts; make them equal, or use mode basic or both"
             )
         return self
+
+    @model_validator(mode="after")
+    def _strangers_stay_out(self) -> ClusterConfig:
+        if self.security is None and not is_loopback(self.host):
+            raise ValueError(
+                f"host is {self.host!r}, which other hosts can reach, and nothing says who may: give "
+                "security: {keys: DIRECTORY} (made by `dualpath keys generate`), security: "
+                "{trusted_network: true} if everybody on that network is trusted, or host: 127.0.0.1"
+            )
+        if self.security is not None:
+            self.security.check(self.key_names())
+        return self
+
+    def key_names(self) -> list[str]:
+        """Peers that get a key of their own: engines, a placing router, and who looks after it all."""
+        groups = {"prefill": self.prefill, "decode": self.decode}
+        engines = [f"{role}-{index}" for role, group in groups.items() for index in range(group.count)]
+        routers = [ROUTER] if self.router.kind is RouterKind.PLACING else []
+        return [*engines, *routers, OPERATOR]
 
 
 def load(path: Path) -> ClusterConfig:
@@ -259,7 +288,7 @@ def _explain(problem: dict) -> str:
 def _fields(path: list) -> list[str]:
     """Names that may stand at `path` of a cluster description."""
     sections = {"store": Store, "scheduler": Scheduler, "router": Router, "tracing": Tracing, "model": Tiny}
-    sections |= {"prefill": Group, "decode": Group, "network": Network}
+    sections |= {"prefill": Group, "decode": Group, "network": Network, "security": Security}
     model: type[BaseModel] = ClusterConfig
     if path:
         model = HostPool if path[-1] == "host_pool" else sections[path[0]]

@@ -260,6 +260,8 @@ class ErrorCode(StrEnum):
     """The engine has sent no heartbeat (or it expired): heartbeat, then repeat."""
     NO_ENGINE = "no_engine"
     """No live engine of the wanted role."""
+    FORBIDDEN = "forbidden"
+    """The peer's key does not speak for this engine, or is not authorized any more."""
     INTERNAL = "internal"
     """A fault in the scheduler while it handled this message; the message changed nothing."""
 
