@@ -9,6 +9,7 @@ from typing import Annotated, Literal
 from pydantic import Field, ValidationError
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
+from scheduler_svc.engine_names import check_server_id
 from scheduler_svc.protocol import PLAN_TIMEOUT_S
 from scheduler_svc.reach import is_loopback
 
@@ -73,6 +74,7 @@ def settings() -> Settings:
         ) from None
     if loaded.enabled and not loaded.engine_id:
         raise ValueError("DUALPATH_ENGINE_ID is empty: give this engine a name unique in the cluster")
+    check_server_id(loaded.engine_id)
     _check_keys(loaded)
     return loaded
 

@@ -65,6 +65,11 @@ class ControlChannel(threading.Thread):
     def send(self, message: Report | Done) -> None:
         self._mailbox.put(message)
 
+    def describe(self, engine: Engine) -> None:
+        """The engine is another one from now on; the scheduler hears of it at once."""
+        self._engine = engine
+        self._mailbox.put(Heartbeat(engine=engine, load=self._load()))
+
     def stop(self) -> None:
         self._stopping.set()
         self.join(timeout=5)

@@ -10,7 +10,7 @@ import functools
 from queue import Empty
 from typing import TYPE_CHECKING, Any, Callable
 
-from dualpath_sgl import attention_quota, faults, runtime, stages
+from dualpath_sgl import attention_quota, faults, key_tag, runtime, stages, weights
 from dualpath_sgl.decode import DecodeSide
 from dualpath_sgl.device_memory import free_tokens
 from dualpath_sgl.host_tree import holds_only_kv
@@ -127,6 +127,7 @@ def around_prefetch_io(original: Callable, controller: Any) -> None:
     if current is None:
         return original(controller)
     current.controller = controller
+    current.rank_sync.open()
     prefill = _prefill()
     while not controller.storage_stop_event.is_set():
         try:
@@ -255,6 +256,11 @@ HOOKS: tuple[tuple[str, Callable, str], ...] = (
     (_SCHEDULER + "get_prefill_adder_class", attention_quota.after_get_prefill_adder_class, _AFTER),
     (_SCHEDULER + "_prefetch_kvcache", before_prefetch_kvcache, _BEFORE),
     (_SCHEDULER + "_prefetch_kvcache", after_prefetch_kvcache, _AFTER),
+    (
+        _SRT + "managers.cache_controller.HiCacheController._generate_storage_config",
+        key_tag.after_generate_storage_config,
+        _AFTER,
+    ),
     (_CONTROLLER + "submit_prefetch", before_submit_prefetch, _BEFORE),
     (_CONTROLLER + "_sync_prefetch_hit_query", after_sync_prefetch_hit_query, _AFTER),
     (_SRT + "disaggregation.prefill.PrefillBootstrapQueue.add", after_bootstrap_add, _AFTER),
@@ -287,6 +293,7 @@ HOOKS: tuple[tuple[str, Callable, str], ...] = (
         after_commit_restore,
         _AFTER,
     ),
+    *weights.HOOKS,
 )
 
 
@@ -295,8 +302,10 @@ _SGLANG_MUST_NOT_GO_ON = (
     before_retire_prefetch,
     before_tree_reset,
     after_stop_storage_threads,
+    key_tag.after_generate_storage_config,
+    *(hook for _, hook, _ in weights.HOOKS),
 )
-"""When one of these fails, memory may be written to that SGLang would give away next."""
+"""Without one of these, memory may be written to that SGLang gives away next, or bytes have a wrong name."""
 
 
 def register(traced: bool) -> None:

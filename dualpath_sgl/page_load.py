@@ -132,10 +132,12 @@ class PageLoad:
         return lambda: self._give_back(first, end)
 
     def _give_back(self, first: int, end: int) -> None:
-        self.controller.append_host_mem_release(self.host_indices(first, end))
         with self._lock:
             self._withheld[first:end] = bytes(end - first)
-            over = self._acknowledged and not any(self._withheld)
+            if not self._acknowledged:
+                return  # the last acknowledgement gives them back with the others
+            over = not any(self._withheld)
+        self.controller.append_host_mem_release(self.host_indices(first, end))
         if over:
             self._open_loads.remove(self)
 

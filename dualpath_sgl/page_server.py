@@ -18,7 +18,7 @@ from typing import Callable, Sequence
 
 import zmq
 
-from dualpath_sgl import peer_protocol
+from dualpath_sgl import faults, peer_protocol
 from dualpath_sgl.mailbox import Mailbox
 from dualpath_sgl.peer_keys import PeerKeys
 from dualpath_sgl.peer_protocol import Ended, Pages, Pull, Reading, Release, Released, Waiting
@@ -92,7 +92,8 @@ class PageServer(threading.Thread):
         """With `keys` it speaks CURVE, and only with the holders of those."""
         super().__init__(name="dualpath-page-server", daemon=True)
         self._session = session
-        self._fingerprint = fingerprint
+        self.fingerprint = fingerprint
+        """May be set at any time; only pulls that name it are served from then on."""
         self._lease_s = lease_s
         self._subscribe_timeout_s = subscribe_timeout_s
         self._rooms: dict[int, _Room] = {}
@@ -189,7 +190,7 @@ class PageServer(threading.Thread):
             try:
                 callback()
             except Exception:
-                logger.exception("DualPath: a page of room %d may stay pinned", room)
+                faults.record("a page of room %d may stay pinned", room)
 
     def close_all(self) -> None:
         for room in list(self._rooms):
@@ -224,7 +225,7 @@ class PageServer(threading.Thread):
             except zmq.ContextTerminated:
                 return
             except Exception:
-                logger.exception("DualPath page server: a step failed, going on")
+                faults.record("the page server goes on after a step that failed")
                 time.sleep(POLL_MS / 1000)
 
     def _receive_some(self) -> set[int]:
@@ -263,7 +264,7 @@ class PageServer(threading.Thread):
     def _refusal(self, identity: bytes, pull: Pull) -> str | None:
         if pull.version != peer_protocol.VERSION:
             return f"peer protocol {pull.version}, this engine speaks {peer_protocol.VERSION}"
-        if pull.fingerprint != self._fingerprint:
+        if pull.fingerprint != self.fingerprint:
             return "layout differs"
         other = self._pullers.get(pull.room)
         if other is not None and other.identity != identity:

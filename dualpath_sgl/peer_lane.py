@@ -23,7 +23,7 @@ from typing import Any, Callable, NamedTuple
 
 import zmq
 
-from dualpath_sgl import peer_protocol
+from dualpath_sgl import faults, peer_protocol
 from dualpath_sgl.forward import Forwarder, StillWriting, merge_runs
 from dualpath_sgl.lane_priority import wait_politely
 from dualpath_sgl.mailbox import Mailbox
@@ -115,7 +115,8 @@ class PeerLane(threading.Thread):
         super().__init__(name=f"dualpath-peer-lane {endpoint}", daemon=True)
         self._endpoint = endpoint
         self._forwarder = forwarder
-        self._fingerprint = fingerprint
+        self.fingerprint = fingerprint
+        """Of the pages it asks for; may be set at any time."""
         self._timeout_s = timeout_s
         self._on_missing = on_missing
         self._mailbox: Mailbox[_Pull | Release | _Greeted] = Mailbox()
@@ -204,7 +205,7 @@ class PeerLane(threading.Thread):
         except zmq.ContextTerminated:
             raise  # the process ends
         except Exception:
-            logger.exception("DualPath: peer lane %s: a step failed, going on", self._endpoint)
+            faults.record("peer lane %s goes on after a step that failed", self._endpoint)
             time.sleep(POLL_MS / 1000)
 
     def _try_for(self, pull: _Pull, step: Callable[..., None], *arguments: Any) -> None:
@@ -212,10 +213,8 @@ class PeerLane(threading.Thread):
         try:
             step(pull, *arguments)
         except Exception:
-            logger.exception(
-                "DualPath: peer lane %s failed for request %s",
-                self._endpoint,
-                pull.load.operation.request_id,
+            faults.record(
+                "request %s: no more pages from %s", pull.load.operation.request_id, self._endpoint
             )
             self._give_up(pull, "fault in the peer lane")
 
@@ -253,7 +252,7 @@ class PeerLane(threading.Thread):
                 room=pull.room,
                 first_page=first_page,
                 end_page=first_page + pull.end,
-                fingerprint=self._fingerprint,
+                fingerprint=self.fingerprint,
                 prompt_hash=pull.prompt_hash,
                 version=peer_protocol.VERSION,
             )

@@ -77,6 +77,9 @@ class Engine(Wire, kw_only=True):
     role: Role
     rank: Rank = 0
     tp_size: Annotated[int, Meta(ge=1, le=4096)] = 1
+    dp_rank: Rank | None = None
+    """Of a server with data parallelism, each DP rank is an engine with a name of its own (`engine_names`)."""
+    dp_size: Annotated[int, Meta(ge=1, le=4096)] = 1
     url: Name
     """HTTP address of the SGLang server, e.g. `http://127.0.0.1:30000`."""
     bootstrap_port: Annotated[int, Meta(ge=1, le=65535)] | None = None

@@ -198,7 +198,6 @@ class PreallocQueue(DecodeHiCachePreallocMixin):
         self.held_rebootstrap_reqs: list[Req] = []
         self.transfer_queue = scheduler.disagg_decode_transfer_queue
         self.gloo_group = None
-        hooks.after_prealloc_queue_init(None, self)
 
     def add(self, req: Req) -> None:
         self.queue.append(DecodeRequest(req, kv_receiver=None, waiting_for_input=True))
