@@ -56,8 +56,9 @@ otherwise report in step from then on, and plans wait behind their heartbeats.""
 RETRY_S = 1.0
 """Until a new socket, after a fault of ours or a refusal: ZeroMQ itself tries no more after one."""
 
-BROKEN_HANDSHAKES = 3
-"""In a row, until they count as a refusal; one happens when a scheduler is stopped."""
+BROKEN_HANDSHAKES = 2
+"""In a row, until they count as a refusal: a scheduler breaks off with keys it does not admit, so that they
+try again, but also when it is stopped."""
 
 _HANDSHAKE_FAILED = {
     zmq.EVENT_HANDSHAKE_FAILED_AUTH: (
@@ -69,8 +70,8 @@ _HANDSHAKE_FAILED = {
         "set DUALPATH_KEY_FILE and DUALPATH_SCHEDULER_KEY_FILE just when the scheduler has keys"
     ),
     zmq.EVENT_HANDSHAKE_FAILED_NO_DETAIL: (
-        "the handshake breaks off; DUALPATH_SCHEDULER must be the address of a scheduler, and "
-        "DUALPATH_SCHEDULER_KEY_FILE that scheduler's key"
+        "the handshake breaks off; the .key file of DUALPATH_KEY_FILE must be in the scheduler's directory of "
+        "authorized keys, and DUALPATH_SCHEDULER_KEY_FILE the key of the scheduler at this address"
     ),
 }
 """Why, and the remedy."""
@@ -122,7 +123,7 @@ class ControlChannel(threading.Thread):
         self._broken_handshakes = 0
         """In a row."""
         self._log = LimitedLog(logger)
-        self._mailbox: Mailbox[Wire] = Mailbox()
+        self._mailbox: Mailbox[Report | Done | None] = Mailbox()
         self._stopping = threading.Event()
         # Reports without an answer, by room: sent again to a scheduler that forgot this engine.
         self._unanswered: dict[int, Report] = {}
@@ -132,8 +133,9 @@ class ControlChannel(threading.Thread):
         self._mailbox.put(message)
 
     def describe(self, engine: Engine) -> None:
-        """What heartbeats say of this rank from the next one on, such as a new fingerprint."""
+        """The rank is another one from now on (new weights); the scheduler hears of it at once."""
         self._engine = engine
+        self._mailbox.put(None)  # a heartbeat is due
 
     def stop(self) -> None:
         self._stopping.set()
@@ -205,7 +207,8 @@ class ControlChannel(threading.Thread):
                 self._broken_handshakes = 0
                 logger.info("DualPath scheduler %s: linked", self._address)
             elif event == zmq.EVENT_DISCONNECTED:
-                logger.info("DualPath scheduler %s: away, using the prefill path", self._address)
+                if not self._broken_handshakes:
+                    logger.info("DualPath scheduler %s: away, using the prefill path", self._address)
             elif event == zmq.EVENT_HANDSHAKE_FAILED_NO_DETAIL:
                 self._broken_handshakes += 1
                 if self._broken_handshakes >= BROKEN_HANDSHAKES:
@@ -256,7 +259,10 @@ class ControlChannel(threading.Thread):
             ),
         )
 
-    def _pass_on(self, socket: zmq.Socket, message: Report | Done) -> None:
+    def _pass_on(self, socket: zmq.Socket, message: Report | Done | None) -> None:
+        if message is None:
+            self._beat(socket)
+            return
         if isinstance(message, Done):
             self._unanswered.pop(message.room, None)
             self._transmit(socket, message)

@@ -225,6 +225,7 @@ class PrefillSide:
                 prompt_tokens=request.prompt_tokens,
                 local_pages=request.local_pages,
                 hit_pages=hit_pages,
+                prompt_hash=request.prompt_hash,
                 traceparent=request.traceparent,
             )
         )
@@ -259,8 +260,7 @@ class PrefillSide:
         pages = min(max(0, plan.split_page - load.first_page), load.pages)
         if pages:
             try:
-                lane = self._lane(plan.decode_endpoints[self._runtime.rank])
-                lane.submit(load, request.room, pages)
+                self._lane(plan).submit(load, request.room, pages)
             except Exception:
                 faults.record("room %d: its pages come from the store, no peer lane", request.room)
                 request.fallback_reason = "peer lane did not start"
@@ -285,12 +285,14 @@ class PrefillSide:
         if plan.split_page <= plan.prefill_local_pages or rank >= len(plan.decode_endpoints):
             return
         try:
-            self._lane(plan.decode_endpoints[rank]).let_go(plan.room)
+            self._lane(plan).let_go(plan.room)
         except Exception:
             # The DE stops waiting by itself (DUALPATH_SUBSCRIBE_TIMEOUT_S).
             faults.record("room %d: its decode engine was not told to let go", plan.room)
 
-    def _lane(self, endpoint: str) -> PeerLane:
+    def _lane(self, plan: Plan) -> PeerLane:
+        """Raises scheduler_svc.keys.KeyFileError when engines have keys and the DE's is not there."""
+        endpoint, keys = plan.decode_endpoints[self._runtime.rank], self._runtime.peer_keys
         with self._lock:
             lane = self._lanes.get(endpoint)
             if lane is None:
@@ -300,10 +302,17 @@ class PrefillSide:
                     self._runtime.fingerprint,
                     self._runtime.settings.peer_timeout_s,
                     self._on_missing,
+                    keys.towards(plan.decode_id) if keys else None,
                 )
                 lane.start()
                 self._lanes[endpoint] = lane
             return lane
+
+    def rename_layout(self, fingerprint: str) -> None:
+        """Lanes ask for pages of this layout from now on."""
+        with self._lock:
+            for lane in self._lanes.values():
+                lane.fingerprint = fingerprint
 
     def _on_missing(self, load: PageLoad, first: int, end: int, reason: str) -> None:
         """The DE did not deliver: the store does."""

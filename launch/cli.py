@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import importlib
+import json
+import os
 import signal
 import sys
 import time
@@ -18,7 +20,7 @@ from launch.config import ClusterConfig, ConfigError, load
 from launch.patching import PatchError, Report, State, Tree, stacks
 from launch.readiness import NotReady, require_ready
 from launch.run_dir import ProcessState, RunDirError, read_state
-from scheduler_svc.keys import keys_app
+from scheduler_svc.keys import KeyFileError, keys_app
 
 DEFAULT_RUN_DIR = Path("runs/current")
 LAZY_COMMANDS = {
@@ -64,6 +66,8 @@ def up(
         signal.signal(stop_signal, signal.default_int_handler)
     try:
         cluster = Cluster(description, run_dir)
+    except ConfigError as error:
+        _fail(f"{config}: {error}")
     except OSError as error:
         _fail(str(error))
     begun_s = time.monotonic()
@@ -87,10 +91,26 @@ def up(
 
 
 @app.command()
-def status(run_dir: RunDir = DEFAULT_RUN_DIR) -> None:
+def status(
+    run_dir: RunDir = DEFAULT_RUN_DIR,
+    scheduler: Annotated[
+        str | None, typer.Option(help="Ask the scheduler at this ZeroMQ address instead of a run directory.")
+    ] = None,
+    key_file: Annotated[
+        Path | None,
+        typer.Option(envvar="DUALPATH_KEY_FILE", help="A peer's .key_secret; a run directory names its own."),
+    ] = None,
+    scheduler_key_file: Annotated[
+        Path | None, typer.Option(envvar="DUALPATH_SCHEDULER_KEY_FILE", help="The scheduler's .key.")
+    ] = None,
+) -> None:
     """Show the processes, addresses and scheduler state of a running cluster."""
-    from scheduler_svc.client import SchedulerClient, SchedulerError
-
+    if (key_file is None) != (scheduler_key_file is None):
+        _fail("give both --key-file and --scheduler-key-file, or neither")
+    keys = None if key_file is None else (key_file, scheduler_key_file)
+    if scheduler is not None:
+        _ask_scheduler(scheduler, keys)
+        return
     try:
         state = read_state(run_dir)
     except RunDirError as error:
@@ -107,11 +127,7 @@ def status(run_dir: RunDir = DEFAULT_RUN_DIR) -> None:
         table.add_row(*map(escape, cells))
     console.print(table)
     if state.scheduler is not None:
-        try:
-            with SchedulerClient(state.scheduler) as client:
-                _print_scheduler(client.status())
-        except (TimeoutError, SchedulerError) as error:
-            _fail(f"scheduler: {error}; engines go on with the prefill path")
+        _ask_scheduler(state.scheduler, keys if state.scheduler_keys is None else state.scheduler_keys)
     if len(alive) < len(state.processes) or any(process.silent for process in state.processes.values()):
         raise typer.Exit(1)
 
@@ -120,6 +136,31 @@ def status(run_dir: RunDir = DEFAULT_RUN_DIR) -> None:
 def demo() -> None:
     """Replay a real agent trace through a small cluster on this machine and write a report."""
     sys.exit(importlib.import_module("evals.demo").main())
+
+
+@app.command()
+def doctor(
+    flags: Annotated[
+        list[str] | None, typer.Argument(metavar="[-- ENGINE FLAGS]", help="SGLang's flags of one engine.")
+    ] = None,
+    config: Annotated[
+        Path | None, typer.Option("--config", "-c", help="Cluster description (YAML).")
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="The findings as JSON.")] = False,
+) -> None:
+    """Say what will not work here, and the remedy; exit status 1 when something will not."""
+    from dataclasses import asdict
+
+    from launch import doctor as doctor_
+
+    found = doctor_.examine(_load(config) if config is not None else None, flags or (), os.environ)
+    if as_json:
+        document = {"works": doctor_.works(found), "findings": [asdict(finding) for finding in found]}
+        print(json.dumps(document, indent=2))
+    else:
+        doctor_.show(found, Console(highlight=False))
+    if not doctor_.works(found):
+        raise typer.Exit(1)
 
 
 @app.command("bench-load")
@@ -209,6 +250,21 @@ def _print_report(report: Report) -> None:
     )
     for name, state in report.files.items():
         console.print(f"  {state:<24} {name}")
+
+
+def _ask_scheduler(address: str, keys: tuple[Path, Path] | None) -> None:
+    from scheduler_svc.client import SchedulerClient, SchedulerError
+
+    try:
+        with SchedulerClient(address, curve_key_files=keys) as client:
+            _print_scheduler(client.status())
+    except KeyFileError as error:
+        _fail(str(error))
+    except TimeoutError as error:
+        hint = "" if keys else ", or it wants keys (--key-file, --scheduler-key-file)"
+        _fail(f"scheduler: {error}: it is away{hint}; engines go on with the prefill path")
+    except SchedulerError as error:
+        _fail(f"scheduler: {error}; engines go on with the prefill path")
 
 
 def _print_scheduler(found) -> None:

@@ -89,6 +89,8 @@ class ClusterState(_Written):
     mode: str
     url: str
     scheduler: str | None
+    scheduler_keys: tuple[Path, Path] | None = None
+    """Of whoever asks it: a peer's secret key file and its public one."""
     engines: dict[str, str]
     """Name -> URL."""
     processes: dict[str, ProcessState]

@@ -44,13 +44,14 @@ _RESET = struct.pack("ii", 1, 0)
 """`struct linger`: closing resets the connection."""
 
 _REFUSALS = {
-    zmq.EVENT_HANDSHAKE_FAILED_AUTH: ("auth", "its key is not admitted"),
     zmq.EVENT_HANDSHAKE_FAILED_PROTOCOL: (
         "protocol",
-        "it speaks no ZeroMQ, or only one side uses CURVE, or it has another key for this server",
+        "it speaks no ZeroMQ, or only one of us uses CURVE, or it has another server's key",
     ),
     zmq.EVENT_HANDSHAKE_FAILED_NO_DETAIL: ("no_detail", "it broke off before it said who it is"),
 }
+"""By event.  Whose key is not admitted is `PeerAuthenticator`'s matter."""
+
 _FOLLOWED = zmq.EVENT_ACCEPTED | zmq.EVENT_ACCEPT_FAILED | zmq.EVENT_DISCONNECTED
 for _event in _REFUSALS:
     _FOLLOWED |= _event
@@ -78,8 +79,8 @@ class Connections:
     ) -> None:
         """`most_bytes`: more than a peer may have under way, frames that are refused included.
 
-        `on_refused` is told `auth`, `protocol` or `no_detail` for each handshake that failed, `endless` for
-        a connection that was cut and `accept` for one that could not be taken.
+        `on_refused` is told `protocol` or `no_detail` for each handshake that failed, `endless` for a
+        connection that was cut and `accept` for one that could not be taken.
         """
         self._socket = socket
         self._most_bytes = most_bytes

@@ -120,6 +120,9 @@ class Engine(Wire, kw_only=True):
     role: Role
     rank: Rank = 0
     tp_size: Annotated[int, Meta(ge=1, le=MAX_RANKS)] = 1
+    dp_rank: Rank | None = None
+    """Of a server with data parallelism, each DP rank is an engine with a name of its own (`engine_names`)."""
+    dp_size: Annotated[int, Meta(ge=1, le=MAX_RANKS)] = 1
     url: Name
     """HTTP address of the SGLang server, e.g. `http://127.0.0.1:30000`.  Rank 0's is the engine's: ranks on
     other hosts may give another."""
@@ -165,7 +168,7 @@ class Load(Wire):
     kept_pages: Count = 0
     """Pages that those checks found pinned or lost (must stay 0)."""
     faults: Count = 0
-    """Exceptions in DualPath's own code since the rank's start (must stay 0)."""
+    """Exceptions in the rank's DualPath code since it started, each of them in its log."""
 
 
 class Heartbeat(Wire, tag="heartbeat"):
@@ -341,6 +344,8 @@ class ErrorCode(StrEnum):
     """The engine has sent no heartbeat (or it expired): heartbeat, then repeat."""
     NO_ENGINE = "no_engine"
     """No live engine of the wanted role."""
+    FORBIDDEN = "forbidden"
+    """The peer's key does not speak for this engine, or is not authorized any more."""
     VERSION = "version"
     """Both sides' protocol versions have none in common."""
     INTERNAL = "internal"

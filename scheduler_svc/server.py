@@ -10,7 +10,6 @@ Nothing that happens in one step ends the loop: it is logged, counted and costs 
 
 from __future__ import annotations
 
-import ipaddress
 import logging
 import threading
 import time
@@ -22,6 +21,8 @@ from typing import NamedTuple
 
 import zmq
 
+from scheduler_svc.authenticator import sender
+from scheduler_svc.authorized_keys import AuthorizedKeys
 from scheduler_svc.connections import LOOK_S, Connections, fd_of
 from scheduler_svc.engines import RankKey
 from scheduler_svc.events import Event
@@ -43,6 +44,7 @@ from scheduler_svc.protocol import (
     encode,
     printable,
 )
+from scheduler_svc.reach import is_loopback
 from scheduler_svc.state import Cluster, Result
 
 TICK_S = 0.1
@@ -89,7 +91,7 @@ def check_bind(address: str, *, secured: bool = False, insecure: bool = False) -
     host, _, port = rest.rpartition(":")
     if transport != "tcp" or not host or not port:
         raise BindRefused(f"bind address {address!r} is not of the form tcp://HOST:PORT")
-    if not (secured or insecure or _is_loopback(host)):
+    if not (secured or insecure or is_loopback(host)):
         raise BindRefused(
             f"bind address {address!r} can be reached from other hosts and messages are not authenticated; "
             "give --curve-server-key-file and --authorized-keys-dir (see `dualpath keys generate`), bind to "
@@ -97,18 +99,13 @@ def check_bind(address: str, *, secured: bool = False, insecure: bool = False) -
         )
 
 
-def _is_loopback(host: str) -> bool:
-    try:
-        return ipaddress.ip_address(host.strip("[]")).is_loopback
-    except ValueError:
-        return host == "localhost"
-
-
 class Peer(NamedTuple):
     """Who is at the other end of a connection."""
 
     fd: int
     """Of the connection; -1 where there is none."""
+    key: bytes
+    """Public key (Z85); empty without CURVE."""
 
 
 class Server:
@@ -123,10 +120,12 @@ class Server:
         observers: Sequence[Callable[[Event], None]] = (),
         insecure_bind: bool = False,
         curve_server_key_file: Path | None = None,
+        authorized_keys: AuthorizedKeys | None = None,
         context: zmq.Context | None = None,
         now_s: Callable[[], float] = time.monotonic,
     ) -> None:
-        """With a key file the context must have a `PeerAuthenticator` already.
+        """With a key file the context must have a `PeerAuthenticator` already; given its keys, each message
+        must come from a key that is still authorized and may speak for the engine that it names.
 
         Raises BindRefused when the address is not local, in use or unusable, KeyFileError.
         """
@@ -135,6 +134,7 @@ class Server:
         self._metrics = metrics
         self._observers = (metrics, *observers)
         self._now_s = now_s
+        self._authorized_keys = authorized_keys
         self._faults = cluster.faults
         self._faults.on_fault = lambda step: metrics.faults.labels(step).inc()
         self._log = LimitedLog(logger)
@@ -282,7 +282,7 @@ class Server:
 
     def _meet(self, identity: bytes, frame: zmq.Frame) -> Peer:
         """What only a connection's frames tell, kept because asking each of them takes long."""
-        peer = self._peers[identity] = Peer(fd_of(frame))
+        peer = self._peers[identity] = Peer(fd_of(frame), sender(frame))
         if len(self._peers) > MAX_PEERS:
             self._peers.popitem(last=False)
         return peer
@@ -292,6 +292,10 @@ class Server:
             message = decode_request(frame)
         except Malformed as error:
             self._refuse(identity, peer, ErrorCode.MALFORMED, str(error), error.room, error.request_id)
+            return
+        if self._authorized_keys is not None and (why := self._authorized_keys.refusal(peer.key, message)):
+            room, request_id = getattr(message, "room", None), getattr(message, "request_id", None)
+            self._refuse(identity, peer, ErrorCode.FORBIDDEN, why, room, request_id)
             return
         key = _speaks_for(message)
         if key is not None and not self._may_speak(identity, key, message):
@@ -305,7 +309,7 @@ class Server:
             )
             return
         try:
-            result = self._cluster.handle(message, self._now_s(), identity)
+            result = self._cluster.handle(message, self._now_s(), peer.key or identity)
         except Exception:
             self._faults.record("handling a message", "it is refused")
             self._refuse(

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from types import MappingProxyType
 from typing import Any
 from urllib.parse import urlsplit
 
 import orjson
 
+from dualpath_sgl.router import refusals
 from dualpath_sgl.router.engines import Engine
 from dualpath_sgl.router.errors import BadRequest
 from scheduler_svc.protocol import printable
@@ -17,14 +19,16 @@ SESSION_HEADERS = ("X-Session-Id", "X-SMG-Routing-Key")
 MAX_SESSION_CHARACTERS = 256
 BYTES_PER_TOKEN = 4
 """Of English text and code, roughly; prompts given as token ids are counted exactly."""
+DP_RANKS = ("routed_dp_rank", "data_parallel_rank", "disagg_prefill_dp_rank")
+"""Not the client's to say: prefill and decode engine would wait for each other at different ranks."""
 MAX_DEPTH = 8
 """Of lists and objects in a prompt: more than messages with parts and tool calls have."""
 
 
 class ClientRequest:
-    """`path` is the engines' endpoint, such as `/generate`."""
+    """`path` is the engines' endpoint, such as `/generate`; `query` what stands behind its `?`."""
 
-    def __init__(self, path: str, headers: Mapping[str, str], content: bytes) -> None:
+    def __init__(self, path: str, headers: Mapping[str, str], content: bytes, query: str = "") -> None:
         """Raises BadRequest."""
         try:
             body = orjson.loads(content)
@@ -32,7 +36,11 @@ class ClientRequest:
             raise BadRequest(f"the body is not JSON: {error}") from None
         if not isinstance(body, dict):
             raise BadRequest(f"the body must be a JSON object, got {type(body).__name__}")
+        refusals.check(path, body)
+        for name in DP_RANKS:
+            body.pop(name, None)
         self.path = path
+        self.query = query
         self.headers = headers
         self._body: dict[str, Any] = body
         self.streams = body.get("stream") is True
@@ -41,8 +49,11 @@ class ClientRequest:
         self.session_id = _session_id(headers, body)
         self.prompt_tokens = prompt_tokens(body)
 
-    def body_for(self, prefill: Engine, room: int) -> bytes:
-        """What both engines get.  SGLang itself gives the members of a batch the rooms after `room`."""
+    def body_for(self, prefill: Engine, room: int, ranks: Mapping[str, int] = MappingProxyType({})) -> bytes:
+        """What an engine gets.  SGLang itself gives the members of a batch the rooms after `room`.
+
+        `ranks`: SGLang's fields that name DP ranks, where the scheduler has chosen them.
+        """
         host = urlsplit(prefill.url).hostname or ""
         return orjson.dumps(
             self._body
@@ -51,6 +62,7 @@ class ClientRequest:
                 "bootstrap_port": prefill.bootstrap_port,
                 "bootstrap_room": room,
             }
+            | ranks
         )
 
 

@@ -144,6 +144,8 @@ class SglangEngine:
         if self.role == "decode":
             self.queue.pop_preallocated()
             self.scheduler.disagg_decode_transfer_queue.advance()
+        else:
+            self.scheduler._process_storage_prefetch_retries()
 
     def abort(self, req: Req) -> None:
         """The client has left: SGLang drops the request wherever it waits."""
@@ -198,7 +200,6 @@ class PreallocQueue(DecodeHiCachePreallocMixin):
         self.held_rebootstrap_reqs: list[Req] = []
         self.transfer_queue = scheduler.disagg_decode_transfer_queue
         self.gloo_group = None
-        hooks.after_prealloc_queue_init(None, self)
 
     def add(self, req: Req) -> None:
         self.queue.append(DecodeRequest(req, kv_receiver=None, waiting_for_input=True))

@@ -48,6 +48,7 @@ def engine(decode):
         forwarder=decode.forwarder,
         page_bytes=decode.page_bytes,
         open_loads=decode.open_loads,
+        peer_keys=None,
         controller=SimpleNamespace(prefetch_threshold=4),
         control=SimpleNamespace(send=sent.append, connected=True),
         tracer=None,
