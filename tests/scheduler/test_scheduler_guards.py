@@ -470,6 +470,24 @@ def test_lines_left_out_are_counted(caplog):
     ]
 
 
+def test_a_peer_that_cannot_even_shake_hands_is_counted_and_named_in_the_log(caplog):
+    with caplog.at_level(logging.INFO), running() as scheduler:
+        host, port = scheduler.address.removeprefix("tcp://").split(":")
+        with socket.create_connection((host, int(port))) as stranger:
+            stranger.sendall(b"\xff" + bytes(8) + b"\x7f\x03\x00" + b"CURVE".ljust(20, b"\0") + bytes(32))
+            while stranger.recv(4096):
+                pass
+            whence = f"127.0.0.1:{stranger.getsockname()[1]}"
+        refused = "dualpath_scheduler_refused_connections_total"
+        for _ in range(int(WAIT_S * 100)):
+            if scheduler.metric(refused, reason="protocol"):
+                break
+            time.sleep(0.01)
+        assert scheduler.metric(refused, reason="protocol") == 1
+        lines = [record.getMessage() for record in caplog.records if "refused a connection" in record.message]
+        assert len(lines) == 1 and whence in lines[0], lines
+
+
 # Status
 
 
