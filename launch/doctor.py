@@ -157,7 +157,7 @@ def _versions() -> Iterable[Finding]:
             yield Finding(MACHINE, Level.OK, f"{name} {installed}")
             continue
         level = Level.REFUSED if installed is None else Level.WARNING
-        remedy = f"install what was tested: requirements/{profile}.txt" + (f", {name}=={pinned}" if pinned else "")
+        remedy = f"install what was tested: requirements/{profile}.txt"
         yield Finding(MACHINE, level, f"{name} {installed or 'is not installed'}, tested is {pinned}", remedy)
 
 
@@ -203,7 +203,7 @@ def _reachable() -> Finding:
         if address.family == socket.AF_INET and not address.address.startswith("127.")
     )
     if not addresses:
-        return Finding(MACHINE, Level.OK, "no address but loopback: Mooncake's open ports stay on this machine")
+        return Finding(MACHINE, Level.OK, "no address but loopback: nobody else reaches Mooncake")
     return Finding(
         MACHINE,
         Level.WARNING,

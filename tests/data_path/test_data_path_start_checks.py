@@ -69,12 +69,12 @@ REFUSED = (
     ({"pp_size": 2}, "--pp-size is 2"),
     ({"attn_cp_size": 4}, "--attn-cp-size is 4"),
     ({"dcp_size": 2}, "--dcp-size is 2"),
-    ({"devices": ("mlx5_9",)}, "DUALPATH_DEVICE is mlx5_9: no such RDMA device, this host has mlx5_0, mlx5_1"),
+    ({"devices": ("mlx5_9",)}, "DUALPATH_DEVICE is mlx5_9: no such RDMA device, this host has mlx5_0"),
     ({"devices": (), "host_devices": frozenset()}, "DUALPATH_PROTOCOL is rdma"),
     ({"force_tcp": True}, "DUALPATH_PROTOCOL is rdma: MC_FORCE_TCP"),
     ({"protocol": "tcp", "devices": (), "force_tcp": True, "store_protocol": "rdma"}, "MOONCAKE_PROTOCOL"),
     ({"http_proxy": "http://127.0.0.1:9"}, "http_proxy is http://127.0.0.1:9"),
-    ({"http_proxy": "http://p:9", "no_proxy": "127.0.0.1,10.1.0.0/16"}, "no_proxy=127.0.0.1,localhost,10.0.0.1"),
+    ({"http_proxy": "http://p:9", "no_proxy": "10.1.0.0/16"}, "no_proxy=127.0.0.1,localhost,10.0.0.1"),
     ({"otlp_protocol": "http/json"}, "OTEL_EXPORTER_OTLP_TRACES_PROTOCOL is http/json"),
 )
 WARNED = (
