@@ -9,7 +9,9 @@ from typing import Annotated, Literal
 from pydantic import Field, ValidationError
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
+from scheduler_svc.engine_names import check_server_id
 from scheduler_svc.protocol import PLAN_TIMEOUT_S
+from scheduler_svc.reach import is_loopback
 
 EVERY_ADDRESS = ("0.0.0.0", "::", "")
 Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
@@ -28,6 +30,11 @@ class Settings(BaseSettings):
     """This engine's CURVE secret key (`dualpath keys generate`), with `scheduler_key_file`."""
     scheduler_key_file: Path | None = None
     """The scheduler's public CURVE key; both are needed when it listens with CURVE."""
+    peer_keys: Path | None = None
+    """Directory with the public key of every engine, `ENGINE_ID.key`: engines then speak CURVE to each
+    other, too.  A key added or removed counts within seconds."""
+    trusted_network: bool = False
+    """Whoever reaches `host` may see, divert and end the loads of this engine: needs no `peer_keys`."""
     host: str = "127.0.0.1"
     """This engine's address on the compute network: page server and forwarding listen here."""
     protocol: Literal["tcp", "rdma"] = "tcp"
@@ -67,6 +74,29 @@ def settings() -> Settings:
         ) from None
     if loaded.enabled and not loaded.engine_id:
         raise ValueError("DUALPATH_ENGINE_ID is empty: give this engine a name unique in the cluster")
+    check_server_id(loaded.engine_id)
+    _check_keys(loaded)
+    return loaded
+
+
+def _check_keys(loaded: Settings) -> None:
+    """Raises ValueError for half a set of keys, and for none where strangers may come."""
     if (loaded.key_file is None) != (loaded.scheduler_key_file is None):
         raise ValueError("give both DUALPATH_KEY_FILE and DUALPATH_SCHEDULER_KEY_FILE, or neither")
-    return loaded
+    if loaded.peer_keys is not None and loaded.key_file is None:
+        raise ValueError(
+            f"DUALPATH_PEER_KEYS is {str(loaded.peer_keys)!r} without DUALPATH_KEY_FILE and "
+            "DUALPATH_SCHEDULER_KEY_FILE: give all three, or none"
+        )
+    if loaded.peer_keys is not None and loaded.peer_keys.is_file():
+        raise ValueError(
+            f"DUALPATH_PEER_KEYS is {str(loaded.peer_keys)!r}, a file: name the directory that holds the "
+            "engines' .key files"
+        )
+    open_to_others = not is_loopback(loaded.host) and loaded.peer_keys is None
+    if loaded.enabled and open_to_others and not loaded.trusted_network:
+        raise ValueError(
+            f"DUALPATH_HOST is {loaded.host!r}, which other hosts can reach, and nothing says who may: give "
+            "DUALPATH_PEER_KEYS, DUALPATH_KEY_FILE and DUALPATH_SCHEDULER_KEY_FILE (see `dualpath keys "
+            "generate`), or DUALPATH_TRUSTED_NETWORK=1 if everybody on that network is trusted"
+        )

@@ -6,8 +6,11 @@ the PE misses, and starts its share of the storage read.  It may be admitted (pa
 its share has landed in the host tree: SGLang then finds it as an ordinary host hit, promises it
 to the PE as `decode_prefix_len`, and restores it.
 
-Everything runs on SGLang's scheduler thread except `on_plan` (control channel), `take`
-(prefetch I/O thread) and the callbacks of loads and rooms, which only fill queues.
+A read that takes too long does not hold the request back any longer: it goes on, for the PE, while
+SGLang admits the request with what the host tree has.
+
+Everything runs on SGLang's scheduler thread except `on_plan` and `on_no_plan` (control channel),
+`take` (prefetch I/O thread) and the callbacks of loads and rooms, which only fill queues.
 """
 
 from __future__ import annotations
@@ -20,11 +23,13 @@ from typing import TYPE_CHECKING, Callable
 
 import torch
 
+from dualpath_sgl import faults
 from dualpath_sgl.closing import close_room
 from dualpath_sgl.decode_work import DecodeWork
 from dualpath_sgl.host_tree import HostPrefix, held_on_host
 from dualpath_sgl.layout import page_blocks
 from dualpath_sgl.page_load import PageLoad
+from dualpath_sgl.prompt_hash import prompt_hash
 from dualpath_sgl.restore import RestoreGuard
 from dualpath_sgl.tracing import traceparent_of
 from scheduler_svc.protocol import Load, Outcome, Plan, Report, Role
@@ -41,19 +46,28 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
+TICKS_A_VOTE = 64
+"""With several ranks, how many of SGLang's scheduler iterations pass between votes on slow reads."""
 
-@dataclass
+
+def longest_hold_s() -> float:
+    """How long a request may wait for its read: half of what the PE, waiting for it, bears."""
+    from sglang.srt.environ import envs
+
+    return envs.SGLANG_DISAGGREGATION_BOOTSTRAP_TIMEOUT.get() / 2
+
+
+@dataclass(eq=False)
 class _Request:
     req: Req
     room: int
     traceparent: str | None
     reported_s: float
+    prompt_hash: str = ""
     plan: Plan | None = None
     settled: bool = False
     """The plan is carried out or given up: SGLang may admit the request."""
     loading: bool = False
-    first_page: int = 0
-    """Where this DE's storage read begins."""
     load: PageLoad | None = None
     fallback_reason: str | None = None
 
@@ -62,9 +76,15 @@ class DecodeSide:
     def __init__(self, runtime: Runtime) -> None:
         self._runtime = runtime
         self._requests: dict[str, _Request] = {}
-        self._rooms: set[int] = set()
-        """Reported, and still queued."""
+        self._rooms: dict[int, _Request] = {}
+        """Whose room it is: reported, and still queued."""
         self._plans: dict[int, Plan] = {}
+        self._refused: set[int] = set()
+        """Rooms that the scheduler will send no plan for."""
+        self._late: dict[str, _Request] = {}
+        """Admitted while their read goes on, by request id."""
+        self._ticks = 0
+        self._longest_hold_s = longest_hold_s()
         self._unlocks: deque[Callable[[], None]] = deque()
         self.restores = RestoreGuard(runtime)
         self.work = DecodeWork()
@@ -75,10 +95,19 @@ class DecodeSide:
         """A request entered the queue: report what this DE holds of its prompt."""
         if req.rid in self._requests:
             return
-        held = held_on_host(queue.tree_cache, req)
-        request = _Request(req, req.bootstrap_room, traceparent_of(req.time_stats), time.monotonic())
+        request = _Request(
+            req,
+            req.bootstrap_room,
+            traceparent_of(req.time_stats),
+            time.monotonic(),
+            prompt_hash(req),
+        )
         self._requests[req.rid] = request
-        self._rooms.add(request.room)
+        if self._rooms.setdefault(request.room, request) is not request:
+            # Its room is another request's (n > 1, a reused room): one plan cannot serve both.
+            request.settled = True
+            return
+        held = held_on_host(queue.tree_cache, req)
         self._runtime.control.send(
             Report(
                 room=request.room,
@@ -87,6 +116,7 @@ class DecodeSide:
                 rank=self._runtime.rank,
                 prompt_tokens=len(req.origin_input_ids),
                 local_pages=held.tokens // self._runtime.page_size,
+                prompt_hash=request.prompt_hash,
                 traceparent=request.traceparent,
             )
         )
@@ -99,6 +129,7 @@ class DecodeSide:
     def tick(self, queue: DecodePreallocQueue) -> None:
         """Advance every queued request; called once per scheduler iteration, never waits."""
         self._unlock()
+        self._follow_late(queue)
         if not self._requests:
             return
         queued = {decode_req.req.rid for decode_req in queue.queue}
@@ -107,10 +138,11 @@ class DecodeSide:
         waiting = [r for r in self._requests.values() if not r.settled and not r.loading]
         for request, decided in zip(waiting, self._decided(queue, waiting), strict=True):
             if decided:
-                self._decide(queue, request)
-        for request in self._requests.values():
-            if request.loading and not request.settled:
-                self._follow(queue, request)
+                self._step(self._decide, queue, request)
+        loading = [request for request in self._requests.values() if request.loading and not request.settled]
+        for request in loading:
+            self._step(self._follow, queue, request)
+        self._stop_holding(queue, [request for request in loading if not request.settled])
 
     def reset(self) -> None:
         """SGLang drops its whole cache (it is idle): nothing may be served or stay locked after."""
@@ -120,12 +152,14 @@ class DecodeSide:
         self._requests.clear()
         self._rooms.clear()
         self._plans.clear()
+        self._refused.clear()
+        self._late.clear()
 
     @property
     def held(self) -> int:
         """Requests, rooms, pins and promises that this DE has not let go of; 0 when idle."""
         rooms = self._runtime.server.open_rooms
-        return len(self._requests) + rooms + len(self._unlocks) + self.restores.held
+        return len(self._requests) + len(self._late) + rooms + len(self._unlocks) + self.restores.held
 
     def _unlock(self) -> None:
         while self._unlocks:
@@ -156,26 +190,85 @@ class DecodeSide:
         return [request.plan is not None or request.fallback_reason is not None for request in waiting]
 
     def _out_of_patience(self, request: _Request) -> str | None:
+        if request.room in self._refused:
+            return "scheduler refused the report"
         if not self._runtime.control.connected:
             return "scheduler away"
         if time.monotonic() > request.reported_s + self._runtime.settings.plan_timeout_s:
             return "no plan in time"
         return None
 
+    def _step(
+        self,
+        step: Callable[[DecodePreallocQueue, _Request], None],
+        queue: DecodePreallocQueue,
+        request: _Request,
+    ) -> None:
+        """An exception ends DualPath's part in this request, and no other's."""
+        try:
+            step(queue, request)
+        except Exception as error:
+            faults.record("room %d goes on without DualPath", request.room)
+            self._runtime.server.close(request.room)
+            if not request.settled:
+                self._settle(request, f"{type(error).__name__} in the decode engine")
+
     def _decide(self, queue: DecodePreallocQueue, request: _Request) -> None:
         self._plans.pop(request.room, None)
+        self._refused.discard(request.room)
         if request.plan is None:
             self._settle(request, request.fallback_reason)
         else:
             self._carry_out(queue, request, request.plan)
 
     def _follow(self, queue: DecodePreallocQueue, request: _Request) -> None:
+        """Admit the request once SGLang has its pages, or has dropped their prefetch."""
         handle = request.req.cache_request_handle
+        self._renew(request)
+        if not queue.tree_cache.check_prefetch_progress(handle):
+            return
+        queue.tree_cache.pop_prefetch_loaded_tokens(handle)
+        load, reason = request.load, None
+        if load is None:
+            reason = "storage read revoked"
+            self._runtime.server.end(request.room, reason)
+        elif load.first_page + load.prefix < request.plan.split_page:
+            reason = "prefetch deadline passed" if load.operation.deadline_expired else "storage read fell short"
+        self._settle(request, reason)
+
+    def _renew(self, request: _Request) -> None:
         if request.load is None or request.load.lanes_open:
             self._runtime.server.renew(request.room)
-        if queue.tree_cache.check_prefetch_progress(handle):
-            queue.tree_cache.pop_prefetch_loaded_tokens(handle)
-            self._settle(request)
+
+    def _stop_holding(self, queue: DecodePreallocQueue, loading: list[_Request]) -> None:
+        """Admit requests whose read is so slow that SGLang would fail them for waiting longer.
+
+        All ranks decide alike.
+        """
+        self._ticks += 1
+        if not loading:
+            return
+        since_s = time.monotonic() - self._longest_hold_s
+        slow = [request.reported_s < since_s for request in loading]
+        if self._runtime.tp_size > 1:
+            if self._ticks % TICKS_A_VOTE:
+                return
+            votes = torch.tensor(slow, dtype=torch.int)
+            torch.distributed.all_reduce(votes, torch.distributed.ReduceOp.MAX, queue.gloo_group)
+            slow = votes.tolist()
+        for request, give_way in zip(loading, slow, strict=True):
+            if give_way:
+                self._late[request.req.rid] = request
+                self._settle(request, "storage read too slow")
+
+    def _follow_late(self, queue: DecodePreallocQueue) -> None:
+        for rid, request in list(self._late.items()):
+            handle = request.req.cache_request_handle
+            if queue.tree_cache.has_ongoing_prefetch(handle):
+                self._renew(request)
+            else:
+                queue.tree_cache.pop_prefetch_loaded_tokens(handle)
+                del self._late[rid]
 
     def _carry_out(self, queue: DecodePreallocQueue, request: _Request, plan: Plan) -> None:
         page_size, server = self._runtime.page_size, self._runtime.server
@@ -192,7 +285,6 @@ class DecodeSide:
             server.end(request.room)
             self._settle(request)
             return
-        request.first_page = held_pages
         if self._start_read(queue, request, held, plan.split_page):
             request.loading = True
         else:
@@ -226,7 +318,8 @@ class DecodeSide:
         tree.prefetch_from_storage(
             req.cache_request_handle,
             held.node,
-            req.origin_input_ids[held.tokens : end],
+            # An EAGLE tree keys pairs of tokens: the last page's key needs one token more.
+            req.origin_input_ids[held.tokens : end + int(tree.tree_core.is_eagle)],
             tree.get_last_hash_value(held.node),
             tree.get_prefix_hash_values(held.node) if pass_keys else None,
             matched_prefix_tokens=req.origin_input_ids[: held.tokens],
@@ -248,8 +341,10 @@ class DecodeSide:
         if request.settled:
             self.work.admitted(request.req)
         del self._requests[request.req.rid]
-        self._rooms.discard(request.room)
-        self._plans.pop(request.room, None)
+        if self._rooms.get(request.room) is request:
+            del self._rooms[request.room]
+            self._plans.pop(request.room, None)
+            self._refused.discard(request.room)
         if request.settled:
             return
         from sglang.srt.mem_cache.base_prefix_cache import CacheRequestOutcome
@@ -276,6 +371,21 @@ class DecodeSide:
         if plan.room in self._rooms:  # else: its request has left, aborted or out of patience
             self._plans[plan.room] = plan
 
+    def on_no_plan(self, room: int) -> None:
+        if room in self._rooms:
+            self._refused.add(room)
+
+    # -- SGLang takes or frees a prefetch's pages -------------------------------------------------
+
+    def give_back(self, rid: str) -> None:
+        """SGLang is about to take, or free, the pages that its prefetch for `rid` has loaded.
+
+        Whatever made it do so (all arrived, a deadline, an abort): first nobody may count on them.
+        """
+        request = self._requests.get(rid) or self._late.get(rid)
+        if request is not None:
+            self._runtime.server.close(request.room)
+
     def take(self, controller: HybridCacheController, operation: PrefetchOperation) -> None:
         """The prefetch has host memory: read it, publishing pages as they land."""
         request = self._requests.get(operation.request_id)
@@ -285,7 +395,7 @@ class DecodeSide:
         request.load = load = PageLoad(
             controller,
             operation,
-            first_page=request.first_page,
+            open_loads=self._runtime.open_loads,
             page_bytes=self._runtime.page_bytes,
             on_prefix=lambda load, before: self._publish(request, load, before),
             on_lanes_done=lambda load: self._end(request, load),

@@ -6,14 +6,17 @@ requests (fake bootstrap hosts) alone.
 
 from __future__ import annotations
 
+import functools
 from queue import Empty
 from typing import TYPE_CHECKING, Any, Callable
 
-from dualpath_sgl import attention_quota, runtime, stages
+from dualpath_sgl import attention_quota, faults, key_tag, runtime, stages, weights
 from dualpath_sgl.decode import DecodeSide
 from dualpath_sgl.device_memory import free_tokens
 from dualpath_sgl.engine_facts import after_scheduler_init
+from dualpath_sgl.host_tree import holds_only_kv
 from dualpath_sgl.prefill import PrefillSide
+from dualpath_sgl.rank_sync import meet
 from dualpath_sgl.real_request import real
 
 if TYPE_CHECKING:
@@ -42,15 +45,16 @@ def _is_real(req: Req) -> bool:
 # -- PE: arrival ---------------------------------------------------------------------------------
 
 
-def around_prefetch_kvcache(original: Callable, scheduler: Any, req: Req, *args: Any, **kwargs: Any):
+def before_prefetch_kvcache(scheduler: Any, req: Req, *_args: Any, **_kwargs: Any) -> None:
     side = _prefill()
-    if side is None or not _is_real(req):
-        return original(scheduler, req, *args, **kwargs)
-    side.begin(req)
-    result = original(scheduler, req, *args, **kwargs)
-    if not scheduler.tree_cache.has_ongoing_prefetch(req.cache_request_handle):
+    if side is not None and _is_real(req):
+        side.begin(req, holds_only_kv(scheduler.tree_cache))
+
+
+def after_prefetch_kvcache(_result: Any, scheduler: Any, req: Req, *_args: Any, **_kwargs: Any) -> None:
+    side = _prefill()
+    if side is not None and not scheduler.tree_cache.has_ongoing_prefetch(req.cache_request_handle):
         side.not_registered(req.rid, req.storage_prefetch_last_match_len or 0)
-    return result
 
 
 def before_submit_prefetch(
@@ -86,10 +90,23 @@ def after_bootstrap_add(_result: None, queue: Any, req: Req, *_args: Any, **_kwa
         queue.scheduler.tree_cache.finish(req.cache_request_handle, CacheRequestOutcome.ABORT)
 
 
-def after_finish(_result: None, _tree: Any, handle: Any, _outcome: Any) -> None:
+def before_revoke(tree: Any, handle: Any) -> None:
+    side = _prefill()
+    info = tree.ongoing_prefetch.get(handle) if side is not None else None
+    if info is None:
+        return
+    if info.operation.deadline_expired:
+        side.revoked(handle.rid, "prefetch deadline passed")
+    elif not info.operation.is_terminated():  # else it was aborted, and is finished with next
+        side.revoked(handle.rid, "no host memory")
+
+
+def after_finish(_result: None, _tree: Any, handle: Any, outcome: Any) -> None:
     side = _prefill()
     if side is not None:
-        side.forget(handle.rid)
+        from sglang.srt.mem_cache.base_prefix_cache import CacheRequestOutcome
+
+        side.forget(handle.rid, aborted=outcome is not CacheRequestOutcome.SUCCESS)
 
 
 # -- both: once an iteration of SGLang's scheduler loop ----------------------------------------------
@@ -112,6 +129,7 @@ def around_prefetch_io(original: Callable, controller: Any) -> None:
     if current is None:
         return original(controller)
     current.controller = controller
+    current.rank_sync.open()
     prefill = _prefill()
     while not controller.storage_stop_event.is_set():
         try:
@@ -121,9 +139,9 @@ def around_prefetch_io(original: Callable, controller: Any) -> None:
         if operation is not None:
             if controller.prefetch_completion_sync_groups:
                 current.rank_sync.admit(operation)
-            current.side.take(controller, operation)
+            current.take(controller, operation)
         if prefill is not None:
-            prefill.tick_io()
+            _guarded(prefill.tick_io)()
     return None
 
 
@@ -135,13 +153,6 @@ def around_prefetch_sync(original: Callable, controller: Any) -> None:
 
 
 # -- DE ------------------------------------------------------------------------------------------
-
-
-def after_prealloc_queue_init(_result: None, queue: Any, *_args: Any, **_kwargs: Any) -> None:
-    side = _decode()
-    if side is not None:
-        queue.admission_gate = side.admits
-        side.work.follow(queue)
 
 
 def after_prealloc_add(
@@ -156,8 +167,19 @@ def after_prealloc_add(
 
 def before_pop_preallocated(queue: Any, *_args: Any, **_kwargs: Any) -> None:
     side = _decode()
-    if side is not None:
-        side.tick(queue)
+    if side is None:
+        return
+    if queue.admission_gate is None:  # the storage may be attached long after the queue was made
+        queue.admission_gate = side.admits
+        side.work.follow(queue)
+    side.tick(queue)
+
+
+def after_apply_storage_config(_result: None, attachment: Any, **_config: Any) -> None:
+    if _decode() is not None:
+        # A promise is kept whatever its size.  Below SGLang's threshold (10 tokens: several pages, where
+        # they are small) it would not load host pages back, and the request would fail.
+        attachment._cache.load_back_threshold = 1
 
 
 def around_query_storage_hit_length(original: Callable, tree: Any, *args: Any, **kwargs: Any) -> int:
@@ -165,13 +187,37 @@ def around_query_storage_hit_length(original: Callable, tree: Any, *args: Any, *
     return 0 if _decode() is not None else original(tree, *args, **kwargs)
 
 
+# -- both: SGLang takes pages, drops its cache, or stops its storage threads -------------------------
+
+
+def before_handle_prefetch_result(_tree: Any, operation: Any) -> None:
+    side = _decode()
+    if side is not None:
+        side.give_back(operation.request_id)
+
+
+def before_retire_prefetch(_tree: Any, handle: Any, host_indices: Any, *_args: Any, **_kwargs: Any) -> None:
+    side = _decode()
+    if side is not None and host_indices is not None:
+        side.give_back(handle.rid)
+
+
 def before_tree_reset(tree: Any) -> None:
     current = runtime.current()
-    if current is None:
-        return
-    if isinstance(current.side, DecodeSide):
-        current.side.reset()
-    current.pool_check.before_flush(tree)
+    if current is not None:
+        was_idle = not len(current.open_loads)
+        current.quiesce()
+        if current.tp_size > 1:
+            meet()
+        if was_idle:
+            current.pool_check.before_flush(tree)
+
+
+def after_stop_storage_threads(_result: None, _controller: Any) -> None:
+    # Only now no thread of SGLang's can hand a lane another load.
+    current = runtime.current()
+    if current is not None:
+        current.quiesce()
 
 
 # -- DE: from the promise to the load-back -----------------------------------------------------------
@@ -213,7 +259,13 @@ HOOKS: tuple[tuple[str, Callable, str], ...] = (
     (_SCHEDULER + "__init__", after_scheduler_init, _AFTER),
     (_SCHEDULER + "maybe_init_dynamic_chunk_sizer", attention_quota.after_init_chunk_sizer, _AFTER),
     (_SCHEDULER + "get_prefill_adder_class", attention_quota.after_get_prefill_adder_class, _AFTER),
-    (_SCHEDULER + "_prefetch_kvcache", around_prefetch_kvcache, _AROUND),
+    (_SCHEDULER + "_prefetch_kvcache", before_prefetch_kvcache, _BEFORE),
+    (_SCHEDULER + "_prefetch_kvcache", after_prefetch_kvcache, _AFTER),
+    (
+        _SRT + "managers.cache_controller.HiCacheController._generate_storage_config",
+        key_tag.after_generate_storage_config,
+        _AFTER,
+    ),
     (_CONTROLLER + "submit_prefetch", before_submit_prefetch, _BEFORE),
     (_CONTROLLER + "_sync_prefetch_hit_query", after_sync_prefetch_hit_query, _AFTER),
     (_SRT + "disaggregation.prefill.PrefillBootstrapQueue.add", after_bootstrap_add, _AFTER),
@@ -221,11 +273,19 @@ HOOKS: tuple[tuple[str, Callable, str], ...] = (
     (_SRT + "managers.cache_controller.HiCacheController.prefetch_io_aux_func", around_prefetch_io, _AROUND),
     (_CONTROLLER + "prefetch_sync_thread_func", around_prefetch_sync, _AROUND),
     (_TREE + "check_hicache_events", after_check_hicache_events, _AFTER),
-    (_PREALLOC + "__init__", after_prealloc_queue_init, _AFTER),
+    (
+        _SRT + "mem_cache.unified_cache.storage_attachment.StorageAttachment.apply_runtime_config",
+        after_apply_storage_config,
+        _AFTER,
+    ),
     (_PREALLOC + "add", after_prealloc_add, _AFTER),
     (_PREALLOC + "pop_preallocated", before_pop_preallocated, _BEFORE),
     (_TREE + "query_storage_hit_length", around_query_storage_hit_length, _AROUND),
+    (_TREE + "revoke_pending_prefetch", before_revoke, _BEFORE),
+    (_TREE + "_handle_prefetch_result", before_handle_prefetch_result, _BEFORE),
+    (_TREE + "_retire_ongoing_prefetch", before_retire_prefetch, _BEFORE),
     (_TREE + "reset", before_tree_reset, _BEFORE),
+    (_CONTROLLER + "_stop_storage_threads", after_stop_storage_threads, _AFTER),
     (_MIXIN + "DecodeHiCachePreallocMixin._start_hicache_prefetch", before_start_hicache_prefetch, _BEFORE),
     (_MIXIN + "DecodeHiCacheTransferMixin._try_hicache_queue_load_back", after_queue_load_back, _AFTER),
     (
@@ -238,7 +298,21 @@ HOOKS: tuple[tuple[str, Callable, str], ...] = (
         after_commit_restore,
         _AFTER,
     ),
+    *weights.HOOKS,
 )
+
+
+_SGLANG_MUST_NOT_GO_ON = (
+    before_handle_prefetch_result,
+    before_retire_prefetch,
+    before_tree_reset,
+    after_stop_storage_threads,
+    after_scheduler_init,
+    key_tag.after_generate_storage_config,
+    *weights.MUST_NOT_FAIL,
+)
+"""Without one of these, memory may be written to that SGLang gives away next, bytes have a wrong name, or an
+engine runs that was to be refused."""
 
 
 def register(traced: bool) -> None:
@@ -249,7 +323,22 @@ def register(traced: bool) -> None:
     from sglang.srt.plugins.hook_registry import HookRegistry, HookType
 
     for target, hook, kind in HOOKS + (stages.HOOKS if traced else ()):
-        HookRegistry.register(target, hook, HookType(kind))
+        as_it_is = kind == _AROUND or hook in _SGLANG_MUST_NOT_GO_ON
+        HookRegistry.register(target, hook if as_it_is else _guarded(hook), HookType(kind))
+
+
+def _guarded(hook: Callable) -> Callable:
+    """An exception in `hook` is ours: SGLang's scheduler loop, which catches nothing, must not end by it."""
+
+    @functools.wraps(hook)
+    def guarded(*args: Any, **kwargs: Any) -> Any:
+        try:
+            return hook(*args, **kwargs)
+        except Exception:
+            faults.record("%s failed; SGLang goes on without it", hook.__name__)
+            return None
+
+    return guarded
 
 
 def assert_applied() -> None:

@@ -70,3 +70,8 @@ def held_on_host(tree: UnifiedRadixCache, req: Req) -> HostPrefix:
         node=match.last_host_node,
         parts=parts,
     )
+
+
+def holds_only_kv(tree: UnifiedRadixCache) -> bool:
+    """Whether the model's cache is KV and nothing else: no Mamba states, sliding windows, indexers, drafts."""
+    return len(tree.tree_components) == 1 and not tree.sidecar_pool_specs

@@ -10,12 +10,19 @@ whoever held it, so afterwards there is nothing to see.)
 from __future__ import annotations
 
 import logging
+import time
 from typing import TYPE_CHECKING, Any
+
+from dualpath_sgl import faults
 
 if TYPE_CHECKING:
     from sglang.srt.mem_cache.unified_radix_cache import UnifiedRadixCache
 
 logger = logging.getLogger(__name__)
+
+SETTLE_ROUNDS, SETTLE_S = 3, 0.01
+"""What has just ended hands its pages back over two of SGLang's queues, an iteration each.  A number, not a
+condition: every rank must call SGLang's collectives alike."""
 
 
 class PoolCheck:
@@ -34,13 +41,15 @@ class PoolCheck:
         Copies and backups that SGLang still runs hold pages rightly: such a flush is not judged.
         """
         try:
-            tree.check_hicache_events()
+            for _ in range(SETTLE_ROUNDS):
+                tree.check_hicache_events()
+                time.sleep(SETTLE_S)
             if _under_way(tree):
                 return
             kept = unevictable_pages(tree, self._pool)
         except Exception:
             # Whatever this finds, the operator who asked for a flush gets one.
-            logger.exception("DualPath: the pools could not be checked before the flush")
+            faults.record("the pools could not be checked before the flush")
             return
         self.checks += 1
         if any(kept):

@@ -7,11 +7,11 @@ it is given only after every lane has let go of the operation's memory.
 
 from __future__ import annotations
 
-import logging
 import threading
 import time
 from typing import TYPE_CHECKING, Callable
 
+from dualpath_sgl import faults
 from scheduler_svc.protocol import LaneRecord
 
 if TYPE_CHECKING:
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
         PrefetchOperation,
     )
 
-logger = logging.getLogger(__name__)
+    from dualpath_sgl.open_loads import OpenLoads
 
 
 class LaneClock:
@@ -64,6 +64,7 @@ class LaneClock:
 class PageLoad:
     """Pages `[0, pages)` of one operation; page 0 is prompt page `first_page`.
 
+    Where it begins is the operation's own word: SGLang may move it until there is host memory.
     Lanes work between `open_part` and `close_part` and call `land` for pages that are whole.
     `hold`, when given, receives the closing step and may call it later: a DE does so to keep
     owning pages that a PE still reads.
@@ -74,7 +75,7 @@ class PageLoad:
         controller: HybridCacheController,
         operation: PrefetchOperation,
         *,
-        first_page: int,
+        open_loads: OpenLoads,
         page_bytes: int,
         on_prefix: Callable[[PageLoad, int], None] | None = None,
         on_lanes_done: Callable[[PageLoad], None] | None = None,
@@ -82,7 +83,7 @@ class PageLoad:
     ) -> None:
         self.controller = controller
         self.operation = operation
-        self.first_page = first_page
+        self.first_page = operation.storage_start // controller.page_size
         self.page_bytes = page_bytes
         self.pages = len(operation.hash_value)
         self.prefix = 0
@@ -94,11 +95,18 @@ class PageLoad:
         self._on_prefix = on_prefix
         self._on_lanes_done = on_lanes_done
         self._hold = hold
+        self._stopped = False
+        self._open_loads = open_loads
+        open_loads.add(self)
 
     @property
     def cancelled(self) -> bool:
-        """SGLang wants no more pages (abort or prefetch time-out)."""
-        return self.operation.is_terminated()
+        """SGLang wants no more pages (abort, prefetch time-out, or it stops its storage threads)."""
+        return self._stopped or self.operation.is_terminated()
+
+    def stop(self) -> None:
+        """No lane begins another transfer."""
+        self._stopped = True
 
     @property
     def lanes_open(self) -> bool:
@@ -147,19 +155,25 @@ class PageLoad:
                 self._on_lanes_done(self)
             except Exception:
                 # SGLang must get its memory back whatever becomes of the report.
-                logger.exception("Load of request %s was not reported", self.operation.request_id)
+                faults.record("the load of request %s was not reported", self.operation.request_id)
         if self._hold is None:
             self._acknowledge()
         else:
             self._hold(self._acknowledge)
 
     def _acknowledge(self) -> None:
-        from sglang.srt.managers.cache_controller import PrefetchAck
+        acknowledge(self.controller, self.operation, self.prefix)
+        self._open_loads.remove(self)
 
-        try:
-            self.controller._page_transfer_sidecar(self.operation, self.prefix)
-        except Exception:
-            logger.exception("Sidecar prefetch failed for request %s", self.operation.request_id)
-        self.controller.prefetch_sync_queue.put(
-            PrefetchAck(rid=self.operation.request_id, operation=self.operation, completed_req=True)
-        )
+
+def acknowledge(controller: HybridCacheController, operation: PrefetchOperation, pages: int) -> None:
+    """Give `operation` back to SGLang with `pages` whole pages: its last word, said once."""
+    from sglang.srt.managers.cache_controller import PrefetchAck
+
+    try:
+        controller._page_transfer_sidecar(operation, pages)
+    except Exception:
+        faults.record("request %s: its side pools were not read", operation.request_id)
+    controller.prefetch_sync_queue.put(
+        PrefetchAck(rid=operation.request_id, operation=operation, completed_req=True)
+    )

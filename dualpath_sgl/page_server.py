@@ -18,6 +18,7 @@ import zmq
 
 from dualpath_sgl import peer_protocol
 from dualpath_sgl.mailbox import Mailbox
+from dualpath_sgl.peer_keys import PeerKeys
 from dualpath_sgl.peer_protocol import Ended, Pages, Pull, Release, Released, Waiting
 from scheduler_svc.protocol import Wire, encode
 
@@ -59,11 +60,19 @@ class _Puller:
 
 class PageServer(threading.Thread):
     def __init__(
-        self, host: str, session: str, fingerprint: str, lease_s: float, subscribe_timeout_s: float
+        self,
+        host: str,
+        session: str,
+        fingerprint: str,
+        lease_s: float,
+        subscribe_timeout_s: float,
+        keys: PeerKeys | None = None,
     ) -> None:
+        """With `keys` it speaks CURVE, and only with the holders of those."""
         super().__init__(name="dualpath-page-server", daemon=True)
         self._session = session
-        self._fingerprint = fingerprint
+        self.fingerprint = fingerprint
+        """May be set at any time; only pulls that name it are served from then on."""
         self._lease_s = lease_s
         self._subscribe_timeout_s = subscribe_timeout_s
         self._rooms: dict[int, _Room] = {}
@@ -71,10 +80,13 @@ class PageServer(threading.Thread):
         self._pullers: dict[int, _Puller] = {}
         self._lock = threading.Lock()
         self._wake: Mailbox[None] = Mailbox()
-        self._socket = zmq.Context.instance().socket(zmq.ROUTER)
+        self._keys = keys
+        self._socket = keys.server_socket() if keys else zmq.Context.instance().socket(zmq.ROUTER)
         self._socket.setsockopt(zmq.LINGER, 0)
         self._socket.setsockopt(zmq.MAXMSGSIZE, peer_protocol.MAX_MESSAGE_BYTES)
-        self.endpoint = f"tcp://{host}:{self._socket.bind_to_random_port(f'tcp://{host}')}"
+        self._socket.setsockopt(zmq.IPV6, int(":" in host))
+        address = f"tcp://[{host}]" if ":" in host else f"tcp://{host}"
+        self.endpoint = f"{address}:{self._socket.bind_to_random_port(address)}"
 
     # -- called by the DE's scheduler thread and lanes --------------------------------------
 
@@ -176,14 +188,17 @@ class PageServer(threading.Thread):
                 logger.exception("DualPath page server: a step failed, going on")
 
     def _receive(self) -> None:
-        identity, *frames = self._socket.recv_multipart()
+        identity, *frames = self._socket.recv_multipart(copy=False)
+        if self._keys is not None and not self._keys.admits(identity):
+            return
+        identity = identity.bytes
         try:
-            message = peer_protocol.decode_to_server(b"".join(frames))
+            message = peer_protocol.decode_to_server(b"".join(frame.bytes for frame in frames))
         except ValueError as error:
             logger.warning("DualPath page server: ignored a malformed message: %s", error)
             return
         if isinstance(message, Pull):
-            if message.fingerprint != self._fingerprint:
+            if message.fingerprint != self.fingerprint:
                 self._send(
                     identity,
                     Ended(room=message.room, end_page=message.first_page, reason="layout differs"),

@@ -20,6 +20,7 @@ from dualpath_sgl.forward import Forwarder, merge_runs
 from dualpath_sgl.lane_priority import wait_politely
 from dualpath_sgl.mailbox import Mailbox
 from dualpath_sgl.page_load import LaneClock, PageLoad
+from dualpath_sgl.peer_keys import Secure
 from dualpath_sgl.peer_protocol import Ended, Pages, Pull, Release, Released
 from scheduler_svc.protocol import Wire, encode
 
@@ -56,13 +57,17 @@ class PeerLane(threading.Thread):
         fingerprint: str,
         timeout_s: float,
         on_missing: OnMissing,
+        secure: Secure | None = None,
     ) -> None:
+        """`secure` makes the lane's socket speak CURVE to this DE (`PeerKeys.towards`)."""
         super().__init__(name=f"dualpath-peer-lane {endpoint}", daemon=True)
         self._endpoint = endpoint
         self._forwarder = forwarder
-        self._fingerprint = fingerprint
+        self.fingerprint = fingerprint
+        """Of the pages it asks for; may be set at any time."""
         self._timeout_s = timeout_s
         self._on_missing = on_missing
+        self._secure = secure
         self._mailbox: Mailbox[_Pull | Release] = Mailbox()
         self._pulls: dict[int, _Pull] = {}
 
@@ -79,6 +84,9 @@ class PeerLane(threading.Thread):
         self._socket = zmq.Context.instance().socket(zmq.DEALER)
         self._socket.setsockopt(zmq.LINGER, 0)
         self._socket.setsockopt(zmq.MAXMSGSIZE, peer_protocol.MAX_MESSAGE_BYTES)
+        self._socket.setsockopt(zmq.IPV6, int("[" in self._endpoint))
+        if self._secure is not None:
+            self._secure(self._socket)
         try:
             self._socket.connect(self._endpoint)
         except zmq.ZMQError as error:
@@ -107,7 +115,7 @@ class PeerLane(threading.Thread):
                 room=pull.room,
                 first_page=first_page,
                 end_page=first_page + pull.end,
-                fingerprint=self._fingerprint,
+                fingerprint=self.fingerprint,
             )
         )
 

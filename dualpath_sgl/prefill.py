@@ -4,8 +4,9 @@ A request comes here from SGLang's arrival path (`Scheduler._prefetch_kvcache`),
 once its stored prefix is known, waits as a prefetch operation for its plan, and is then split
 over the peer lane and the store lane.  It leaves as an ordinary finished prefetch.
 
-Threads: `begin`/`not_registered`/`forget` run on SGLang's scheduler thread, `hits_known` on its
-prefetch thread, `take`/`tick_io` on its prefetch I/O thread, `on_plan` on the control channel's.
+Threads: `begin`, `not_registered`, `revoked`, `forget` and `reset` run on SGLang's scheduler thread,
+`hits_known` on its prefetch thread, `take` and `tick_io` on its prefetch I/O thread, `on_plan` and
+`on_no_plan` on the control channel's.
 """
 
 from __future__ import annotations
@@ -16,9 +17,11 @@ import time
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from dualpath_sgl import faults
 from dualpath_sgl.closing import close_room
 from dualpath_sgl.page_load import PageLoad
 from dualpath_sgl.peer_lane import PeerLane
+from dualpath_sgl.prompt_hash import prompt_hash
 from dualpath_sgl.tracing import traceparent_of
 from scheduler_svc.protocol import Load, Outcome, Plan, Report, Role
 
@@ -39,9 +42,14 @@ class _Request:
     room: int
     rid: str
     prompt_tokens: int
+    prompt_hash: str
     traceparent: str | None
+    kv_only: bool
+    """The model has no pools beside KV: only then can a DE's pages be all that it needs."""
     local_pages: int = 0
     reported_s: float | None = None
+    refused: bool = False
+    """The scheduler will send no plan."""
     plan: Plan | None = None
     load: PageLoad | None = None
     started: bool = False
@@ -54,22 +62,29 @@ class PrefillSide:
         self._runtime = runtime
         self._by_rid: dict[str, _Request] = {}
         self._by_room: dict[int, _Request] = {}
-        self._waiting: set[str] = set()
-        """Requests whose operation waits for a plan."""
+        self._waiting: dict[str, _Request] = {}
+        """Those whose operation waits for a plan, by request id."""
         self._lanes: dict[str, PeerLane] = {}
         self._lock = threading.RLock()
 
     # -- SGLang's scheduler thread ------------------------------------------------------------
 
-    def begin(self, req: Req) -> None:
+    def begin(self, req: Req, kv_only: bool = True) -> None:
         """A request arrives, or SGLang looks for its stored prefix once more."""
         with self._lock:
             if req.rid in self._by_rid:
                 return
-            request = _Request(
-                req.bootstrap_room, req.rid, len(req.origin_input_ids), traceparent_of(req.time_stats)
+            request = self._by_rid[req.rid] = _Request(
+                req.bootstrap_room,
+                req.rid,
+                len(req.origin_input_ids),
+                prompt_hash(req),
+                traceparent_of(req.time_stats),
+                kv_only,
             )
-            self._by_rid[req.rid] = self._by_room[request.room] = request
+            if self._by_room.setdefault(request.room, request) is not request:
+                # Its room is another request's (n > 1, a reused room): one plan cannot serve both.
+                request.reported_s, request.done = time.monotonic(), True
 
     def matched(self, rid: str, matched_tokens: int) -> None:
         """SGLang holds `matched_tokens` of the prompt and queries the store for the rest.
@@ -93,21 +108,37 @@ class PrefillSide:
         """Whether the request has come and not been finished."""
         return rid in self._by_rid
 
-    def forget(self, rid: str) -> None:
+    def forget(self, rid: str, aborted: bool = False) -> None:
         """SGLang has finished with the request, or aborted it."""
         with self._lock:
             request = self._by_rid.pop(rid, None)
             if request is None:
                 return
-            self._by_room.pop(request.room, None)
+            if self._by_room.get(request.room) is request:
+                del self._by_room[request.room]
             waiting = rid in self._waiting
         if waiting:
             # SGLang frees the operation's memory on its last acknowledgement: the lanes give it.
             self._start(request)
-        elif request.reported_s is not None and not request.done and request.load is None:
-            request.fallback_reason = "no host memory"
-            self._done(request)
-            self._let_go(request)
+        elif aborted:
+            self._give_up(request, "aborted", Outcome.ABORTED)
+        else:
+            self._give_up(request, "no host memory")
+
+    def revoked(self, rid: str, reason: str) -> None:
+        """SGLang drops the prefetch before it had host memory.
+
+        It may look at the store again, but only after the DE has admitted the request: the DE must
+        not wait for a pull until then.
+        """
+        request = self._by_rid.get(rid)
+        if request is not None:
+            self._give_up(request, reason)
+
+    def reset(self) -> None:
+        """SGLang, idle, drops its cache or its storage: no load may wait for a plan any more."""
+        for request in list(self._waiting.values()):
+            self._start(request)
 
     # -- SGLang's prefetch thread -------------------------------------------------------------
 
@@ -117,6 +148,8 @@ class PrefillSide:
         if request is None or request.reported_s is not None:
             return
         wanted = hit_tokens >= self._runtime.controller.prefetch_threshold
+        # Pools beside KV are read with the KV, by whoever reads it.
+        wanted = wanted and request.kv_only and not operation.pool_transfers
         hit_pages = hit_tokens // self._runtime.page_size if wanted else 0
         self._report(request, request.local_pages + hit_pages)
         if not hit_pages:
@@ -135,28 +168,25 @@ class PrefillSide:
             request.load = PageLoad(
                 controller,
                 operation,
-                first_page=request.local_pages,
+                open_loads=self._runtime.open_loads,
                 page_bytes=self._runtime.page_bytes,
                 on_lanes_done=lambda load: self._done(request),
             )
             if request.plan is None and self._may_come(request):
-                self._waiting.add(request.rid)
+                self._waiting[request.rid] = request
                 return
         self._start(request)
 
     def tick_io(self) -> None:
         """Stop waiting for plans that are overdue or cannot come."""
-        if not self._waiting:
-            return
-        with self._lock:
-            waiting = [self._by_rid[rid] for rid in self._waiting if rid in self._by_rid]
-            overdue = [request for request in waiting if not self._may_come(request)]
-        for request in overdue:
-            self._start(request)
+        for request in list(self._waiting.values()):
+            if not self._may_come(request):
+                self._start(request)
 
     def _may_come(self, request: _Request) -> bool:
         return (
-            self._runtime.control.connected
+            not request.refused
+            and self._runtime.control.connected
             and time.monotonic() < request.reported_s + self._runtime.settings.plan_timeout_s
             and not (request.load is not None and request.load.cancelled)
         )
@@ -164,15 +194,23 @@ class PrefillSide:
     # -- the control channel's thread ---------------------------------------------------------
 
     def on_plan(self, plan: Plan) -> None:
-        request = self._by_room.get(plan.room)
-        if request is None:
-            return
         with self._lock:
-            if request.plan is None and not request.started:
+            request = self._by_room.get(plan.room)
+            known = request is not None and request.plan is not None
+            wanted = request is not None and not (known or request.started or request.done)
+            if wanted:
                 request.plan = plan
-            ready = request.rid in self._waiting
+            ready = request is not None and request.rid in self._waiting
         if ready:
             self._start(request)
+        elif not wanted and not known:
+            self._let_go(plan)  # it came too late
+
+    def on_no_plan(self, room: int) -> None:
+        """The scheduler refused the report; the I/O thread stops waiting."""
+        request = self._by_room.get(room)
+        if request is not None:
+            request.refused = True
 
     # -- any of them --------------------------------------------------------------------------
 
@@ -187,6 +225,7 @@ class PrefillSide:
                 prompt_tokens=request.prompt_tokens,
                 local_pages=request.local_pages,
                 hit_pages=hit_pages,
+                prompt_hash=request.prompt_hash,
                 traceparent=request.traceparent,
             )
         )
@@ -197,41 +236,83 @@ class PrefillSide:
             if request.started:
                 return
             request.started = True
-            self._waiting.discard(request.rid)
-        load, plan = request.load, request.plan
-        forwarded = 0
-        if plan is None:
-            request.fallback_reason = (
-                "no plan in time" if self._runtime.control.connected else "scheduler away"
-            )
-        elif self._runtime.rank < len(plan.decode_endpoints):
-            forwarded = min(max(0, plan.split_page - load.first_page), load.pages)
-        if forwarded:
-            lane = self._lane(plan.decode_endpoints[self._runtime.rank])
-            lane.submit(load, request.room, forwarded)
-        if forwarded < load.pages:
-            self._runtime.store_lane.submit(load, forwarded, load.pages)
-        load.close_part()
+            self._waiting.pop(request.rid, None)
+        load = request.load
+        if request.plan is None:
+            request.fallback_reason = self._why_no_plan(request)
+        try:
+            forwarded = self._forward(request, load)
+            if forwarded < load.pages:
+                self._runtime.store_lane.submit(load, forwarded, load.pages)
+        finally:
+            load.close_part()
 
-    def _let_go(self, request: _Request) -> None:
-        """Nothing will be pulled: the DE need not hold what it reads for this room."""
+    def _why_no_plan(self, request: _Request) -> str:
+        if request.refused:
+            return "scheduler refused the report"
+        return "no plan in time" if self._runtime.control.connected else "scheduler away"
+
+    def _forward(self, request: _Request, load: PageLoad) -> int:
+        """Give the peer lane its share of `load`; how many pages, from the load's first one on."""
         plan = request.plan
-        if plan is not None and self._runtime.rank < len(plan.decode_endpoints):
-            self._lane(plan.decode_endpoints[self._runtime.rank]).let_go(request.room)
+        if plan is None or self._runtime.rank >= len(plan.decode_endpoints):
+            return 0
+        pages = min(max(0, plan.split_page - load.first_page), load.pages)
+        if pages:
+            try:
+                self._lane(plan).submit(load, request.room, pages)
+            except Exception:
+                faults.record("room %d: its pages come from the store, no peer lane", request.room)
+                request.fallback_reason = "peer lane did not start"
+                return 0
+        return pages
 
-    def _lane(self, endpoint: str) -> PeerLane:
+    def _give_up(
+        self, request: _Request, reason: str, outcome: Outcome = Outcome.FALLBACK
+    ) -> None:
+        """A reported request gets no load: say so, and let its DE go."""
+        with self._lock:
+            if request.reported_s is None or request.done or request.load is not None:
+                return
+            request.done, request.fallback_reason = True, reason
+        self._say_done(request, outcome)
+        if request.plan is not None:
+            self._let_go(request.plan)
+
+    def _let_go(self, plan: Plan) -> None:
+        """Nothing will be pulled: the DE need not hold what it has or reads for this room."""
+        rank = self._runtime.rank
+        if plan.split_page <= plan.prefill_local_pages or rank >= len(plan.decode_endpoints):
+            return
+        try:
+            self._lane(plan).let_go(plan.room)
+        except Exception:
+            # The DE stops waiting by itself (DUALPATH_SUBSCRIBE_TIMEOUT_S).
+            faults.record("room %d: its decode engine was not told to let go", plan.room)
+
+    def _lane(self, plan: Plan) -> PeerLane:
+        """Raises scheduler_svc.keys.KeyFileError when engines have keys and the DE's is not there."""
+        endpoint, keys = plan.decode_endpoints[self._runtime.rank], self._runtime.peer_keys
         with self._lock:
             lane = self._lanes.get(endpoint)
             if lane is None:
-                lane = self._lanes[endpoint] = PeerLane(
+                lane = PeerLane(
                     endpoint,
                     self._runtime.forwarder,
                     self._runtime.fingerprint,
                     self._runtime.settings.peer_timeout_s,
                     self._on_missing,
+                    keys.towards(plan.decode_id) if keys else None,
                 )
                 lane.start()
+                self._lanes[endpoint] = lane
             return lane
+
+    def rename_layout(self, fingerprint: str) -> None:
+        """Lanes ask for pages of this layout from now on."""
+        with self._lock:
+            for lane in self._lanes.values():
+                lane.fingerprint = fingerprint
 
     def _on_missing(self, load: PageLoad, first: int, end: int, reason: str) -> None:
         """The DE did not deliver: the store does."""
@@ -248,17 +329,25 @@ class PrefillSide:
         self._runtime.store_lane.submit(load, first, end)
 
     def _done(self, request: _Request) -> None:
+        """Nothing more will be loaded for the request's report."""
         request.done = True
         load = request.load
-        outcome = Outcome.FALLBACK if request.fallback_reason else Outcome.OK
         if load is not None and load.cancelled:
-            outcome = Outcome.ABORTED
+            if request.rid not in self._by_rid:
+                self._say_done(request, Outcome.ABORTED)
+                return
+            if load.prefix < load.pages:
+                expired = load.operation.deadline_expired
+                request.fallback_reason = "prefetch deadline passed" if expired else "prefetch cut short"
+        self._say_done(request, Outcome.FALLBACK if request.fallback_reason else Outcome.OK)
+
+    def _say_done(self, request: _Request, outcome: Outcome) -> None:
         close_room(
             self._runtime,
             request.room,
             request.traceparent,
             request.plan,
-            load,
+            request.load,
             outcome,
             request.fallback_reason,
         )

@@ -27,26 +27,28 @@ class RestoreGuard:
 
     def __init__(self, runtime: Runtime) -> None:
         self._runtime = runtime
-        self._unlocks: dict[int, Callable[[], None]] = {}
-        self._begun_ns: dict[int, int] = {}
+        # By request id: requests with one room (n > 1, a room that a client chose) have a promise each.
+        self._unlocks: dict[str, Callable[[], None]] = {}
+        self._begun_ns: dict[str, int] = {}
 
     def promise(self, tree: UnifiedRadixCache, req: Req, match: DecodePrefixMatch | None) -> None:
         """The DE is about to promise `match` to the PE."""
         if match is not None and match.l2_host_hit_length > 0:
-            self._unlocks[req.bootstrap_room] = held_on_host(tree, req).lock(tree)
+            self._unlock(req.rid)
+            self._unlocks[req.rid] = held_on_host(tree, req).lock(tree)
 
     def load_back_queued(self, request: DecodeRequest) -> None:
         """SGLang's load-back has taken over the pages."""
-        self._unlock(request)
-        self._begun_ns.setdefault(request.req.bootstrap_room, time.time_ns())
+        self._unlock(request.req.rid)
+        self._begun_ns.setdefault(request.req.rid, time.time_ns())
 
     def give_up(self, request: DecodeRequest) -> None:
         """The request failed or was aborted before its restore."""
-        self._unlock(request)
-        self._begun_ns.pop(request.req.bootstrap_room, None)
+        self._unlock(request.req.rid)
+        self._begun_ns.pop(request.req.rid, None)
 
     def restored(self, request: DecodeRequest) -> None:
-        begun_ns = self._begun_ns.pop(request.req.bootstrap_room, None)
+        begun_ns = self._begun_ns.pop(request.req.rid, None)
         if begun_ns is not None:
             record_span(
                 self._runtime.tracer,
@@ -72,7 +74,7 @@ class RestoreGuard:
         """Promises not yet loaded back."""
         return len(self._unlocks)
 
-    def _unlock(self, request: DecodeRequest) -> None:
-        unlock = self._unlocks.pop(request.req.bootstrap_room, None)
+    def _unlock(self, rid: str) -> None:
+        unlock = self._unlocks.pop(rid, None)
         if unlock is not None:
             unlock()

@@ -5,17 +5,24 @@ from __future__ import annotations
 import logging
 from typing import TYPE_CHECKING, Any
 
-from dualpath_sgl import layout
+import msgspec
+
+from dualpath_sgl import faults, layout, weights
 from dualpath_sgl.config import Settings
 from dualpath_sgl.control import ControlChannel
 from dualpath_sgl.decode import DecodeSide
+from dualpath_sgl.dp_rank import dp_place
 from dualpath_sgl.forward import Forwarder
 from dualpath_sgl.integrity import PoolCheck
-from dualpath_sgl.page_load import PageLoad
+from dualpath_sgl.key_tag import TAG
+from dualpath_sgl.open_loads import OpenLoads
+from dualpath_sgl.page_load import PageLoad, acknowledge
 from dualpath_sgl.page_server import PageServer
+from dualpath_sgl.peer_keys import PeerKeys
 from dualpath_sgl.prefill import PrefillSide
 from dualpath_sgl.rank_sync import RankSync
 from dualpath_sgl.store_lane import StoreLane
+from scheduler_svc.engine_names import engine_name
 from scheduler_svc.protocol import Engine, Role
 from scheduler_svc.tracing import init_tracing
 
@@ -37,24 +44,31 @@ class Runtime:
     def __init__(self, settings: Settings, config: HiCacheStorageConfig, pool: Any) -> None:
         from sglang.srt.runtime_context import get_disagg, get_server_args
 
-        self.settings = settings
+        dp_rank, dp_size = dp_place()
+        self.settings = settings = settings.model_copy(
+            update={"engine_id": engine_name(settings.engine_id, dp_rank)}
+        )
         self.pool = pool
         self.page_size = pool.page_size
         self.page_bytes = layout.page_bytes(pool)
         self.rank = config.tp_rank
         self.tp_size = config.tp_size
         self.role = _role(get_disagg().disaggregation_mode)
-        self.fingerprint = layout.fingerprint(pool, config.model_name, config.tp_size)
+        self.layout = _layout(config, pool)
+        self.fingerprint = weights.current().fingerprint(self.layout)
+        """Changes with the weights."""
         self.tracer = init_tracing(
             settings.engine_id, settings.otlp_endpoint, {"dualpath.rank": config.tp_rank}
         )
         self.forwarder = Forwarder(settings.host, settings.protocol, settings.device, _buffers(pool))
         self.store_lane = StoreLane()
+        self.open_loads = OpenLoads()
         self.unplanned_read_bytes = 0
         self.device_free_tokens = 0
         """As of SGLang's last scheduler iteration (an idle one makes at least one a second)."""
         self.pool_check = PoolCheck(pool)
         self.rank_sync = RankSync()
+        self.peer_keys = PeerKeys(settings.key_file, settings.peer_keys) if settings.peer_keys else None
         self.server: PageServer | None = None
         if self.role is Role.DECODE:
             self.server = PageServer(
@@ -63,30 +77,35 @@ class Runtime:
                 self.fingerprint,
                 settings.lease_s,
                 settings.subscribe_timeout_s,
+                self.peer_keys,
             )
             self.side: PrefillSide | DecodeSide = DecodeSide(self)
         else:
             self.side = PrefillSide(self)
         args = get_server_args()
+        self._engine = Engine(
+            engine_id=settings.engine_id,
+            role=self.role,
+            rank=self.rank,
+            tp_size=config.tp_size,
+            dp_rank=dp_rank,
+            dp_size=dp_size,
+            url=settings.http_url(args.host, args.port),
+            bootstrap_port=(
+                args.disaggregation_bootstrap_port if self.role is Role.PREFILL else None
+            ),
+            page_endpoint=self.server.endpoint if self.server else None,
+            fingerprint=self.fingerprint,
+            page_size=self.page_size,
+            page_bytes=self.page_bytes,
+        )
         self.control = ControlChannel(
             settings.scheduler,
-            Engine(
-                engine_id=settings.engine_id,
-                role=self.role,
-                rank=self.rank,
-                tp_size=config.tp_size,
-                url=settings.http_url(args.host, args.port),
-                bootstrap_port=(
-                    args.disaggregation_bootstrap_port if self.role is Role.PREFILL else None
-                ),
-                page_endpoint=self.server.endpoint if self.server else None,
-                fingerprint=self.fingerprint,
-                page_size=self.page_size,
-                page_bytes=self.page_bytes,
-            ),
+            self._engine,
             self.side.load,
             self.side.on_plan,
             (settings.key_file, settings.scheduler_key_file) if settings.key_file else None,
+            self.side.on_no_plan,
         )
 
     def start(self) -> None:
@@ -94,7 +113,30 @@ class Runtime:
         if self.server is not None:
             self.server.start()
         self.control.start()
+        weights.current().follow(self._follow_weights)
         logger.info("DualPath: %s rank %d runs, layout %s", self.role, self.rank, self.fingerprint)
+
+    def attach_again(self, config: HiCacheStorageConfig) -> None:
+        """SGLang's storage is back, perhaps under another name."""
+        self.layout = _layout(config, self.pool)
+        self._follow_weights()
+
+    def _follow_weights(self) -> None:
+        self.fingerprint = weights.current().fingerprint(self.layout)
+        if self.server is not None:
+            self.server.fingerprint = self.fingerprint
+        if isinstance(self.side, PrefillSide):
+            self.side.rename_layout(self.fingerprint)
+        self._engine = msgspec.structs.replace(self._engine, fingerprint=self.fingerprint)
+        self.control.describe(self._engine)
+
+    def take(self, controller: HybridCacheController, operation: PrefetchOperation) -> None:
+        """An operation of SGLang's has host memory; called on its prefetch I/O thread, never raises."""
+        try:
+            self.side.take(controller, operation)
+        except Exception:
+            faults.record("request %s is computed without its stored pages", operation.request_id)
+            acknowledge(controller, operation, 0)
 
     def load_from_store(
         self, controller: HybridCacheController, operation: PrefetchOperation
@@ -103,12 +145,20 @@ class Runtime:
         load = PageLoad(
             controller,
             operation,
-            first_page=0,
+            open_loads=self.open_loads,
             page_bytes=self.page_bytes,
             on_lanes_done=self._count_unplanned,
         )
         self.store_lane.submit(load, 0, load.pages)
         load.close_part()
+
+    def quiesce(self) -> None:
+        """Let go of everything of SGLang's: it is about to drop its cache, or stops its storage threads.
+
+        On SGLang's scheduler thread.  Raises RuntimeError when a transfer does not end in time.
+        """
+        self.side.reset()
+        self.open_loads.drain()
 
     def _count_unplanned(self, load: PageLoad) -> None:
         self.unplanned_read_bytes += sum(clock.bytes for clock in load.clocks)
@@ -120,10 +170,21 @@ class Runtime:
             "read_rate_bytes_per_s": self.store_lane.rate_bytes_per_s,
             "unplanned_read_bytes": self.unplanned_read_bytes,
             "host_free_pages": self.pool.available_size() // self.page_size,
-            "held": self.side.held,
+            "held": self.side.held + len(self.open_loads),
             "pool_checks": self.pool_check.checks,
             "kept_pages": self.pool_check.kept_pages,
+            "faults": faults.count() + self.control.faults,
         }
+
+
+def _layout(config: HiCacheStorageConfig, pool: Any) -> str:
+    return layout.fingerprint(
+        pool,
+        config.model_name,
+        config.tp_size,
+        tp_rank=config.tp_rank,
+        store_keys=(config.extra_config or {}).get(TAG),
+    )
 
 
 def _role(mode: str) -> Role:
@@ -146,12 +207,19 @@ _current: Runtime | None = None
 
 
 def start(settings: Settings, config: HiCacheStorageConfig, pool: Any) -> Runtime:
-    """Build and start the process's runtime.  Raises when one runs already."""
+    """The process's runtime: built when SGLang first attaches the storage, and kept if it does so again.
+
+    Raises RuntimeError when another host pool has one already.
+    """
     global _current
-    if _current is not None:
-        raise RuntimeError("DualPath runs already in this process")
-    _current = Runtime(settings, config, pool)
-    _current.start()
+    if _current is None:
+        runtime = Runtime(settings, config, pool)
+        runtime.start()
+        _current = runtime
+    elif _current.pool is not pool:
+        raise RuntimeError("DualPath runs already in this process, for another host pool")
+    else:
+        _current.attach_again(config)
     return _current
 
 

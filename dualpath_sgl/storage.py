@@ -11,7 +11,7 @@ from typing import Any
 
 from sglang.srt.mem_cache.hicache_storage import HiCacheStorageConfig, PoolName
 
-from dualpath_sgl import engine_facts, runtime
+from dualpath_sgl import engine_facts, runtime, weights
 from dualpath_sgl.config import settings
 from dualpath_sgl.hooks import assert_applied
 from dualpath_sgl.limited_store import LimitedStore
@@ -33,6 +33,11 @@ class DualPathStorage(LimitedStore):
         assert_applied()
         require(engine_facts.of_backend(storage_config))
         super().__init__(storage_config, kwargs)
+
+    def _tag_keys(self, keys: list[str]) -> list[str]:
+        """Every key that is read, written or asked for comes through here, on any of SGLang's threads."""
+        name = weights.current().name
+        return super()._tag_keys([f"{name}_{key}" for key in keys] if name else keys)
 
     def register_mem_host_pool_v2(self, host_pool: Any, host_pool_name: Any) -> None:
         if host_pool_name != PoolName.KV:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import time
-import urllib.request
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from functools import partial
@@ -18,8 +17,8 @@ from evals.raw_rates import Place, raw_reads
 from evals.topology.network import Network
 from evals.topology.plan import STORE
 from launch.config import Mode
+from launch.direct_http import fetch
 from launch.supervisor import Cluster
-from scheduler_svc.client import SchedulerClient
 from scheduler_svc.protocol import Role, Status
 
 STORED_BYTES = "master_allocated_bytes"
@@ -124,9 +123,8 @@ class LoadCluster:
         )
 
     def _stored_bytes(self) -> float:
-        with urllib.request.urlopen(self.cluster.master_metrics_url, timeout=10) as answer:
-            families = text_string_to_metric_families(answer.read().decode())
-            return sum(s.value for family in families for s in family.samples if s.name == STORED_BYTES)
+        families = text_string_to_metric_families(fetch(self.cluster.master_metrics_url, 10).decode())
+        return sum(s.value for family in families for s in family.samples if s.name == STORED_BYTES)
 
     def _planned_read_bytes(self) -> int | None:
         status = self._settled()
@@ -137,7 +135,7 @@ class LoadCluster:
         if self.cluster.config.mode is not Mode.DUALPATH:
             return None
         deadline_s = time.monotonic() + ROOMS_TIMEOUT_S
-        with SchedulerClient(self.cluster.scheduler_address) as client:
+        with self.cluster.ask_scheduler() as client:
             while (status := client.status()).rooms_open and time.monotonic() < deadline_s:
                 time.sleep(POLL_S)
         return status

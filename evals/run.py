@@ -11,6 +11,7 @@ and per mode a folder with the cluster's logs and spans and `requests.jsonl`, on
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -34,6 +35,7 @@ from evals.summary import ByRole, Mismatch, ModeResult, PathCounts, Summary, Wor
 from evals.trace import load_sessions
 from evals.workload import Workload, build
 from launch.config import ClusterConfig, Mode
+from launch.environment import forget_foreign_tracing
 from launch.readiness import require_ready
 from launch.supervisor import Cluster, single_server
 from scheduler_svc.policies import PATH_POLICIES
@@ -64,6 +66,7 @@ class EvalOptions:
 def evaluate(options: EvalOptions, console: Console) -> Summary:
     """Run the evaluation and write its results.  Raises EvalError on bad options or a failed request."""
     _check(options)
+    forget_foreign_tracing(os.environ)
     workload = _workload(options)
     info = _describe(options, workload)
     console.print(

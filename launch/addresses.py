@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from evals.topology.plan import STORE, Plan
+from scheduler_svc.reach import is_loopback
 
 STORE_PROCESSES = ("master", "store")
 """Names of the processes that live on the store's machine."""
@@ -31,15 +32,20 @@ class Addresses:
     store: str
     engines: Mapping[str, EngineAddresses] = field(default_factory=dict)
     """Of engines that are not at `hub`."""
+    on_this_host_only: bool = False
+    """The links were made for this cluster, between namespaces of this machine."""
 
     def engine(self, name: str) -> EngineAddresses:
-        nic = "lo" if self.hub == "127.0.0.1" else None
+        nic = "lo" if is_loopback(self.hub) else None
         return self.engines.get(name, EngineAddresses(self.hub, self.hub, nic))
 
     @property
-    def reachable_from_elsewhere(self) -> bool:
-        """Whether `hub` is more than this machine's loopback."""
-        return self.hub != "127.0.0.1"
+    def every(self) -> list[str]:
+        """All addresses of the cluster, each once."""
+        own = [
+            address for engine in self.engines.values() for address in (engine.compute, engine.storage)
+        ]
+        return list(dict.fromkeys([self.hub, self.store, *own]))
 
 
 def on_one_host(host: str) -> Addresses:
@@ -56,4 +62,5 @@ def on_network(plan: Plan) -> Addresses:
             link.member: EngineAddresses(link.address, plan.link(link.member, "storage").address, link.nic)
             for link in computing
         },
+        on_this_host_only=True,
     )

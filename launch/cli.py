@@ -11,7 +11,6 @@ import time
 from pathlib import Path
 from typing import Annotated, NoReturn
 
-import psutil
 import typer
 from rich.console import Console
 from rich.markup import escape
@@ -20,7 +19,8 @@ from rich.table import Table
 from launch.config import ClusterConfig, ConfigError, load
 from launch.patching import PatchError, Report, State, Tree, stacks
 from launch.readiness import NotReady, require_ready
-from scheduler_svc.keys import keys_app
+from launch.run_dir import ProcessState, RunDirError, read_state
+from scheduler_svc.keys import KeyFileError, keys_app
 
 DEFAULT_RUN_DIR = Path("runs/current")
 LAZY_COMMANDS = {
@@ -48,7 +48,10 @@ def up(
     config: Annotated[Path, typer.Option("--config", "-c", help="Cluster description (YAML).")],
     run_dir: RunDir = DEFAULT_RUN_DIR,
 ) -> None:
-    """Start a whole cluster on this machine and keep it until Ctrl-C, or until a part of it dies."""
+    """Start a whole cluster on this machine and keep it until Ctrl-C, or until an engine dies.
+
+    Its other parts are started again when they die.
+    """
     from evals.topology.network import NetworkError
     from launch.process import ProcessDied
     from launch.supervisor import Cluster, StartTimeout
@@ -58,23 +61,27 @@ def up(
         require_ready(description)
     except NotReady as error:
         _fail(str(error))
-    if _alive_processes(run_dir):
-        _fail(f"--run-dir {run_dir}: a cluster runs there; stop it, or name another directory")
     # Also SIGINT: a shell starts background jobs with it ignored.
     for stop_signal in (signal.SIGINT, signal.SIGTERM):
         signal.signal(stop_signal, signal.default_int_handler)
-    cluster = Cluster(description, run_dir)
+    try:
+        cluster = Cluster(description, run_dir)
+    except ConfigError as error:
+        _fail(f"{config}: {error}")
+    except OSError as error:
+        _fail(str(error))
     begun_s = time.monotonic()
     try:
-        cluster.start(lambda text: console.print(f"[dim]{time.monotonic() - begun_s:6.1f} s[/]  {text}"))
+        cluster.start(lambda text: console.print(f"[dim]{time.monotonic() - begun_s:6.1f} s[/]  {escape(text)}"))
         for engine in cluster.engines:
             console.print(f"{engine.name}  {engine.url}")
-        console.print(
-            f"router  [bold]{cluster.url}[/]   look: dualpath status --run-dir {run_dir}   stop: Ctrl-C"
-        )
+        look = escape(f"dualpath status --run-dir {run_dir}")
+        console.print(f"router  [bold]{cluster.url}[/]   look: {look}   stop: Ctrl-C")
         cluster.wait()
     except KeyboardInterrupt:
         console.print("stopping")
+    except RunDirError as error:
+        _fail(f"--run-dir {error}")
     except (ProcessDied, StartTimeout, NetworkError, OSError) as error:
         _fail(str(error))
     finally:
@@ -84,31 +91,44 @@ def up(
 
 
 @app.command()
-def status(run_dir: RunDir = DEFAULT_RUN_DIR) -> None:
+def status(
+    run_dir: RunDir = DEFAULT_RUN_DIR,
+    scheduler: Annotated[
+        str | None, typer.Option(help="Ask the scheduler at this ZeroMQ address instead of a run directory.")
+    ] = None,
+    key_file: Annotated[
+        Path | None,
+        typer.Option(envvar="DUALPATH_KEY_FILE", help="A peer's .key_secret; a run directory names its own."),
+    ] = None,
+    scheduler_key_file: Annotated[
+        Path | None, typer.Option(envvar="DUALPATH_SCHEDULER_KEY_FILE", help="The scheduler's .key.")
+    ] = None,
+) -> None:
     """Show the processes, addresses and scheduler state of a running cluster."""
-    from scheduler_svc.client import SchedulerClient, SchedulerError
-
-    state = _read_state(run_dir)
+    if (key_file is None) != (scheduler_key_file is None):
+        _fail("give both --key-file and --scheduler-key-file, or neither")
+    keys = None if key_file is None else (key_file, scheduler_key_file)
+    if scheduler is not None:
+        _ask_scheduler(scheduler, keys)
+        return
+    try:
+        state = read_state(run_dir)
+    except RunDirError as error:
+        _fail(f"--run-dir {error}")
     if state is None:
         _fail(
             f"--run-dir {run_dir}: no cluster runs there; start one: dualpath up -c FILE --run-dir {run_dir}"
         )
-    alive = _alive_processes(run_dir)
-    table = Table(
-        "process", "pid", "state", "address", "log", title=f"{state['name']} · mode {state['mode']}"
-    )
-    addresses = {**state["engines"], "router": state["url"], "scheduler": state["scheduler"]}
-    for name, process in state["processes"].items():
-        condition = "running" if name in alive else "[red]ended[/]"
-        table.add_row(name, str(process["pid"]), condition, addresses.get(name) or "", process["log"])
+    table = Table("process", "pid", "state", "address", "log", title=escape(f"{state.name} · mode {state.mode}"))
+    addresses = {**state.engines, "router": state.url, "scheduler": state.scheduler}
+    alive = {name for name, process in state.processes.items() if process.alive}
+    for name, process in state.processes.items():
+        cells = (name, str(process.pid), _condition(process, name in alive), addresses.get(name) or "", process.log)
+        table.add_row(*map(escape, cells))
     console.print(table)
-    if state["scheduler"] is not None:
-        try:
-            with SchedulerClient(state["scheduler"]) as client:
-                _print_scheduler(client.status())
-        except (TimeoutError, SchedulerError) as error:
-            _fail(f"scheduler: {error}; engines go on with the prefill path")
-    if len(alive) < len(state["processes"]):
+    if state.scheduler is not None:
+        _ask_scheduler(state.scheduler, keys if state.scheduler_keys is None else state.scheduler_keys)
+    if len(alive) < len(state.processes) or any(process.silent for process in state.processes.values()):
         raise typer.Exit(1)
 
 
@@ -232,6 +252,21 @@ def _print_report(report: Report) -> None:
         console.print(f"  {state:<24} {name}")
 
 
+def _ask_scheduler(address: str, keys: tuple[Path, Path] | None) -> None:
+    from scheduler_svc.client import SchedulerClient, SchedulerError
+
+    try:
+        with SchedulerClient(address, curve_key_files=keys) as client:
+            _print_scheduler(client.status())
+    except KeyFileError as error:
+        _fail(str(error))
+    except TimeoutError as error:
+        hint = "" if keys else ", or it wants keys (--key-file, --scheduler-key-file)"
+        _fail(f"scheduler: {error}: it is away{hint}; engines go on with the prefill path")
+    except SchedulerError as error:
+        _fail(f"scheduler: {error}; engines go on with the prefill path")
+
+
 def _print_scheduler(found) -> None:
     table = Table(
         "engine", "rank", "last seen", "sequences", "tokens", "read queue", "store read", "forwarded"
@@ -264,24 +299,11 @@ def _load(path: Path) -> ClusterConfig:
         _fail(str(error))
 
 
-def _read_state(run_dir: Path) -> dict | None:
-    from launch.supervisor import STATE_FILE
-
-    path = run_dir / STATE_FILE
-    return json.loads(path.read_text()) if path.exists() else None
-
-
-def _alive_processes(run_dir: Path) -> list[str]:
-    """Names of the recorded processes that run; a process number taken over by a stranger does not count."""
-    alive = []
-    for name, process in (_read_state(run_dir) or {"processes": {}})["processes"].items():
-        try:
-            found = psutil.Process(process["pid"])
-            if found.create_time() == process["started_s"] and found.status() != psutil.STATUS_ZOMBIE:
-                alive.append(name)
-        except psutil.NoSuchProcess:
-            continue
-    return alive
+def _condition(process: ProcessState, alive: bool) -> str:
+    now = "ended" if not alive else "DOES NOT ANSWER" if process.silent else "running"
+    if not process.last_end:
+        return now
+    return f"{now}; started again {process.restarts} times, last: {process.last_end}"
 
 
 def _fail(message: str) -> NoReturn:

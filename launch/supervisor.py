@@ -4,6 +4,11 @@
                             |-> scheduler (mode dualpath), collector (tracing)
 
 Everything logs to `run_dir/logs/<name>.log`; `run_dir/cluster.json` says what runs where.
+
+While a cluster is waited for (`wait`), a part without which its engines go on is started again when it
+dies: a fault costs time, never the cluster.  A dead engine ends the cluster: it holds requests, takes
+a minute to come back, and mostly dies of what would kill it again.  A part that dies while anything
+starts or is measured is an error, whichever it is.
 """
 
 from __future__ import annotations
@@ -15,26 +20,34 @@ import socket
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 
 import psutil
 
 from evals.topology.network import Network
 from evals.topology.plan import STORE, Rates
-from launch import commands
+from launch import commands, exposure
 from launch.addresses import STORE_PROCESSES, Addresses, on_network, on_one_host
+from launch.comeback import Comeback
 from launch.commands import Ports
-from launch.config import ClusterConfig, Mode, bits_per_s, kv_bytes_per_token
+from launch.config import ClusterConfig, Mode, at_its_address, bits_per_s, kv_bytes_per_token
 from launch.config import Network as NetworkConfig
+from launch.direct_http import answers, fetch
+from launch.engine_watch import SILENT_AFTER_S, EngineWatch
+from launch.environment import foreign
+from launch.hosts import authority
 from launch.ports import FreePorts
 from launch.process import ManagedProcess, ProcessDied, stop_all
+from launch.run_dir import STATE_FILE, Claim, ClusterState, ProcessState
+from launch.security import OPERATOR, key_files
 from launch.store_node import READY as STORE_READY
 from scheduler_svc.client import SchedulerClient
+from scheduler_svc.engine_names import server_id
 from scheduler_svc.protocol import Role
 
-STATE_FILE = "cluster.json"
 START_TIMEOUT_S = 600.0
 STOP_GRACE_S = 10.0
 POLL_S = 0.2
@@ -56,10 +69,15 @@ class Supervisor:
 
     stop_order: tuple[tuple[str, ...], ...] = ()
     """Names (or their beginnings) in the order of stopping; the rest stops last."""
+    spared: Mapping[str, str] = {}
+    """Processes that `wait` starts again when they die -> what holds until they are back."""
 
     def __init__(self, run_dir: Path):
         self.run_dir = run_dir.resolve()
         self.processes: dict[str, ManagedProcess] = {}
+        self._claim: Claim | None = None
+        self._comebacks: dict[str, Comeback] = {}
+        self._last_ends: dict[str, str] = {}
         self._probes: dict[str, Probe] = {}
         self._killed: set[str] = set()
         self._on_event: Event = lambda text: None
@@ -67,12 +85,13 @@ class Supervisor:
     def start(self, on_event: Event | None = None) -> None:
         """Start everything and wait until it serves.  Stops everything again if that fails.
 
-        `on_event` gets one line of text per step.  Raises ProcessDied or StartTimeout.
+        `on_event` gets one line of text per step.  Raises ProcessDied, StartTimeout, or RunDirError
+        when somebody else uses the run directory.
         """
         if self.processes:
             raise RuntimeError("already started")
         self._on_event = on_event or self._on_event
-        self.run_dir.mkdir(parents=True, exist_ok=True)
+        self._claim = Claim(self.run_dir)
         try:
             self._start()
         except BaseException:
@@ -81,13 +100,18 @@ class Supervisor:
 
     def stop(self) -> None:
         """Stop what was started here, and nothing else.  Idempotent."""
+        if self._claim is None:
+            return
         remaining = dict(self.processes)
         for beginnings in (*self.stop_order, ("",)):
             group = [name for name in remaining if name.startswith(beginnings)]
             stop_all([remaining.pop(name) for name in group], STOP_GRACE_S)
         self.processes.clear()
         self._killed.clear()
+        self._comebacks.clear()
         (self.run_dir / STATE_FILE).unlink(missing_ok=True)
+        self._claim.release()
+        self._claim = None
 
     def __enter__(self):
         if not self.processes:
@@ -104,10 +128,45 @@ class Supervisor:
                 raise ProcessDied(process)
 
     def wait(self) -> None:
-        """Watch until a process ends.  Raises ProcessDied."""
+        """Watch until a process ends that is not spared.  Raises ProcessDied."""
         while True:
-            self.check()
+            self._look()
             time.sleep(POLL_S)
+
+    def _look(self) -> None:
+        for name, process in self.processes.items():
+            if name in self._killed or process.running:
+                continue
+            if name not in self.spared:
+                raise ProcessDied(process)
+            self._bring_back(process)
+
+    def _bring_back(self, process: ManagedProcess) -> None:
+        comeback = self._comebacks.setdefault(process.name, Comeback())
+        if comeback.due_s is None:
+            delay_s = comeback.died(time.monotonic())
+            self._last_ends[process.name] = process.describe_exit()
+            self._on_event(self._obituary(process, comeback, delay_s))
+        elif time.monotonic() >= comeback.due_s:
+            process.finish(deadline_s=0.0)
+            process.start()
+            comeback.started()
+            self._on_event(f"{process.name} started again")
+        else:
+            return
+        self._write_state()
+
+    def _obituary(self, process: ManagedProcess, comeback: Comeback, delay_s: float) -> str:
+        text = (
+            f"{process.name} {process.describe_exit()}; {self.spared[process.name]}; it is started again in "
+            f"{delay_s:g} s (log {process.log_path})"
+        )
+        if not comeback.alarming:
+            return text
+        return (
+            f"error: {text}; it died {comeback.deaths_in_a_row} times in a row: put right what its last lines "
+            f"name\n{process.tail()}"
+        )
 
     def kill(self, name: str, signal_number: int = signal.SIGKILL) -> None:
         """Send a signal to the named process and its children (a fault, not a shutdown)."""
@@ -197,44 +256,85 @@ class Cluster(Supervisor):
     """The cluster that `config` describes.  Entering the context starts it, if it is not started."""
 
     stop_order = (("router",), ("prefill-", "decode-"), ("scheduler", "store"))
+    spared = {
+        "scheduler": "engines go on with the prefill path",
+        "collector": "spans are lost meanwhile",
+        "router": "clients are refused meanwhile",
+        "master": "prompts are computed meanwhile, and what was stored is forgotten",
+        "store": "prompts are computed meanwhile, and what was stored is gone",
+    }
 
     def __init__(self, config: ClusterConfig, run_dir: Path):
         super().__init__(run_dir)
-        self.config = config
+        self.config = at_its_address(config)
         """As it runs now (`set_policy` changes it)."""
         self.started_as = config
-        self.kv_bytes_per_token = kv_bytes_per_token(config)
-        free = FreePorts(config.host)
-        self.addresses: Addresses = on_one_host(config.host)
+        config.model.directory()  # A tiny model that is not there yet is made before anything starts.
+        free = FreePorts(self.config.host)
+        self.addresses: Addresses = on_one_host(self.config.host)
         """With a shaped network: known once it is started."""
         self.network: Network | None = None
         """The shaped network, while it exists."""
+        self._silent: set[str] = set()
         self.ports = Ports(**{name: free.take() for name in Ports.__dataclass_fields__})
         self._specs = commands.engine_specs(config, free.take)
+
+    @cached_property
+    def kv_bytes_per_token(self) -> int:
+        """Raises ConfigError when the model's `config.json` does not tell."""
+        return kv_bytes_per_token(self.config)
 
     @property
     def url(self) -> str:
         """Base URL of the router, where clients send requests."""
-        return f"http://{self.addresses.hub}:{self.ports.router}"
+        return f"http://{authority(self.addresses.hub, self.ports.router)}"
 
     @property
     def scheduler_address(self) -> str:
         """ZeroMQ address; answered only in mode dualpath."""
-        return f"tcp://{self.addresses.hub}:{self.ports.scheduler}"
+        return commands.scheduler_url(self.addresses, self.ports)
+
+    def ask_scheduler(self) -> SchedulerClient:
+        """A client with the operator's key, where there are keys."""
+        return SchedulerClient(self.scheduler_address, curve_key_files=self._operator_keys)
+
+    @property
+    def _operator_keys(self) -> tuple[Path, Path] | None:
+        return key_files(self.config.security, OPERATOR)
 
     @property
     def master_metrics_url(self) -> str:
-        return f"http://{self.addresses.store}:{self.ports.master_metrics}/metrics"
+        return f"http://{authority(self.addresses.store, self.ports.master_metrics)}/metrics"
 
     @property
     def collector_url(self) -> str:
         """OTLP/gRPC; answered only with tracing."""
-        return f"http://{self.addresses.hub}:{self.ports.collector}"
+        return commands.collector_url(self.addresses, self.ports)
 
     @property
     def spans_path(self) -> Path:
         """OTLP JSON, one export request a line; the collector appends to it."""
         return self.run_dir / "spans.jsonl"
+
+    def wait(self) -> None:
+        """Says too which engines run, but answer nobody: those may come back, so nothing ends."""
+        urls = {spec.name: spec.url(self.addresses) for spec in self._specs}
+        with EngineWatch(urls) as self._watch:
+            super().wait()
+
+    def _look(self) -> None:
+        super()._look()
+        silent = self._watch.silent()
+        for name in silent - self._silent:
+            self._on_event(
+                f"error: {name} runs, but has not answered for {SILENT_AFTER_S:g} s; requests for it fail. "
+                f"If it does not come back, stop the cluster and start it again (log {self.processes[name].log_path})"
+            )
+        for name in self._silent - silent:
+            self._on_event(f"{name} answers again")
+        if silent != self._silent:
+            self._silent = silent
+            self._write_state()
 
     def stop(self) -> None:
         super().stop()
@@ -278,18 +378,25 @@ class Cluster(Supervisor):
         self.restart("scheduler")
         expected = {spec.name for spec in self._specs}
         deadline_s = time.monotonic() + REJOIN_TIMEOUT_S
-        with SchedulerClient(self.scheduler_address) as client:
-            while expected != {engine.engine.engine_id for engine in client.status(PROBE_TIMEOUT_S).engines}:
+        with self.ask_scheduler() as client:
+            while expected != {server_id(e.engine.engine_id) for e in client.status(PROBE_TIMEOUT_S).engines}:
                 if time.monotonic() > deadline_s:
                     raise StartTimeout(f"engines did not join the scheduler again in {REJOIN_TIMEOUT_S:g} s")
                 time.sleep(POLL_S)
 
     def _start(self) -> None:
-        base = dict(os.environ)
         begun_s = time.monotonic()
+        if left_out := foreign(os.environ):
+            self._on_event(
+                f"left out of the cluster's environment: {', '.join(left_out)}; if one is meant, give it in the "
+                "cluster file: prefill.env, decode.env"
+            )
         if self.config.network is not None:
             self._build_network(self.config.network)
+        elif (problem := exposure.warning(exposure.public_addresses())) is not None:
+            self._on_event(problem)
         config, addresses, ports = self.config, self.addresses, self.ports
+        base = commands.part_environment(addresses, os.environ)
         argv = commands.master_command(addresses, ports)
         self._launch("master", argv, base, self._listens(addresses.store, ports.master))
         if config.tracing.enabled:
@@ -304,7 +411,7 @@ class Cluster(Supervisor):
         # An engine writes a test object into the store early, so the store comes before.
         for spec in self._specs:
             argv = commands.engine_command(config, addresses, spec, ports)
-            environment = commands.engine_environment(config, addresses, spec, ports, base)
+            environment = commands.engine_environment(config, addresses, spec, ports, os.environ)
             self._launch(
                 spec.name, argv, environment, _healthy(spec.url(addresses)), _engine_stop_signal(config)
             )
@@ -355,30 +462,35 @@ class Cluster(Supervisor):
 
     def _listens(self, host: str, port: int) -> Probe:
         def probe() -> bool:
-            with socket.socket() as connection:
-                return connection.connect_ex((host, port)) == 0
+            try:
+                socket.create_connection((host, port), PROBE_TIMEOUT_S).close()
+            except OSError:
+                return False
+            return True
 
         return probe
 
     def _write_state(self) -> None:
-        state = {
-            "name": self.config.name,
-            "mode": self.config.mode,
-            "url": self.url,
-            "scheduler": self.scheduler_address if "scheduler" in self.processes else None,
-            "engines": {engine.name: engine.url for engine in self.engines},
-            "processes": {
-                name: {
-                    "pid": process.pid,
-                    "started_s": psutil.Process(process.pid).create_time(),
-                    "log": str(process.log_path),
-                }
-                for name, process in self.processes.items()
-            },
-        }
-        staged = self.run_dir / f".{STATE_FILE}"
-        staged.write_text(json.dumps(state, indent=1))
-        staged.replace(self.run_dir / STATE_FILE)
+        ClusterState(
+            name=self.config.name,
+            mode=self.config.mode,
+            url=self.url,
+            scheduler=self.scheduler_address if "scheduler" in self.processes else None,
+            scheduler_keys=self._operator_keys,
+            engines={engine.name: engine.url for engine in self.engines},
+            processes={name: self._state_of(process) for name, process in self.processes.items()},
+        ).write(self.run_dir)
+
+    def _state_of(self, process: ManagedProcess) -> ProcessState:
+        comeback = self._comebacks.get(process.name, Comeback())
+        return ProcessState(
+            pid=process.pid,
+            started_s=0.0 if process.pid is None else psutil.Process(process.pid).create_time(),
+            log=str(process.log_path),
+            restarts=comeback.restarts,
+            last_end=self._last_ends.get(process.name, ""),
+            silent=process.name in self._silent,
+        )
 
 
 class SingleServer(Supervisor):
@@ -386,17 +498,19 @@ class SingleServer(Supervisor):
 
     def __init__(self, config: ClusterConfig, run_dir: Path):
         super().__init__(run_dir)
-        self.config = config
-        self._port = FreePorts(config.host).take()
+        self.config = at_its_address(config)
+        self._addresses = on_one_host(self.config.host)
+        self._port = FreePorts(self.config.host).take()
 
     @property
     def url(self) -> str:
-        return f"http://{self.config.host}:{self._port}"
+        return f"http://{authority(self._addresses.hub, self._port)}"
 
     def _start(self) -> None:
         argv = commands.single_server_command(self.config, self._port)
+        base = commands.part_environment(self._addresses, os.environ)
         environment = commands.server_environment(
-            self.config, self.config.prefill, on_one_host(self.config.host).engine("single"), os.environ
+            self.config, self.config.prefill, self._addresses.engine("single"), base
         )
         self._launch("single", argv, environment, _healthy(self.url))
         self._await_ready(["single"])
@@ -417,19 +531,11 @@ def _bits_per_s(rate: str | None) -> int | None:
 
 
 def _healthy(url: str) -> Probe:
-    def probe() -> bool:
-        try:
-            with urllib.request.urlopen(f"{url}/health", timeout=PROBE_TIMEOUT_S) as answer:
-                return answer.status == 200
-        except OSError:
-            return False
-
-    return probe
+    return lambda: answers(f"{url}/health", PROBE_TIMEOUT_S)
 
 
 def _post(url: str, body: dict | None = None) -> bytes:
     """Raises OSError (urllib.error.HTTPError for an HTTP error status)."""
     data = json.dumps(body or {}).encode()
     request = urllib.request.Request(url, data, {"Content-Type": "application/json"}, method="POST")
-    with urllib.request.urlopen(request, timeout=GENERATE_TIMEOUT_S) as answer:
-        return answer.read()
+    return fetch(request, GENERATE_TIMEOUT_S)

@@ -43,7 +43,8 @@ def serve(
         Path | None, typer.Option(help="The scheduler's .key_secret: peers must speak CURVE.")
     ] = None,
     authorized_keys_dir: Annotated[
-        Path | None, typer.Option(help="Directory with the .key file of every peer that may connect.")
+        Path | None,
+        typer.Option(help="Directory with every peer's .key file; a change counts within seconds."),
     ] = None,
     insecure_bind: Annotated[
         bool,
@@ -70,9 +71,11 @@ def serve(
     )
     with ExitStack() as running:
         context = zmq.Context.instance()
+        authorized_keys = None
         try:
             if authorized_keys_dir is not None:
-                running.enter_context(PeerAuthenticator(authorized_keys_dir, context))
+                admitting = PeerAuthenticator(authorized_keys_dir, context, metrics.refused_connections.inc)
+                authorized_keys = running.enter_context(admitting).keys
             server = Server(
                 bind,
                 cluster,
@@ -80,6 +83,7 @@ def serve(
                 observers=observers,
                 insecure_bind=insecure_bind,
                 curve_server_key_file=curve_server_key_file,
+                authorized_keys=authorized_keys,
                 context=context,
             )
         except (BindRefused, KeyFileError) as error:

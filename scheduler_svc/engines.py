@@ -41,6 +41,8 @@ class RankState:
     engine: Engine
     load: Load
     heartbeat_s: float
+    versions: tuple[int, int] = (1, 1)
+    """Newest and oldest protocol version that it speaks."""
     planned_bytes: int = 0
     """Storage reads planned for this rank and not yet reported done."""
 
@@ -100,6 +102,8 @@ class EngineState:
     reported_free_tokens: int | None = None
     """Least of all ranks' last heartbeats; None until one of them was not zero."""
     shape: Shape = Shape(1, ())
+    versions: tuple[int, int] = (1, 1)
+    """Newest and oldest protocol version that all live ranks speak."""
     page_size: int = 0
     """Tokens."""
     page_bytes: int = 0
@@ -112,6 +116,10 @@ class EngineState:
         ranks = sorted(self.ranks.items())
         self.shape = Shape(
             ranks[0][1].engine.tp_size, tuple((rank, state.engine.fingerprint) for rank, state in ranks)
+        )
+        self.versions = (
+            min(state.versions[0] for _, state in ranks),
+            max(state.versions[1] for _, state in ranks),
         )
         self.page_size = ranks[0][1].engine.page_size
         self.page_bytes = sum(state.engine.page_bytes for _, state in ranks)
@@ -152,13 +160,8 @@ class EngineState:
         self.read_queue_bytes = total
 
     @property
-    def any_rank(self) -> Engine:
-        """Role, tp_size, url and page_size are the same on every rank."""
-        return next(iter(self.ranks.values())).engine
-
-    @property
     def leader(self) -> Engine:
-        """Raises KeyError unless the leader rank is live."""
+        """Its address is the engine's.  Raises KeyError unless the leader rank is live."""
         return self.ranks[LEADER_RANK].engine
 
     @property
@@ -214,7 +217,9 @@ class EngineTable:
         """Tell `watcher` about every engine from now on; call it while the table is empty."""
         self._watcher = watcher
 
-    def heartbeat(self, engine: Engine, load: Load, now_s: float) -> None:
+    def heartbeat(
+        self, engine: Engine, load: Load, now_s: float, versions: tuple[int, int] = (1, 1)
+    ) -> None:
         """Register or refresh one rank.  Raises EngineConflict and changes nothing."""
         state = self._live.get(engine.engine_id)
         if state is None:
@@ -230,10 +235,10 @@ class EngineTable:
             self._check(engine, others=state.ranks.values())
         was_complete = state.is_complete
         if rank is None:
-            rank = state.ranks[engine.rank] = RankState(engine, load, now_s)
+            rank = state.ranks[engine.rank] = RankState(engine, load, now_s, versions)
             state.reshape()
-        elif rank.engine != engine:
-            rank.engine = engine
+        elif rank.engine != engine or rank.versions != versions:
+            rank.engine, rank.versions = engine, versions
             state.reshape()
         rank.load, rank.heartbeat_s = load, now_s
         key = RankKey(engine.engine_id, engine.rank)
@@ -261,7 +266,10 @@ class EngineTable:
                 f"engine {engine.engine_id}: rank {engine.rank} is not below tp_size {engine.tp_size}"
             )
         for other in others:
-            for name in ("role", "tp_size", "url", "page_size"):
+            names = ("role", "tp_size", "page_size")
+            if other.engine.rank == engine.rank:  # ranks on other hosts have other addresses
+                names += ("url",)
+            for name in names:
                 said, known = getattr(engine, name), getattr(other.engine, name)
                 if said != known:
                     raise EngineConflict(

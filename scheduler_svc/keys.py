@@ -1,26 +1,36 @@
-"""ZeroMQ CURVE keys: who may talk to the scheduler, and how a peer knows that it is the scheduler.
+"""ZeroMQ CURVE keys on disk: who may talk to the scheduler and to page servers, and in whose name.
 
     keys/scheduler.key_secret     on the scheduler's host only
     keys/scheduler.key            its public half, on every host
     keys/peers/NAME.key_secret    on the host of that peer only
-    keys/peers/NAME.key           in the directory of authorized keys on the scheduler's host
+    keys/peers/NAME.key           in the directory of authorized keys: of the scheduler, and of every engine
 
-Files have pyzmq's certificate format.  One peer key may be shared by all engines of a host.
+A key speaks for the engine that its public file is named after (`scheduler_svc.authorized_keys`).  One
+key for several engines lies there once under each of their names.  Files have pyzmq's certificate format.
 """
 
 from __future__ import annotations
 
 import os
+import shutil
 import stat
+import struct
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated
 
 import typer
 import zmq
 import zmq.auth
+from zmq.utils import z85
 
 SERVER_NAME = "scheduler"
 PEERS = "peers"
+PUBLIC, SECRET = ".key", ".key_secret"
+HANDSHAKE_MS = 3000
+"""A peer that is not admitted within this time is cut off, and may try again."""
+KEY_CHARACTERS = 40
+"""Of a public or a secret key in Z85."""
 
 
 class KeyFileError(ValueError):
@@ -39,39 +49,55 @@ def _group() -> None:
 def generate_command(
     directory: Annotated[Path, typer.Argument(help="Where the keys go; made if missing.")],
     peers: Annotated[list[str] | None, typer.Option("--peer", help="A peer's name; may be repeated.")] = None,
+    engines: Annotated[
+        str | None,
+        typer.Option(help="The one peer's key speaks for these engines, e.g. prefill-0,decode-0."),
+    ] = None,
 ) -> None:
-    """Make the scheduler's key pair, unless it is there, and one for each named peer."""
+    """Make the scheduler's key pair, unless it is there, and one for each named peer.
+
+    An engine's peer name is its engine id: its key lets it speak for itself and for nobody else.
+    """
     try:
-        made = generate(directory, peers or ["engine"])
+        made = generate(directory, peers or [], engines.split(",") if engines else [])
     except KeyFileError as error:
         raise typer.BadParameter(str(error)) from None
     for path in made:
         typer.echo(path)
     typer.echo(
-        f"scheduler: --curve-server-key-file {directory / (SERVER_NAME + '.key_secret')} "
+        f"scheduler: --curve-server-key-file {directory / (SERVER_NAME + SECRET)} "
         f"--authorized-keys-dir {directory / PEERS}"
     )
 
 
-def generate(directory: Path, peers: list[str]) -> list[Path]:
+def generate(directory: Path, peers: list[str], engines: Sequence[str] = ()) -> list[Path]:
     """Make the missing key pairs; returns the secret key files made.
 
-    Secret files are readable by their owner only.  Raises KeyFileError for a peer that has keys
-    already (its name would silently change its key) or cannot be a file name.
+    The one peer's key speaks for `engines` too.  Secret files are readable by their owner only.
+    Raises KeyFileError for a peer that has keys already (its name would silently change its key) or
+    cannot be a file name.
     """
     peer_directory = directory / PEERS
-    for name in peers:
+    if engines and len(peers) != 1:
+        raise KeyFileError(
+            f"--engines {','.join(engines)} shares one key: give --peer once, e.g. the host's name"
+        )
+    for name in (*peers, *engines):
         if not name or name != Path(name).name or name.startswith("."):
             raise KeyFileError(f"peer name {name!r} is not a plain file name; use letters, digits, - and _")
-        if (peer_directory / f"{name}.key_secret").exists() or (peer_directory / f"{name}.key").exists():
+        if any((peer_directory / (name + suffix)).exists() for suffix in (SECRET, PUBLIC)):
             raise KeyFileError(
                 f"peer {name!r} has keys in {peer_directory}; remove them or choose another name"
             )
     peer_directory.mkdir(parents=True, exist_ok=True)
     made = []
-    if not (directory / f"{SERVER_NAME}.key_secret").exists():
+    if not (directory / (SERVER_NAME + SECRET)).exists():
         made.append(_create(directory, SERVER_NAME))
-    return made + [_create(peer_directory, name) for name in dict.fromkeys(peers)]
+    made += [_create(peer_directory, name) for name in dict.fromkeys(peers)]
+    for engine in engines:
+        if engine not in peers:
+            shutil.copy(peer_directory / (peers[0] + PUBLIC), peer_directory / (engine + PUBLIC))
+    return made
 
 
 def _create(directory: Path, name: str) -> Path:
@@ -90,7 +116,10 @@ def load_secret(path: Path) -> tuple[bytes, bytes]:
     try:
         public, secret = zmq.auth.load_certificate(path)
         readable_by_others = path.stat().st_mode & (stat.S_IRGRP | stat.S_IROTH)
-    except (OSError, ValueError) as error:
+        _check_key(public)
+        if secret is not None:
+            _check_key(secret)
+    except (OSError, ValueError, IndexError) as error:
         raise KeyFileError(f"key file {path}: {error}; make one with `dualpath keys generate`") from None
     if secret is None:
         raise KeyFileError(f"key file {path} holds no secret key; name the .key_secret file")
@@ -102,23 +131,28 @@ def load_secret(path: Path) -> tuple[bytes, bytes]:
 def load_public(path: Path) -> bytes:
     """The public key of a `.key` file.  Raises KeyFileError."""
     try:
-        return zmq.auth.load_certificate(path)[0]
-    except (OSError, ValueError) as error:
-        raise KeyFileError(f"key file {path}: {error}; copy the scheduler's .key file there") from None
+        public = zmq.auth.load_certificate(path)[0]
+        _check_key(public)
+    except (OSError, ValueError, IndexError) as error:
+        raise KeyFileError(f"key file {path}: {error}; copy the .key file of its owner there") from None
+    return public
 
 
-def load_authorized(directory: Path) -> set[bytes]:
-    """Public keys of every `.key` file in `directory`.  Raises KeyFileError, also when there is none."""
-    paths = sorted(directory.glob("*.key"))
-    if not paths:
-        raise KeyFileError(f"authorized keys directory {directory} holds no .key file: nobody could connect")
-    return {load_public(path) for path in paths}
+def _check_key(key: bytes) -> None:
+    """Raises ValueError."""
+    if len(key) != KEY_CHARACTERS:
+        raise ValueError(f"a key has {KEY_CHARACTERS} characters, this one {len(key)}")
+    try:
+        z85.decode(key)
+    except (KeyError, struct.error):
+        raise ValueError("a key has characters of Z85 only") from None
 
 
 def secure_server(socket: zmq.Socket, server_key_file: Path) -> None:
     """Make a socket, not bound yet, accept CURVE only.  Who may connect is `PeerAuthenticator`'s matter."""
     socket.curve_publickey, socket.curve_secretkey = load_secret(server_key_file)
     socket.curve_server = True
+    socket.setsockopt(zmq.HANDSHAKE_IVL, HANDSHAKE_MS)
 
 
 def secure_client(socket: zmq.Socket, client_key_file: Path, server_public_key_file: Path) -> None:

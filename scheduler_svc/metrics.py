@@ -29,6 +29,11 @@ class Metrics:
             "Messages whose receiver was gone or stuck.",
             registry=registry,
         )
+        self.refused_connections = Counter(
+            "dualpath_scheduler_refused_connections",
+            "Connections whose CURVE key is not authorized.",
+            registry=registry,
+        )
         self.rooms_open = Gauge("dualpath_rooms_open", "Rooms not closed yet.", registry=registry)
         self._placements = CounterTally(
             registry,

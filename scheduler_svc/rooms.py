@@ -33,6 +33,7 @@ class Claim(NamedTuple):
     prompt_tokens: int
     local_pages: int
     hit_pages: int | None
+    prompt_hash: str | None = None
 
 
 class Moved(NamedTuple):

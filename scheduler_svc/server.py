@@ -6,7 +6,6 @@ socket identity each rank used last, so that a restarted peer gets them under it
 
 from __future__ import annotations
 
-import ipaddress
 import logging
 import threading
 import time
@@ -15,6 +14,8 @@ from pathlib import Path
 
 import zmq
 
+from scheduler_svc.authenticator import sender
+from scheduler_svc.authorized_keys import AuthorizedKeys
 from scheduler_svc.engines import RankKey
 from scheduler_svc.events import Event
 from scheduler_svc.keys import secure_server
@@ -24,11 +25,15 @@ from scheduler_svc.protocol import (
     Error,
     ErrorCode,
     Heartbeat,
+    Malformed,
     Report,
     Request,
     decode_request,
     encode,
+    printable,
 )
+from scheduler_svc.reach import is_loopback
+from scheduler_svc.sparse_log import SparseLog
 from scheduler_svc.state import Cluster, Result
 
 TICK_S = 0.1
@@ -64,19 +69,12 @@ def check_bind(address: str, *, secured: bool = False, insecure: bool = False) -
     host, _, port = rest.rpartition(":")
     if transport != "tcp" or not host or not port:
         raise BindRefused(f"bind address {address!r} is not of the form tcp://HOST:PORT")
-    if not (secured or insecure or _is_loopback(host)):
+    if not (secured or insecure or is_loopback(host)):
         raise BindRefused(
             f"bind address {address!r} can be reached from other hosts and messages are not authenticated; "
             "give --curve-server-key-file and --authorized-keys-dir (see `dualpath keys generate`), bind to "
             "tcp://127.0.0.1:PORT, or pass --insecure-bind if the network is trusted"
         )
-
-
-def _is_loopback(host: str) -> bool:
-    try:
-        return ipaddress.ip_address(host.strip("[]")).is_loopback
-    except ValueError:
-        return host == "localhost"
 
 
 class Server:
@@ -91,10 +89,12 @@ class Server:
         observers: Sequence[Callable[[Event], None]] = (),
         insecure_bind: bool = False,
         curve_server_key_file: Path | None = None,
+        authorized_keys: AuthorizedKeys | None = None,
         context: zmq.Context | None = None,
         now_s: Callable[[], float] = time.monotonic,
     ) -> None:
-        """With a key file the context must have a `PeerAuthenticator` already.
+        """With a key file the context must have a `PeerAuthenticator` already; given its keys, each message
+        must come from a key that is still authorized and may speak for the engine that it names.
 
         Raises BindRefused when the address is not local, in use or unusable, KeyFileError.
         """
@@ -103,6 +103,8 @@ class Server:
         self._metrics = metrics
         self._observers = (metrics, *observers)
         self._now_s = now_s
+        self._authorized_keys = authorized_keys
+        self._forbidden = SparseLog(logger)
         self._identities: dict[RankKey, bytes] = {}
         self._outbox: list[tuple[bytes, bytes]] = []
         """Receivers and frames of the burst under way."""
@@ -159,12 +161,14 @@ class Server:
         try:
             while now_s - begun_s < BURST_S:
                 identity = socket.recv(_AT_ONCE)
-                frames = [socket.recv()]  # parts of a message come together
+                frame = socket.recv(copy=self._authorized_keys is None)
+                key, frames = (b"", [frame]) if isinstance(frame, bytes) else (sender(frame), [frame.bytes])
+                # Parts of a message come together.
                 while socket.getsockopt(_MORE_PARTS):
                     frames.append(socket.recv())
                 received = True
                 try:
-                    self._handle(identity, frames)
+                    self._handle(identity, frames, key)
                 except Exception:
                     logger.exception("fault while handling a message")
                     self._refuse(
@@ -179,7 +183,7 @@ class Server:
         self._observe()
         return received
 
-    def _handle(self, identity: bytes, frames: list[bytes]) -> None:
+    def _handle(self, identity: bytes, frames: list[bytes], key: bytes) -> None:
         if len(frames) != 1:
             self._refuse(
                 identity,
@@ -189,8 +193,12 @@ class Server:
             return
         try:
             message = decode_request(frames[0])
-        except ValueError as error:
-            self._refuse(identity, ErrorCode.MALFORMED, str(error))
+        except Malformed as error:
+            self._refuse(identity, ErrorCode.MALFORMED, str(error), error.room, error.request_id)
+            return
+        if self._authorized_keys is not None and (why := self._authorized_keys.refusal(key, message)):
+            self._forbidden.warning("refused %s: %s", type(message).__name__, why)
+            self._refuse(identity, ErrorCode.FORBIDDEN, why)
             return
         result = self._cluster.handle(message, self._now_s())
         if isinstance(result.reply, Error):
@@ -229,10 +237,18 @@ class Server:
             self._metrics.undelivered.inc()
             logger.info("undelivered %.40s...: %s", frame.decode(), error.strerror)
 
-    def _refuse(self, identity: bytes, code: ErrorCode, text: str) -> None:
+    def _refuse(
+        self,
+        identity: bytes,
+        code: ErrorCode,
+        text: str,
+        room: int | None = None,
+        request_id: str | None = None,
+    ) -> None:
         self._cluster.errors += 1
         self._metrics.errors.labels(code.value).inc()
-        self._outbox.append((identity, encode(Error(code=code, message=text))))
+        error = Error(code=code, message=printable(text), room=room, request_id=request_id)
+        self._outbox.append((identity, encode(error)))
 
     def _observe(self) -> None:
         for observer in self._observers:

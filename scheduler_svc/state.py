@@ -19,9 +19,12 @@ from scheduler_svc.events import Event, FallbackSeen, PlaceDecided, PlanDecided,
 from scheduler_svc.intervals import pages
 from scheduler_svc.placement import NoEngine, PlacementPolicy
 from scheduler_svc.placement_rules import expected_wait_s
-from scheduler_svc.planning import Decision, decide, forward_obstacle, late_obstacle
+from scheduler_svc.planning import Decision, decide, forward_obstacle, late_obstacle, prompt_obstacle
 from scheduler_svc.policies import PathPolicy
 from scheduler_svc.protocol import (
+    OLDEST_VERSION,
+    PROTOCOL_VERSION,
+    Accepted,
     Done,
     Error,
     ErrorCode,
@@ -39,6 +42,8 @@ from scheduler_svc.protocol import (
     Status,
     StatusRequest,
     Wire,
+    common_version,
+    printable,
 )
 from scheduler_svc.rooms import Claim, Moved, Room, RoomTable, Side
 
@@ -82,11 +87,12 @@ class Cluster:
         rooms: RoomTable | None = None,
         rng: random.Random | None = None,
     ) -> None:
-        """`engines`, when given, must be empty."""
+        """`engines`, when given, must be empty.  `rng` draws rooms: whoever knows a room may ask a decode
+        engine for its pages, so nobody may be able to guess the next one."""
         self._path_policy = path_policy
         self._placement_policy = placement_policy
         self._started_s = started_s
-        self._rng = rng or random.Random()
+        self._rng = rng or random.SystemRandom()
         self.engines = engines or EngineTable()
         self.engines.watch(placement_policy)
         self.rooms = rooms or RoomTable()
@@ -116,7 +122,7 @@ class Cluster:
             return Result(
                 Error(
                     code=refused.code,
-                    message=str(refused),
+                    message=printable(str(refused)),
                     room=getattr(message, "room", None),
                     request_id=getattr(message, "request_id", None),
                 )
@@ -136,11 +142,29 @@ class Cluster:
     # Heartbeat and status
 
     def _heartbeat(self, message: Heartbeat, now_s: float) -> Result:
+        version = self._check_version(message)
         try:
-            self.engines.heartbeat(message.engine, message.load, now_s)
+            self.engines.heartbeat(
+                message.engine, message.load, now_s, versions=(message.version, message.oldest_version)
+            )
         except EngineConflict as conflict:
             raise Refused(ErrorCode.CONFLICT, str(conflict)) from None
-        return NOTHING
+        return Result(Accepted(version)) if message.hello else NOTHING
+
+    @staticmethod
+    def _check_version(peer: Heartbeat | Place) -> int:
+        """The newest version that both sides speak."""
+        version = common_version(
+            peer.version, peer.oldest_version, of=(PROTOCOL_VERSION, OLDEST_VERSION)
+        )
+        if version is None:
+            older = "this peer" if peer.version < PROTOCOL_VERSION else "the scheduler"
+            raise Refused(
+                ErrorCode.VERSION,
+                f"this peer speaks protocol versions {peer.oldest_version} to {peer.version}, the scheduler "
+                f"{OLDEST_VERSION} to {PROTOCOL_VERSION}; upgrade DualPath of {older}",
+            )
+        return version
 
     def _status(self, message: StatusRequest, now_s: float) -> Result:
         return Result(
@@ -160,6 +184,7 @@ class Cluster:
     # Place
 
     def _place(self, message: Place, now_s: float) -> Result:
+        self._check_version(message)
         try:
             choice = self._placement_policy.place(message.session_id, message.prompt_tokens)
         except NoEngine as nobody:
@@ -204,7 +229,7 @@ class Cluster:
             )
         room = self.rooms.get(report.room)
         mine = room.sides.get(report.role) if room else None
-        claim = Claim(report.prompt_tokens, report.local_pages, report.hit_pages)
+        claim = Claim(report.prompt_tokens, report.local_pages, report.hit_pages, report.prompt_hash)
         if mine is not None:
             self._check_engine(report, mine)
             if mine.claim is not None:
@@ -261,7 +286,8 @@ class Cluster:
         if claim == side.claim:
             return
         for name, said, known in zip(Claim._fields, claim, side.claim, strict=True):
-            if said != known:
+            says_nothing = name == "prompt_hash" and None in (said, known)
+            if said != known and not says_nothing:
                 raise Refused(
                     ErrorCode.CONFLICT,
                     f"{name} {said} of rank {report.rank} contradicts {known} reported by rank "
@@ -288,8 +314,10 @@ class Cluster:
         ours, theirs = (mine.engine, claim), (other.engine, other.claim)
         prefill, decode = (ours, theirs) if report.role is Role.PREFILL else (theirs, ours)
         waited_s = now_s - min(reported_s, other.reported_s)
-        obstacle = forward_obstacle(prefill[0], decode[0]) or late_obstacle(
-            waited_s, bool(mine.done or other.done)
+        obstacle = (
+            prompt_obstacle(prefill[1], decode[1])
+            or forward_obstacle(prefill[0], decode[0])
+            or late_obstacle(waited_s, bool(mine.done or other.done))
         )
         return decide(report.room, self._path_policy, prefill, decode, obstacle)
 

@@ -40,10 +40,13 @@ def init_tracing(
     """
     provider = TracerProvider(resource=Resource.create({SERVICE_NAME: service_name, **(attributes or {})}))
     if otlp_endpoint is not None:
+        insecure = not otlp_endpoint.startswith("https://")
         exporter = OTLPSpanExporter(
             endpoint=otlp_endpoint,
-            insecure=not otlp_endpoint.startswith("https://"),
+            insecure=insecure,
             timeout=EXPORT_TIMEOUT_S,
+            # Plain text stays on a network of one's own: gRPC would take it to `http_proxy` else.
+            channel_options=(("grpc.enable_http_proxy", 0),) if insecure else None,
         )
         provider.add_span_processor(
             BatchSpanProcessor(

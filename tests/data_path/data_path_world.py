@@ -11,7 +11,7 @@ from __future__ import annotations
 import itertools
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from queue import Empty, Queue
 
 os.environ.setdefault("SGLANG_USE_CPU_ENGINE", "1")
@@ -31,6 +31,7 @@ from sglang.srt.mem_cache.pool_host.mha import MHATokenToKVPoolHost
 
 from dualpath_sgl.forward import Forwarder
 from dualpath_sgl.layout import page_blocks, page_bytes
+from dualpath_sgl.open_loads import OpenLoads
 from dualpath_sgl.page_load import PageLoad
 
 WAIT_S = 30.0
@@ -42,17 +43,17 @@ FINGERPRINT = "layout-1"
 rooms = itertools.count(1)
 
 
-def host_pool(pages: int) -> MHATokenToKVPoolHost:
+def host_pool(pages: int, page_tokens: int = PAGE_TOKENS, layer_count: int = LAYERS) -> MHATokenToKVPoolHost:
     """SGLang's host pool with `pages` free pages of random bytes, layout page_first_direct."""
     device = torch.device("cpu")
-    layers = tuple(torch.zeros(PAGE_TOKENS, 2, 8) for _ in range(LAYERS))
+    layers = tuple(torch.zeros(page_tokens, 2, 8) for _ in range(layer_count))
     pointers = torch.tensor([layer.data_ptr() for layer in layers], dtype=torch.uint64)
     pool = MHATokenToKVPoolHost(
         MHABufferInfo(
             buffers=KVBuffers(
                 k=layers, v=layers, k_data_ptrs=pointers, v_data_ptrs=pointers, layout=KVBufferLayout.NHD
             ),
-            page_size=PAGE_TOKENS,
+            page_size=page_tokens,
             head_num=2,
             head_dim=8,
             v_head_dim=8,
@@ -61,25 +62,25 @@ def host_pool(pages: int) -> MHATokenToKVPoolHost:
         ),
         host_to_device_ratio=2.0,
         host_size=0,
-        page_size=PAGE_TOKENS,
+        page_size=page_tokens,
         layout="page_first_direct",
         pin_memory=False,
-        device_capacity_tokens=PAGE_TOKENS,
+        device_capacity_tokens=page_tokens,
         start_layer=0,
-        end_layer=LAYERS,
-        host_token_capacity=pages * PAGE_TOKENS,
+        end_layer=layer_count,
+        host_token_capacity=pages * page_tokens,
     )
     pool.kv_buffer.normal_()
     return pool
 
 
-def page_numbers(indices: torch.Tensor) -> list[int]:
-    return [index // PAGE_TOKENS for index in indices.tolist()[::PAGE_TOKENS]]
+def page_numbers(indices: torch.Tensor, page_tokens: int = PAGE_TOKENS) -> list[int]:
+    return [index // page_tokens for index in indices.tolist()[::page_tokens]]
 
 
 def bytes_of(pool: MHATokenToKVPoolHost, indices: torch.Tensor) -> torch.Tensor:
     """Copy of the pages' K and V, float32 `[pages, 2, ...]`."""
-    return pool.kv_buffer[:, page_numbers(indices)].transpose(0, 1).clone()
+    return pool.kv_buffer[:, page_numbers(indices, pool.page_size)].transpose(0, 1).clone()
 
 
 class RamStore:
@@ -94,7 +95,7 @@ class RamStore:
     def batch_get_v1(self, hashes: list[str], host_indices: torch.Tensor, _extra) -> list[bool]:
         self.before_read(hashes)
         found = []
-        for page, name in zip(page_numbers(host_indices), hashes, strict=True):
+        for page, name in zip(page_numbers(host_indices, self._pool.page_size), hashes, strict=True):
             self.reads.append(name)
             found.append(name in self.pages)
             if found[-1]:
@@ -105,12 +106,12 @@ class RamStore:
 class Controller:
     """What a load asks of HybridCacheController; the methods are SGLang's."""
 
-    page_size = PAGE_TOKENS
     _page_transfer_kv_batch = HiCacheController._page_transfer_kv_batch
     page_get_func = HiCacheController._page_get_zero_copy
     _page_transfer_sidecar = HybridCacheController._page_transfer_sidecar
 
     def __init__(self, pool: MHATokenToKVPoolHost) -> None:
+        self.page_size = pool.page_size
         self.storage_host_pool = pool
         self.mem_pool_host = HostPoolGroup(
             [PoolEntry(PoolName.KV, pool, None, lambda layer: layer, is_primary_index_anchor=True)]
@@ -122,15 +123,22 @@ class Controller:
 class Rank:
     """One engine rank: host pool, forwarding engine and controller."""
 
-    def __init__(self, pages: int, forwarder: type[Forwarder] = Forwarder) -> None:
-        self.pool = host_pool(pages)
+    def __init__(
+        self,
+        pages: int,
+        forwarder: type[Forwarder] = Forwarder,
+        page_tokens: int = PAGE_TOKENS,
+        layer_count: int = LAYERS,
+    ) -> None:
+        self.pool = host_pool(pages, page_tokens, layer_count)
         self.page_bytes = page_bytes(self.pool)
         self.forwarder = forwarder("127.0.0.1", "tcp", "", self.pool.get_hybrid_pool_buffer())
         self.controller = Controller(self.pool)
+        self.open_loads = OpenLoads()
 
     def pages(self, count: int) -> torch.Tensor:
         """Reserve `count` pages: host token slots."""
-        indices = self.pool.alloc(count * PAGE_TOKENS)
+        indices = self.pool.alloc(count * self.pool.page_size)
         assert indices is not None, "the test's pool is too small"
         return indices
 
@@ -140,17 +148,27 @@ class Rank:
     def load(self, pages: int, first_page: int = 0, **callbacks) -> PageLoad:
         """A load of `pages` freshly reserved pages, as SGLang hands it to its I/O thread."""
         name = f"request-{next(rooms)}"
-        operation = PrefetchOperation(CacheRequestHandle(name, 0), list(range(pages * PAGE_TOKENS)))
+        operation = PrefetchOperation(CacheRequestHandle(name, 0), list(range(pages * self.pool.page_size)))
         operation.host_indices = self.pages(pages)
         operation.hash_value = [f"{name}/{page}" for page in range(pages)]
+        operation.storage_start = first_page * PAGE_TOKENS
         return PageLoad(
-            self.controller, operation, first_page=first_page, page_bytes=self.page_bytes, **callbacks
+            self.controller,
+            operation,
+            open_loads=self.open_loads,
+            page_bytes=self.page_bytes,
+            **callbacks,
         )
 
     def store(self, load: PageLoad, pages: torch.Tensor) -> None:
         """Let the store hold `pages` (see bytes_of) as the first pages of `load`."""
         for name, page in zip(load.operation.hash_value, pages):
             self.controller.storage_backend.pages[name] = page
+
+    def fill(self, indices: torch.Tensor, pages: Sequence[torch.Tensor]) -> None:
+        """Write `pages` (see bytes_of) into the pool."""
+        for number, page in zip(page_numbers(indices, self.pool.page_size), pages, strict=True):
+            self.pool.kv_buffer[:, number] = page
 
     def landed(self, load: PageLoad, first: int = 0, end: int | None = None) -> torch.Tensor:
         return bytes_of(self.pool, load.host_indices(first, load.pages if end is None else end))

@@ -77,7 +77,8 @@ def test_dualpath_is_off_unless_switched_on():
 def test_every_variable_is_read(monkeypatch):
     values = {
         "enabled": True, "engine_id": "decode-3", "scheduler": "tcp://10.0.0.1:5557",
-        "key_file": Path("/keys/decode-3.key_secret"), "scheduler_key_file": Path("/keys/scheduler.key"), "host": "10.0.0.2",
+        "key_file": Path("/keys/decode-3.key_secret"), "scheduler_key_file": Path("/keys/scheduler.key"),
+        "peer_keys": Path("/keys/peers"), "trusted_network": True, "host": "10.0.0.2",
         "protocol": "rdma", "device": "mlx5_1", "otlp_endpoint": "http://10.0.0.3:4317",
         "plan_timeout_s": 0.5, "peer_timeout_s": 1.5, "lease_s": 2.5, "subscribe_timeout_s": 3.5,
             "attention_quota_ms": 300.0,

@@ -38,7 +38,12 @@ def tree(free_pages: int, evictable: int) -> SimpleNamespace:
 def request(tokens: int) -> SimpleNamespace:
     room = next(rooms)
     return SimpleNamespace(
-        rid=f"request-{room}", bootstrap_room=room, origin_input_ids=[0] * tokens, time_stats=UNTRACED
+        rid=f"request-{room}",
+        bootstrap_room=room,
+        origin_input_ids=[0] * tokens,
+        extra_key=None,
+        cache_salt=None,
+        time_stats=UNTRACED,
     )
 
 

@@ -47,9 +47,22 @@ def engine(decode):
         fingerprint=FINGERPRINT,
         forwarder=decode.forwarder,
         page_bytes=decode.page_bytes,
+        open_loads=decode.open_loads,
+        peer_keys=None,
         controller=SimpleNamespace(prefetch_threshold=4),
         control=SimpleNamespace(send=sent.append, connected=True),
         tracer=None,
+    )
+
+
+def request(room: int, rid: str) -> SimpleNamespace:
+    return SimpleNamespace(
+        bootstrap_room=room,
+        rid=rid,
+        origin_input_ids=[0] * 30,
+        extra_key=None,
+        cache_salt=None,
+        time_stats=UNTRACED,
     )
 
 
@@ -57,10 +70,9 @@ def arrived(engine, side: PrefillSide) -> tuple[str, int]:
     """A request whose PAGES stored pages are reported."""
     room = next(rooms)
     rid = f"request-{room}"
-    req = SimpleNamespace(bootstrap_room=room, rid=rid, origin_input_ids=[0] * 30, time_stats=UNTRACED)
-    side.begin(req)
+    side.begin(request(room, rid))
     side.matched(rid, 0)
-    side.hits_known(SimpleNamespace(request_id=rid), PAGES * engine.page_size)
+    side.hits_known(SimpleNamespace(request_id=rid, pool_transfers=None), PAGES * engine.page_size)
     assert isinstance(engine.sent[-1], Report) and engine.sent[-1].hit_pages == PAGES
     return rid, room
 
@@ -101,7 +113,7 @@ def test_a_second_look_at_the_store_still_follows_the_plan(engine, server, decod
     server.open(room, 0)
     server.publish(room, *decode.blocks(source))
     server.end(room)
-    load = decode.load(PAGES - 2)
+    load = decode.load(PAGES - 2, first_page=2)
     load.operation.request_id = rid
     side.take(decode.controller, load.operation)
     eventually(lambda: isinstance(engine.sent[-1], Done), "load done")
@@ -113,6 +125,6 @@ def test_a_second_look_at_the_store_still_follows_the_plan(engine, server, decod
 def test_a_request_without_a_report_ends_silently(engine):
     side = PrefillSide(engine)
     room = next(rooms)
-    side.begin(SimpleNamespace(bootstrap_room=room, rid="r", origin_input_ids=[0] * 30, time_stats=UNTRACED))
+    side.begin(request(room, "r"))
     side.forget("r")
     assert engine.sent == []

@@ -70,7 +70,7 @@ class DecodeEngine:
             waiting_queue=[], running_batch=ScheduleBatch(reqs=[], batch_is_full=False)
         )
         self.queue = queue_of(self.scheduler)
-        hooks.after_prealloc_queue_init(None, self.queue)
+        hooks.before_pop_preallocated(self.queue)
 
     def arrive(self, req: Req) -> DecodeRequest:
         decode_req = DecodeRequest(req, kv_receiver=None)

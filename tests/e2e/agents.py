@@ -14,7 +14,6 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 
 from launch.supervisor import Cluster
-from scheduler_svc.client import SchedulerClient
 from scheduler_svc.protocol import Load, Path, Status
 
 FIRST_PROMPT_TOKENS = 700
@@ -122,7 +121,7 @@ def answered(cluster: Cluster, engine: str) -> int:
 
 def settled_status(cluster: Cluster) -> Status:
     deadline_s = time.monotonic() + SETTLE_TIMEOUT_S
-    with SchedulerClient(cluster.scheduler_address) as client:
+    with cluster.ask_scheduler() as client:
         while (status := client.status(2.0)).rooms_open:
             assert time.monotonic() < deadline_s, f"{status.rooms_open} rooms stay open"
             time.sleep(0.1)
@@ -171,7 +170,7 @@ def assert_nothing_is_held(cluster: Cluster) -> None:
 
 def loads(cluster: Cluster) -> dict[str, Load]:
     """What every live engine says of itself, by engine."""
-    with SchedulerClient(cluster.scheduler_address) as client:
+    with cluster.ask_scheduler() as client:
         return {engine.engine.engine_id: engine.load for engine in client.status(2.0).engines}
 
 

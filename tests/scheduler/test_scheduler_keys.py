@@ -14,8 +14,9 @@ from test_scheduler_server import WAIT_S, Running
 from typer.testing import CliRunner
 
 from scheduler_svc.authenticator import PeerAuthenticator
+from scheduler_svc.authorized_keys import AuthorizedKeys
 from scheduler_svc.client import SchedulerClient
-from scheduler_svc.keys import KeyFileError, generate, keys_app, load_authorized, load_public, load_secret
+from scheduler_svc.keys import KeyFileError, generate, keys_app, load_public, load_secret
 from scheduler_svc.metrics import Metrics
 from scheduler_svc.server import BindRefused, Server, check_bind
 
@@ -68,11 +69,6 @@ def test_a_peer_refuses_a_scheduler_that_is_not_the_one_it_knows(secured, keys, 
         careful.status(REFUSED_S)
 
 
-def test_a_key_taken_out_of_the_directory_no_longer_admits_after_a_restart(keys):
-    (keys / "peers/router.key").unlink()
-    assert load_authorized(keys / "peers") == {load_public(keys / "peers/engine.key")}
-
-
 def test_secret_keys_are_their_owners_only_and_public_ones_anyones(keys):
     for path in keys.rglob("*.key*"):
         mode = stat.S_IMODE(path.stat().st_mode)
@@ -101,10 +97,10 @@ def test_unusable_key_files_are_named_with_a_remedy(keys, tmp_path):
     with pytest.raises(KeyFileError, match="name the .key_secret file"):
         load_secret(keys / "scheduler.key")
     with pytest.raises(KeyFileError, match="holds no .key file"):
-        load_authorized(tmp_path)
+        AuthorizedKeys(tmp_path)
     (tmp_path / "bad.key").write_text("nonsense")
     with pytest.raises(KeyFileError, match="bad.key"):
-        load_authorized(tmp_path)
+        load_public(tmp_path / "bad.key")
     (keys / "scheduler.key_secret").chmod(0o644)
     with pytest.raises(KeyFileError, match="chmod 600"):
         load_secret(keys / "scheduler.key_secret")

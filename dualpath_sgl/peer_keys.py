@@ -1,0 +1,65 @@
+"""CURVE between the engines: page servers know which peer lanes to admit, lanes that it is their DE.
+
+Each engine has its own secret key, and a directory with the public key of every engine
+(`scheduler_svc.keys`).  A page server admits the holders of the keys that lie there, also one put
+there later, and nobody else; a lane takes only the holder of `<engine id>.key` for that engine.
+"""
+
+from __future__ import annotations
+
+import logging
+from functools import partial
+from pathlib import Path
+from typing import Callable
+
+import zmq
+
+from scheduler_svc.authenticator import PeerAuthenticator, sender
+from scheduler_svc.authorized_keys import engine_name
+from scheduler_svc.keys import PUBLIC, load_public, load_secret, secure_server
+from scheduler_svc.sparse_log import SparseLog
+
+logger = logging.getLogger(__name__)
+
+Secure = Callable[[zmq.Socket], None]
+"""Makes a socket, neither bound nor connected yet, speak CURVE."""
+
+
+class PeerKeys:
+    def __init__(self, key_file: Path, directory: Path) -> None:
+        """`key_file`: this engine's `.key_secret`.  Raises scheduler_svc.keys.KeyFileError."""
+        self._key_file = key_file
+        self._own = load_secret(key_file)
+        self._directory = directory
+        # Of its own: ZeroMQ asks one authenticator a context, and SGLang uses the common one.
+        self._context = zmq.Context()
+        self._authenticator = PeerAuthenticator(directory, self._context)
+        self._log = SparseLog(logger)
+
+    def server_socket(self) -> zmq.Socket:
+        """The page server's socket, not bound yet; its peers are authenticated until `stop`."""
+        self._authenticator.start()
+        socket = self._context.socket(zmq.ROUTER)
+        secure_server(socket, self._key_file)
+        return socket
+
+    def stop(self) -> None:
+        """Once the page server's socket is closed.  Idempotent, also without a page server."""
+        self._authenticator.stop()
+
+    def admits(self, frame: zmq.Frame) -> bool:
+        """Whether the sender's key still lies in the directory; `frame` came with `copy=False`."""
+        admitted = bool(self._authenticator.keys.names(sender(frame)))
+        if not admitted:
+            self._log.warning("DualPath page server: ignored a peer whose key was taken away")
+        return admitted
+
+    def towards(self, engine_id: str) -> Secure:
+        """How a lane to `engine_id` is made.  Raises KeyFileError: its key lies not in the directory."""
+        server = load_public(self._directory / (engine_name(engine_id) + PUBLIC))
+        return partial(_secure_client, self._own, server)
+
+
+def _secure_client(own: tuple[bytes, bytes], server: bytes, socket: zmq.Socket) -> None:
+    socket.curve_serverkey = server
+    socket.curve_publickey, socket.curve_secretkey = own
