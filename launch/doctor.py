@@ -35,6 +35,7 @@ from launch.config import ClusterConfig, Mode
 from launch.flag_check import Judgement, judge
 from launch.patching import PatchError, State, Tree, stacks
 from launch.system_check import missing_libraries
+from scheduler_svc.reach import is_loopback
 
 REQUIREMENTS = Path(__file__).parent.parent / "requirements"
 CPU_TORCH = "2.13.0"
@@ -200,7 +201,9 @@ def _reachable() -> Finding:
         address.address
         for of_interface in psutil.net_if_addrs().values()
         for address in of_interface
-        if address.family == socket.AF_INET and not address.address.startswith("127.")
+        if address.family in (socket.AF_INET, socket.AF_INET6)
+        and not is_loopback(address.address)
+        and "%" not in address.address  # link-local
     )
     if not addresses:
         return Finding(MACHINE, Level.OK, "no address but loopback: nobody else reaches Mooncake")

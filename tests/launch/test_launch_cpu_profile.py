@@ -117,11 +117,3 @@ def test_an_engine_process_whose_plugin_fails_stops_and_says_so():
 def test_an_engine_process_needs_no_plugin_that_is_switched_off():
     result = run_engine(LOAD_FAILS, SGLANG_USE_CPU_ENGINE="0", DUALPATH_ENABLED="0")
     assert (result.returncode, result.stdout) == (0, "went on\n"), result.stderr
-
-
-def test_sglang_s_own_benchmark_starts():
-    pytest.importorskip("datasets", reason="it came into requirements/cpu.txt later: make setup")
-    command = [sys.executable, "-W", "ignore", "-m", "sglang.bench_serving", "--help"]
-    environment = os.environ | {"SGLANG_USE_CPU_ENGINE": "1"}
-    shown = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
-    assert shown.returncode == 0 and "--dataset-name" in shown.stdout, shown.stderr
