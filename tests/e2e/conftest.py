@@ -14,7 +14,7 @@ import pytest
 
 sys.path.insert(0, str(Path(__file__).parent))
 
-from agents import TURNS, Session, assert_nothing_is_held  # noqa: E402
+from agents import TURNS, Session, assert_nothing_is_held, update_weights  # noqa: E402
 
 from launch.config import ClusterConfig, Mode, load  # noqa: E402
 from launch.supervisor import Cluster, SingleServer  # noqa: E402
@@ -73,15 +73,39 @@ def config() -> ClusterConfig:
     return load(CLUSTERS / "gqa-1p1d.yaml")
 
 
+Answers = dict[str, list[list[int]]]
+"""Session name -> generated token ids of each turn."""
+
+
 @pytest.fixture(scope="session")
-def reference(config: ClusterConfig, one_cluster: OneCluster) -> dict[str, list[list[int]]]:
-    """Answers of one plain SGLang server: session name -> generated token ids of each turn."""
-    sessions = [Session(name) for name in SESSIONS]
+def other_weights(config: ClusterConfig) -> Path:
+    """A model that differs from the cluster's in its weights only."""
+    return config.model.model_copy(update={"seed": config.model.seed + 1}).directory()
+
+
+@pytest.fixture(scope="session")
+def references(
+    config: ClusterConfig, other_weights: Path, one_cluster: OneCluster
+) -> tuple[Answers, Answers]:
+    """What one plain SGLang server answers, with the cluster's weights and with the other ones."""
     with one_cluster.single_server(config) as server:
-        for session in sessions:
-            for turn in range(TURNS):
-                session.play(server.url, turn)
+        before = _answers(server.url)
+        update_weights(server.url, other_weights)
+        return before, _answers(server.url)
+
+
+def _answers(url: str) -> Answers:
+    sessions = [Session(name) for name in SESSIONS]
+    for session in sessions:
+        for turn in range(TURNS):
+            session.play(url, turn)
     return {session.name: session.answers for session in sessions}
+
+
+@pytest.fixture(scope="session")
+def reference(references: tuple[Answers, Answers]) -> Answers:
+    """The single server's answers with the cluster's own weights."""
+    return references[0]
 
 
 @pytest.fixture(scope="module")
