@@ -102,10 +102,14 @@ def test_whatever_changes_bytes_changes_the_tag():
         {"revision": "v2"},
         {"json_model_override_args": '{"rope_theta": 500000}'},
         {"quantization": "fp8"},
+        {"kv_scales": "1.0"},
     ],
 )
-def test_another_model_under_the_same_name_changes_the_tag(flags):
+def test_another_model_under_the_same_name_changes_the_tag(flags, tmp_path):
     before = tag_of()
+    if "kv_scales" in flags:
+        (scales := tmp_path / "scales.json").write_text(flags["kv_scales"])
+        flags = {"quantization_param_path": str(scales)}
     try:
         use_model_flags(**flags)
         assert tag_of() != before
