@@ -16,7 +16,7 @@ from launch import security
 from launch.addresses import Addresses, EngineAddresses
 from launch.config import ClusterConfig, Group, Mode, RouterKind, bits_per_s
 from launch.environment import inherited
-from launch.hosts import authority, is_ipv6
+from launch.hosts import authority, in_url, is_ipv6
 from scheduler_svc.protocol import Role
 
 OFFLINE_ENV = {"HF_HUB_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
@@ -170,12 +170,14 @@ def router_command(
             workers += ["--prefill", engine.url(addresses), str(engine.bootstrap_port)]
         else:
             workers += ["--decode", engine.url(addresses)]
-    kind = placing_flags if asks_for_placement(config) else rust_flags
+    placing = asks_for_placement(config)
+    kind = placing_flags if placing else rust_flags
     return _python(
         "sglang_router.launch_router",
         "--pd-disaggregation",
         *workers,
-        f"--host={addresses.hub}",
+        # The Rust router parses host and port together.
+        f"--host={addresses.hub if placing else in_url(addresses.hub)}",
         f"--port={ports.router}",
         # A dead or hung engine is noticed soon.
         "--health-check-interval-secs=5",

@@ -50,7 +50,11 @@ def local_address(host: str) -> str:
 
 def authority(address: str, port: int) -> str:
     """`address:port` as it stands in a URL."""
-    return f"[{address}]:{port}" if is_ipv6(address) else f"{address}:{port}"
+    return f"{in_url(address)}:{port}"
+
+
+def in_url(address: str) -> str:
+    return f"[{address}]" if is_ipv6(address) else address
 
 
 def is_ipv6(address: str) -> bool:

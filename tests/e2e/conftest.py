@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
@@ -15,6 +16,7 @@ import pytest
 sys.path.insert(0, str(Path(__file__).parent))
 
 from agents import TURNS, Session, assert_nothing_is_held  # noqa: E402
+from grammars import ask_all  # noqa: E402
 
 from launch.config import ClusterConfig, Mode, load  # noqa: E402
 from launch.supervisor import Cluster, SingleServer  # noqa: E402
@@ -73,15 +75,32 @@ def config() -> ClusterConfig:
     return load(CLUSTERS / "gqa-1p1d.yaml")
 
 
+@dataclass(frozen=True)
+class RightAnswers:
+    sessions: dict[str, list[list[int]]]
+    """Session name -> generated token ids of each turn."""
+    grammars: dict[str, str]
+
+
 @pytest.fixture(scope="session")
-def reference(config: ClusterConfig, one_cluster: OneCluster) -> dict[str, list[list[int]]]:
-    """Answers of one plain SGLang server: session name -> generated token ids of each turn."""
+def right_answers(config: ClusterConfig, one_cluster: OneCluster) -> RightAnswers:
+    """Answers of one plain SGLang server."""
     sessions = [Session(name) for name in SESSIONS]
     with one_cluster.single_server(config) as server:
         for session in sessions:
             for turn in range(TURNS):
                 session.play(server.url, turn)
-    return {session.name: session.answers for session in sessions}
+        return RightAnswers({session.name: session.answers for session in sessions}, ask_all(server.url))
+
+
+@pytest.fixture(scope="session")
+def reference(right_answers: RightAnswers) -> dict[str, list[list[int]]]:
+    return right_answers.sessions
+
+
+@pytest.fixture(scope="session")
+def grammar_reference(right_answers: RightAnswers) -> dict[str, str]:
+    return right_answers.grammars
 
 
 @pytest.fixture(scope="module")

@@ -8,7 +8,7 @@ import pytest
 
 from launch.addresses import on_one_host
 from launch.commands import Ports, engine_command, engine_environment, engine_specs, router_command
-from launch.config import ClusterConfig, ConfigError, at_its_address, load
+from launch.config import ClusterConfig, ConfigError, Router, RouterKind, at_its_address, load
 from launch.hosts import authority, checked_endpoint, local_address
 from launch.ports import FreePorts
 from launch.supervisor import Cluster, SingleServer
@@ -81,7 +81,12 @@ def test_an_ipv6_address_stands_in_brackets_wherever_a_port_follows():
     assert environment["DUALPATH_HOST"] == "::1"
     assert environment["MOONCAKE_MASTER"] == "[::1]:1"
     assert environment["MC_USE_IPV6"] == "1"
-    assert {"http://[::1]:101", "http://[::1]:102"} <= set(router_command(config, addresses, ports, specs))
+    rust = set(router_command(config, addresses, ports, specs))
+    assert {"http://[::1]:101", "http://[::1]:102", "--host=[::1]"} <= rust
+    placing = config.model_copy(update={"router": Router(kind=RouterKind.PLACING)})
+    assert {"--host=::1", "--dualpath-scheduler=tcp://[::1]:3"} <= set(
+        router_command(placing, addresses, ports, specs)
+    )
     assert authority("127.0.0.1", 5) == "127.0.0.1:5"
 
 
