@@ -109,9 +109,9 @@ class PageServer(threading.Thread):
         self._socket = keys.server_socket() if keys else zmq.Context.instance().socket(zmq.ROUTER)
         self._socket.setsockopt(zmq.LINGER, 0)
         self._socket.setsockopt(zmq.MAXMSGSIZE, peer_protocol.MAX_MESSAGE_BYTES)
-        self._socket.setsockopt(zmq.IPV6, int(":" in host))
         # A lane keeps its name when its connection breaks, and is itself again on the next one.
         self._socket.setsockopt(zmq.ROUTER_HANDOVER, 1)
+        self._socket.setsockopt(zmq.IPV6, int(":" in host))
         address = f"tcp://[{host}]" if ":" in host else f"tcp://{host}"
         self.endpoint = f"{address}:{self._socket.bind_to_random_port(address)}"
 

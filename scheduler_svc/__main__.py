@@ -74,8 +74,8 @@ def serve(
         authorized_keys = None
         try:
             if authorized_keys_dir is not None:
-                refused = metrics.refused_connections.labels("auth")
-                admitting = PeerAuthenticator(authorized_keys_dir, context, refused.inc)
+                count_refused = metrics.refused_connections.labels("auth").inc
+                admitting = PeerAuthenticator(authorized_keys_dir, context, count_refused)
                 authorized_keys = running.enter_context(admitting).keys
             server = Server(
                 bind,

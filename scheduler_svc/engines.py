@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections import Counter, OrderedDict
 from collections.abc import Iterable
+from contextlib import suppress
 from dataclasses import dataclass, field
 from itertools import islice
 from typing import NamedTuple, Protocol
@@ -30,7 +31,7 @@ CANDIDATES = 64
 """Ranks looked at when one has to make room: those that heartbeat longest ago."""
 
 STATUS_ENGINES = 48
-"""In one page of a status.  However long their names are, the page fits into a message (a test sees to it)."""
+"""In one page of a status.  However long their names are, it fits into a message (a test sees to it)."""
 
 LEADER_RANK = 0
 """The rank that speaks for its engine's compute (paper section 6: only the leader talks)."""
@@ -265,7 +266,7 @@ class EngineTable:
         if rank is None or rank.engine != engine:
             self._check(engine, others=() if state is None else state.ranks.values())
         if rank is None:
-            self._make_room(sender, is_new_engine=state is None)
+            self._make_room(engine.engine_id, sender, is_new_engine=state is None)
             state = self._live.get(engine.engine_id) or self._enter(engine)
             rank = state.ranks[engine.rank] = RankState(engine, load, now_s, versions, sender)
             self._held[sender] += 1
@@ -309,8 +310,8 @@ class EngineTable:
         if not self._held[sender]:
             del self._held[sender]
 
-    def _make_room(self, sender: bytes, *, is_new_engine: bool) -> None:
-        """For one more rank of `sender`: at the cost of whoever has most.  Raises EngineConflict.
+    def _make_room(self, engine_id: str, sender: bytes, *, is_new_engine: bool) -> None:
+        """For one more rank, spoken for by `sender`: at the cost of whoever has most.  Raises EngineConflict.
 
         So one peer that invents engines can fill the table, but keeps nobody else out.
         """
@@ -322,7 +323,7 @@ class EngineTable:
         if self._held[rank.sender] <= self._held[sender] + 1:
             raise EngineConflict(
                 f"{len(self._live)} engines with {len(self._by_age)} ranks are registered already; use another "
-                "scheduler for some of them"
+                f"scheduler for engine {engine_id}"
             )
         for rank_number in list(self._live[key.engine_id].ranks):
             self.forget(RankKey(key.engine_id, rank_number))
@@ -409,14 +410,16 @@ class EngineTable:
                 self._watcher.joined(state)
         except Exception:
             self._faults.record("placement", "an engine is not placed upon until its next heartbeat")
-            self._withdraw(state)
+            state.is_announced = False
+            with suppress(Exception):  # it may know half of the engine
+                self._watcher.left(state)
 
     def _withdraw(self, state: EngineState) -> None:
         state.is_announced = False
         try:
             self._watcher.left(state)
         except Exception:
-            self._faults.record("placement", "an engine that left may be chosen until it returns")
+            self._faults.record("placement", "an engine that left may still be chosen")
 
     def get(self, engine_id: str) -> EngineState | None:
         return self._live.get(engine_id)

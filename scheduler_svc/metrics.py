@@ -6,7 +6,15 @@ from collections.abc import Callable
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, start_http_server
 
-from scheduler_svc.events import Event, FallbackSeen, PlaceDecided, PlanDecided, RankDone, RankFaults, ReadEnded
+from scheduler_svc.events import (
+    Event,
+    FallbackSeen,
+    PlaceDecided,
+    PlanDecided,
+    RankDone,
+    RankFaults,
+    ReadEnded,
+)
 from scheduler_svc.tally import CounterTally, HistogramTally
 
 PLAN_BUCKETS_S = (0.0005, 0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0, 2.0)

@@ -168,7 +168,7 @@ class Load(Wire):
     kept_pages: Count = 0
     """Pages that those checks found pinned or lost (must stay 0)."""
     faults: Count = 0
-    """Exceptions in DualPath's own code since the rank's start (must stay 0)."""
+    """Exceptions in the rank's DualPath code since it started, each of them in its log."""
 
 
 class Heartbeat(Wire, tag="heartbeat"):

@@ -15,6 +15,7 @@ import threading
 import time
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import NamedTuple
 
@@ -57,7 +58,7 @@ waits no longer than this for the messages after its own."""
 MAX_FRAME_BYTES = 4 * MAX_MESSAGE_BYTES
 """Beyond this the socket drops the peer's connection unread; up to it the peer gets an error."""
 
-MOST_BYTES = 4 * MAX_FRAME_BYTES
+MOST_BYTES = 2 * MAX_FRAME_BYTES
 """Beyond this without an end of the message the connection is cut (`Connections`)."""
 
 MAX_PEERS = 65_536
@@ -103,8 +104,8 @@ class Peer(NamedTuple):
 
     fd: int
     """Of the connection; -1 where there is none."""
-    public_key: bytes
-    """In Z85; empty without CURVE."""
+    key: bytes
+    """Public key (Z85); empty without CURVE."""
 
 
 class Server:
@@ -188,9 +189,16 @@ class Server:
                     return
                 except Exception:
                     self._faults.record("the loop", "it goes on")
+                    self._skip_message()
                     time.sleep(FAULT_PAUSE_S)
         finally:
             self._close()
+
+    def _skip_message(self) -> None:
+        """What is left of the one that the fault came in: its parts must not be taken for others."""
+        with suppress(zmq.ZMQError):
+            while self._socket.getsockopt(_MORE_PARTS):
+                self._socket.recv(_AT_ONCE)
 
     def _close(self) -> None:
         self._connections.close()
@@ -288,12 +296,10 @@ class Server:
         except Malformed as error:
             self._refuse(identity, peer, ErrorCode.MALFORMED, str(error), error.room, error.request_id)
             return
-        if self._authorized_keys is not None:
-            why = self._authorized_keys.refusal(peer.public_key, message)
-            if why is not None:
-                room = getattr(message, "room", None)
-                self._refuse(identity, peer, ErrorCode.FORBIDDEN, why, room, getattr(message, "request_id", None))
-                return
+        if self._authorized_keys is not None and (why := self._authorized_keys.refusal(peer.key, message)):
+            room, request_id = getattr(message, "room", None), getattr(message, "request_id", None)
+            self._refuse(identity, peer, ErrorCode.FORBIDDEN, why, room, request_id)
+            return
         key = _speaks_for(message)
         if key is not None and not self._may_speak(identity, key, message):
             self._refuse(
@@ -306,7 +312,7 @@ class Server:
             )
             return
         try:
-            result = self._cluster.handle(message, self._now_s(), identity)
+            result = self._cluster.handle(message, self._now_s(), peer.key or identity)
         except Exception:
             self._faults.record("handling a message", "it is refused")
             self._refuse(
@@ -335,12 +341,13 @@ class Server:
         if owner is None or owner == identity:
             return True
         if self._is_connected(owner):
-            return isinstance(message, Heartbeat) and self._cluster.engines.repeats_unversioned(message.engine)
+            engines = self._cluster.engines
+            return isinstance(message, Heartbeat) and engines.repeats_unversioned(message.engine)
         if isinstance(message, Heartbeat):
             # Its process may be another one by now, and then those of the engine's other ranks are gone too.
-            engine_id = key.engine_id
-            gone = [one for one in self._cluster.engines.keys_of(engine_id) if not self._has_owner(one)]
-            self._cluster.engines.restarted(message.engine, gone)
+            engines = self._cluster.engines
+            gone = [one for one in engines.keys_of(key.engine_id) if not self._has_owner(one)]
+            engines.restarted(message.engine, gone)
         return True
 
     def _has_owner(self, key: RankKey) -> bool:

@@ -15,7 +15,15 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 from scheduler_svc.engines import LEADER_RANK, EngineConflict, EngineState, EngineTable, RankKey
-from scheduler_svc.events import Event, FallbackSeen, PlaceDecided, PlanDecided, RankDone, RankFaults, ReadEnded
+from scheduler_svc.events import (
+    Event,
+    FallbackSeen,
+    PlaceDecided,
+    PlanDecided,
+    RankDone,
+    RankFaults,
+    ReadEnded,
+)
 from scheduler_svc.faults import Faults
 from scheduler_svc.intervals import pages
 from scheduler_svc.placement import NoEngine, PlacementPolicy
