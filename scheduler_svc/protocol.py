@@ -320,7 +320,7 @@ class Status(Wire, tag="status"):
     policy: Name
     uptime_s: Seconds
     engines: tuple[EngineStatus, ...]
-    """At most `STATUS_ENGINES`, in the order in which they came."""
+    """One page of them, in the order in which they came."""
     rooms_open: Count
     rooms_closed: Count
     paths: dict[Path, Count]
