@@ -116,6 +116,7 @@ class DecodeSide:
                 rank=self._runtime.rank,
                 prompt_tokens=len(req.origin_input_ids),
                 local_pages=held.tokens // self._runtime.page_size,
+                prompt_hash=request.prompt_hash,
                 traceparent=request.traceparent,
             )
         )

@@ -13,8 +13,10 @@ from typing import TYPE_CHECKING, Any, Callable
 from dualpath_sgl import attention_quota, faults, key_tag, runtime, stages, weights
 from dualpath_sgl.decode import DecodeSide
 from dualpath_sgl.device_memory import free_tokens
+from dualpath_sgl.engine_facts import after_scheduler_init
 from dualpath_sgl.host_tree import holds_only_kv
 from dualpath_sgl.prefill import PrefillSide
+from dualpath_sgl.rank_sync import meet
 from dualpath_sgl.real_request import real
 
 if TYPE_CHECKING:
@@ -205,6 +207,8 @@ def before_tree_reset(tree: Any) -> None:
     if current is not None:
         was_idle = not len(current.open_loads)
         current.quiesce()
+        if current.tp_size > 1:
+            meet()
         if was_idle:
             current.pool_check.before_flush(tree)
 
@@ -252,6 +256,7 @@ _PREALLOC = _SRT + "disaggregation.decode.DecodePreallocQueue."
 _MIXIN = _SRT + "disaggregation.decode_hicache_mixin."
 
 HOOKS: tuple[tuple[str, Callable, str], ...] = (
+    (_SCHEDULER + "__init__", after_scheduler_init, _AFTER),
     (_SCHEDULER + "maybe_init_dynamic_chunk_sizer", attention_quota.after_init_chunk_sizer, _AFTER),
     (_SCHEDULER + "get_prefill_adder_class", attention_quota.after_get_prefill_adder_class, _AFTER),
     (_SCHEDULER + "_prefetch_kvcache", before_prefetch_kvcache, _BEFORE),
@@ -302,10 +307,12 @@ _SGLANG_MUST_NOT_GO_ON = (
     before_retire_prefetch,
     before_tree_reset,
     after_stop_storage_threads,
+    after_scheduler_init,
     key_tag.after_generate_storage_config,
-    *(hook for _, hook, _ in weights.HOOKS),
+    *weights.MUST_NOT_FAIL,
 )
-"""Without one of these, memory may be written to that SGLang gives away next, or bytes have a wrong name."""
+"""Without one of these, memory may be written to that SGLang gives away next, bytes have a wrong name, or an
+engine runs that was to be refused."""
 
 
 def register(traced: bool) -> None:

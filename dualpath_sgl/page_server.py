@@ -111,7 +111,9 @@ class PageServer(threading.Thread):
         self._socket.setsockopt(zmq.MAXMSGSIZE, peer_protocol.MAX_MESSAGE_BYTES)
         # A lane keeps its name when its connection breaks, and is itself again on the next one.
         self._socket.setsockopt(zmq.ROUTER_HANDOVER, 1)
-        self.endpoint = f"tcp://{host}:{self._socket.bind_to_random_port(f'tcp://{host}')}"
+        self._socket.setsockopt(zmq.IPV6, int(":" in host))
+        address = f"tcp://[{host}]" if ":" in host else f"tcp://{host}"
+        self.endpoint = f"{address}:{self._socket.bind_to_random_port(address)}"
 
     # -- called by the DE's scheduler thread and lanes --------------------------------------
 

@@ -139,6 +139,7 @@ class PeerLane(threading.Thread):
         self._socket = zmq.Context.instance().socket(zmq.DEALER)
         self._socket.setsockopt(zmq.LINGER, 0)
         self._socket.setsockopt(zmq.MAXMSGSIZE, peer_protocol.MAX_MESSAGE_BYTES)
+        self._socket.setsockopt(zmq.IPV6, int("[" in self._endpoint))
         # Who pulled may release, nobody else; and it is the same one when a connection was lost.
         self._socket.setsockopt(zmq.IDENTITY, b"lane" + uuid.uuid4().bytes)
         if secure is not None:

@@ -11,7 +11,8 @@ def activate() -> None:
     from dualpath_sgl.config import settings
 
     if settings().enabled:
-        from dualpath_sgl import hooks
+        from dualpath_sgl import engine_facts, hooks
 
+        engine_facts.register_checks()
         hooks.register(traced=settings().otlp_endpoint is not None)
     activated = True

@@ -226,6 +226,7 @@ class PrefillSide:
                 prompt_tokens=request.prompt_tokens,
                 local_pages=request.local_pages,
                 hit_pages=hit_pages,
+                prompt_hash=request.prompt_hash,
                 traceparent=request.traceparent,
             )
         )

@@ -30,6 +30,17 @@ if TYPE_CHECKING:
 ROUND_S = 0.002
 
 
+def meet() -> None:
+    """Wait for this engine's other ranks, which come here too, all on SGLang's scheduler thread.
+
+    What a rank did before may have taken it long.  What follows must begin on all of them at about the
+    same time: SGLang gives its storage threads 10 s to stop, and acknowledgement threads stop together.
+    """
+    from sglang.srt.runtime_context import get_parallel
+
+    torch.distributed.barrier(group=get_parallel().attn_tp_group.cpu_group)
+
+
 class _InFlight:
     """An operation between its admission and the round that ends it."""
 

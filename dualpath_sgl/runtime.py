@@ -105,6 +105,7 @@ class Runtime:
             self.side.load,
             self.side.on_plan,
             (settings.key_file, settings.scheduler_key_file) if settings.key_file else None,
+            self.side.on_no_plan,
         )
 
     def start(self) -> None:
@@ -172,6 +173,7 @@ class Runtime:
             "held": self.side.held + len(self.open_loads),
             "pool_checks": self.pool_check.checks,
             "kept_pages": self.pool_check.kept_pages,
+            "faults": faults.count() + self.control.faults,
         }
 
 

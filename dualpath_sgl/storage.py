@@ -11,20 +11,19 @@ from typing import Any
 
 from sglang.srt.mem_cache.hicache_storage import HiCacheStorageConfig, PoolName
 
-from dualpath_sgl import runtime, weights
+from dualpath_sgl import engine_facts, runtime, weights
 from dualpath_sgl.config import settings
 from dualpath_sgl.hooks import assert_applied
 from dualpath_sgl.limited_store import LimitedStore
-
-SUPPORTED_LAYOUT = "page_first_direct"
+from dualpath_sgl.start_checks import require
 
 
 class DualPathStorage(LimitedStore):
     def __init__(self, storage_config: HiCacheStorageConfig, kwargs: dict[str, Any]) -> None:
         """Connect to the store.
 
-        Raises RuntimeError when DualPath is off or its hooks did not apply, and whatever
-        LimitedStore raises.
+        Raises RuntimeError when DualPath is off or its hooks did not apply, start_checks.Refused
+        when it cannot serve this rank, and whatever LimitedStore raises.
         """
         if not settings().enabled:
             raise RuntimeError(
@@ -32,6 +31,7 @@ class DualPathStorage(LimitedStore):
                 "--hicache-storage-backend mooncake"
             )
         assert_applied()
+        require(engine_facts.of_backend(storage_config))
         super().__init__(storage_config, kwargs)
 
     def _tag_keys(self, keys: list[str]) -> list[str]:
@@ -40,18 +40,11 @@ class DualPathStorage(LimitedStore):
         return super()._tag_keys([f"{name}_{key}" for key in keys] if name else keys)
 
     def register_mem_host_pool_v2(self, host_pool: Any, host_pool_name: Any) -> None:
-        if host_pool_name != PoolName.KV and self.storage_config.tp_size > 1:
-            raise ValueError(
-                f"--tp-size is {self.storage_config.tp_size} and the model has a host pool "
-                f"{host_pool_name}: under DualPath hybrid models run with --tp-size 1 only"
-            )
+        if host_pool_name != PoolName.KV:
+            require(engine_facts.of_side_pool(host_pool_name, self.storage_config.tp_size))
         super().register_mem_host_pool_v2(host_pool, host_pool_name)
 
     def register_mem_pool_host(self, mem_pool_host: Any) -> None:
-        if mem_pool_host.layout != SUPPORTED_LAYOUT:
-            raise ValueError(
-                f"--hicache-mem-layout is {mem_pool_host.layout!r}: DualPath needs "
-                f"{SUPPORTED_LAYOUT!r}, in which a page is one contiguous region"
-            )
+        require(engine_facts.of_pool(mem_pool_host))
         super().register_mem_pool_host(mem_pool_host)
         runtime.start(settings(), self.storage_config, mem_pool_host)

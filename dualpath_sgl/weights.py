@@ -38,8 +38,9 @@ class Weights:
         """`version`: what the engine was started with."""
         self.name = "" if version == AS_STARTED else digest(version)
         """Empty for first weights without a version."""
-        self._version = version
-        self._is_named = True
+        self._version: str | None = version
+        self._unique = ""
+        """Of the last change."""
         self._is_mixed = False
         """The cache may hold pages of earlier weights."""
         self._is_session_open = False
@@ -63,13 +64,13 @@ class Weights:
         """The weights are about to change; nothing has ever had the name `unique`."""
         if not self._is_mixed:
             logger.info("DualPath: weights change; no cached page is shared until the cache is flushed")
-        self._version, self._is_named, self._is_mixed = unique, False, True
+        self._version, self._unique, self._is_mixed = None, unique, True
         self._rename()
 
     def call(self, version: str) -> None:
         """The last change made `version`.  Weights that did not change keep their name."""
-        if not self._is_named:
-            self._version, self._is_named = version, True
+        if self._version is None:
+            self._version = version
             self._rename()
 
     def flushed(self) -> None:
@@ -86,9 +87,12 @@ class Weights:
 
     def _rename(self) -> None:
         is_settled = not (self._is_mixed or self._is_session_open)
-        self.name = digest(self._version if is_settled else ["unsettled", self._version])
+        if is_settled:
+            self.name = digest(self._version or ["no version", self._unique])
+        else:
+            self.name = digest(["unsettled", self._unique])
         self._on_name()
-        if is_settled and not self._is_named:
+        if is_settled and self._version is None:
             logger.warning(
                 "DualPath: the new weights have no version: this engine shares no page with others until "
                 "they have one; give every engine the same weight_version with the update"
@@ -157,6 +161,8 @@ def _agreed_name(group: torch.distributed.ProcessGroup) -> str:
 _SCHEDULER = "sglang.srt.managers.scheduler.Scheduler."
 _UPDATER = "sglang.srt.managers.scheduler_components.weight_updater.SchedulerWeightUpdaterManager."
 _TREE = "sglang.srt.mem_cache.unified_radix_cache.UnifiedRadixCache."
+
+MUST_NOT_FAIL = (before_update, before_update_in_session, before_begin_session, before_end_session)
 
 HOOKS: tuple[tuple[str, Callable, str], ...] = (
     (_UPDATER + "update_weights_from_disk", before_update, "before"),

@@ -15,6 +15,7 @@ and every answer is compared with a single server's.
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import time
 from collections import Counter
@@ -35,6 +36,7 @@ from evals.replay import Replay, replay
 from evals.trace import load_sessions
 from evals.workload import Workload, build
 from launch.config import ClusterConfig, HostPool, RouterKind, bits_per_s, load
+from launch.environment import forget_foreign_tracing
 from launch.readiness import require_ready
 from launch.supervisor import Cluster, single_server
 from scheduler_svc.placement import DEFAULT_PLACEMENT
@@ -49,8 +51,6 @@ READ_RATE = "10mbit"
 POOL_TOKENS = 3072
 """Device pool of each engine; the host pool is half as large again."""
 MAX_CONTEXT_TOKENS = 768
-PATIENCE_S = 300
-"""Of a PE for a DE that is still reading (upstream's default): queues for storage are long here."""
 SETTLE_TIMEOUT_S = 20.0
 POLL_S = 0.2
 REPORT_REQUESTS = 20
@@ -111,6 +111,7 @@ def main(
     out: Annotated[Path, typer.Option(help="Result folder, which is replaced.")] = OUT,
 ) -> None:
     """Measure and print max/mean of the store reads: scheduler against round robin."""
+    forget_foreign_tracing(os.environ)
     with failures_explained():
         config = shrunk(load(cluster), read_rate or None)
         require_ready(config)
@@ -144,8 +145,7 @@ def shrunk(config: ClusterConfig, read_rate: str | None) -> ClusterConfig:
     groups = {}
     for role in ("prefill", "decode"):
         group = getattr(config, role)
-        env = {**group.env, "SGLANG_DISAGGREGATION_BOOTSTRAP_TIMEOUT": str(PATIENCE_S)}
-        groups[role] = group.model_copy(update={**pools, "env": env})
+        groups[role] = group.model_copy(update=pools)
     return config.model_copy(
         update={**groups, "store": config.store.model_copy(update={"read_rate": read_rate})}
     )

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import time
-import urllib.request
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from functools import partial
@@ -18,6 +17,7 @@ from evals.raw_rates import Place, raw_reads
 from evals.topology.network import Network
 from evals.topology.plan import STORE
 from launch.config import Mode
+from launch.direct_http import fetch
 from launch.supervisor import Cluster
 from scheduler_svc.protocol import Role, Status
 
@@ -123,9 +123,8 @@ class LoadCluster:
         )
 
     def _stored_bytes(self) -> float:
-        with urllib.request.urlopen(self.cluster.master_metrics_url, timeout=10) as answer:
-            families = text_string_to_metric_families(answer.read().decode())
-            return sum(s.value for family in families for s in family.samples if s.name == STORED_BYTES)
+        families = text_string_to_metric_families(fetch(self.cluster.master_metrics_url, 10).decode())
+        return sum(s.value for family in families for s in family.samples if s.name == STORED_BYTES)
 
     def _planned_read_bytes(self) -> int | None:
         status = self._settled()

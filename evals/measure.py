@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import statistics
 import time
-import urllib.error
-import urllib.request
 from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
@@ -14,6 +12,7 @@ from prometheus_client.parser import text_string_to_metric_families
 from evals.errors import EvalError
 from evals.summary import EngineRead, Quantiles
 from launch.config import Mode
+from launch.direct_http import fetch
 from launch.supervisor import Cluster
 from scheduler_svc.protocol import Status
 
@@ -108,9 +107,8 @@ def from_engines(engines: Iterable[tuple[str, str, str]], bytes_per_token: int) 
 def counter(url: str, name: str) -> list[float]:
     """The samples of a counter at `url`/metrics; empty when the server has not counted yet."""
     try:
-        with urllib.request.urlopen(f"{url}/metrics", timeout=METRICS_TIMEOUT_S) as response:
-            text = response.read().decode()
-    except (urllib.error.URLError, TimeoutError) as error:
+        text = fetch(f"{url}/metrics", METRICS_TIMEOUT_S).decode()
+    except OSError as error:
         raise EvalError(
             f"{url}/metrics cannot be read: {error}; was the engine started with --enable-metrics?"
         ) from None

@@ -11,6 +11,7 @@ and per mode a folder with the cluster's logs and spans and `requests.jsonl`, on
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -34,6 +35,7 @@ from evals.summary import ByRole, Mismatch, ModeResult, PathCounts, Summary, Wor
 from evals.trace import load_sessions
 from evals.workload import Workload, build
 from launch.config import ClusterConfig, Mode
+from launch.environment import forget_foreign_tracing
 from launch.readiness import require_ready
 from launch.supervisor import Cluster, single_server
 from scheduler_svc.policies import PATH_POLICIES
@@ -64,6 +66,7 @@ class EvalOptions:
 def evaluate(options: EvalOptions, console: Console) -> Summary:
     """Run the evaluation and write its results.  Raises EvalError on bad options or a failed request."""
     _check(options)
+    forget_foreign_tracing(os.environ)
     workload = _workload(options)
     info = _describe(options, workload)
     console.print(
@@ -78,13 +81,30 @@ def evaluate(options: EvalOptions, console: Console) -> Summary:
         for mode in options.modes:
             results[mode], spans = _run_mode(mode, options, workload, expected, progress)
             span_files += [spans] if spans else []
-    traces = jaeger.convert(span_files, options.out / "traces.json") if span_files else 0
-
-    summary = Summary.of(info, results, traces)
-    (options.out / "summary.json").write_text(summary.model_dump_json(indent=2) + "\n")
-    (options.out / "report.md").write_text(report.markdown(summary))
+    # First what was measured: spans come from many processes, and a killed one leaves half of them.
+    _write(Summary.of(info, results, traces=0), options.out)
+    summary = Summary.of(info, results, _convert(span_files, options.out / "traces.json", console))
+    _write(summary, options.out)
     report.print_summary(summary, console)
     return summary
+
+
+def _write(summary: Summary, out: Path) -> None:
+    (out / "summary.json").write_text(summary.model_dump_json(indent=2) + "\n")
+    (out / "report.md").write_text(report.markdown(summary))
+
+
+def _convert(span_files: list[Path], out: Path, console: Console) -> int:
+    """Traces written to `out`; 0 with the reason on the console when spans cannot be read at all."""
+    skipped: list[str] = []
+    try:
+        traces = jaeger.convert(span_files, out, skipped) if span_files else 0
+    except (EvalError, OSError) as error:
+        console.print(f"no traces: {error}", markup=False)
+        return 0
+    if skipped:
+        console.print(f"{len(skipped)} broken span lines left out, the first: {skipped[0]}", markup=False)
+    return traces
 
 
 def cluster_config(base: ClusterConfig, mode: str) -> ClusterConfig:

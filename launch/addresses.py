@@ -39,6 +39,14 @@ class Addresses:
         nic = "lo" if is_loopback(self.hub) else None
         return self.engines.get(name, EngineAddresses(self.hub, self.hub, nic))
 
+    @property
+    def every(self) -> list[str]:
+        """All addresses of the cluster, each once."""
+        own = [
+            address for engine in self.engines.values() for address in (engine.compute, engine.storage)
+        ]
+        return list(dict.fromkeys([self.hub, self.store, *own]))
+
 
 def on_one_host(host: str) -> Addresses:
     return Addresses(hub=host, store=host)

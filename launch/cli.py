@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import importlib
+import json
+import os
 import signal
 import sys
 import time
@@ -64,11 +66,15 @@ def up(
         signal.signal(stop_signal, signal.default_int_handler)
     try:
         cluster = Cluster(description, run_dir)
+    except ConfigError as error:
+        _fail(f"{config}: {error}")
     except OSError as error:
         _fail(str(error))
     begun_s = time.monotonic()
     try:
-        cluster.start(lambda text: console.print(f"[dim]{time.monotonic() - begun_s:6.1f} s[/]  {escape(text)}"))
+        cluster.start(
+            lambda text: console.print(f"[dim]{time.monotonic() - begun_s:6.1f} s[/]  {escape(text)}")
+        )
         for engine in cluster.engines:
             console.print(f"{engine.name}  {engine.url}")
         look = escape(f"dualpath status --run-dir {run_dir}")
@@ -115,11 +121,13 @@ def status(
         _fail(
             f"--run-dir {run_dir}: no cluster runs there; start one: dualpath up -c FILE --run-dir {run_dir}"
         )
-    table = Table("process", "pid", "state", "address", "log", title=escape(f"{state.name} · mode {state.mode}"))
+    title = escape(f"{state.name} · mode {state.mode}")
+    table = Table("process", "pid", "state", "address", "log", title=title)
     addresses = {**state.engines, "router": state.url, "scheduler": state.scheduler}
     alive = {name for name, process in state.processes.items() if process.alive}
     for name, process in state.processes.items():
-        cells = (name, str(process.pid), _condition(process, name in alive), addresses.get(name) or "", process.log)
+        condition = _condition(process, name in alive)
+        cells = (name, str(process.pid), condition, addresses.get(name) or "", process.log)
         table.add_row(*map(escape, cells))
     console.print(table)
     if state.scheduler is not None:
@@ -132,6 +140,31 @@ def status(
 def demo() -> None:
     """Replay a real agent trace through a small cluster on this machine and write a report."""
     sys.exit(importlib.import_module("evals.demo").main())
+
+
+@app.command()
+def doctor(
+    flags: Annotated[
+        list[str] | None, typer.Argument(metavar="[-- ENGINE FLAGS]", help="SGLang's flags of one engine.")
+    ] = None,
+    config: Annotated[
+        Path | None, typer.Option("--config", "-c", help="Cluster description (YAML).")
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="The findings as JSON.")] = False,
+) -> None:
+    """Say what will not work here, and the remedy; exit status 1 when something will not."""
+    from dataclasses import asdict
+
+    from launch import doctor as doctor_
+
+    found = doctor_.examine(_load(config) if config is not None else None, flags or (), os.environ)
+    if as_json:
+        document = {"works": doctor_.works(found), "findings": [asdict(finding) for finding in found]}
+        print(json.dumps(document, indent=2))
+    else:
+        doctor_.show(found, Console(highlight=False))
+    if not doctor_.works(found):
+        raise typer.Exit(1)
 
 
 @app.command("bench-load")
@@ -245,7 +278,7 @@ def _print_scheduler(found) -> None:
     for status_ in found.engines:
         engine, load_ = status_.engine, status_.load
         table.add_row(
-            engine.engine_id,
+            escape(engine.engine_id),
             str(engine.rank),
             f"{status_.age_s:.1f} s ago",
             str(load_.sequences),
@@ -256,7 +289,7 @@ def _print_scheduler(found) -> None:
         )
     console.print(table)
     paths = ", ".join(f"{path} {count}" for path, count in found.paths.items()) or "none yet"
-    fallbacks = ", ".join(f"{reason} {count}" for reason, count in found.fallbacks.items()) or "none"
+    fallbacks = ", ".join(f"{escape(reason)} {count}" for reason, count in found.fallbacks.items()) or "none"
     console.print(
         f"policy {found.policy} · up {found.uptime_s:.0f} s · rooms open {found.rooms_open}, closed "
         f"{found.rooms_closed} · paths: {paths} · fallbacks: {fallbacks} · errors {found.errors}"

@@ -36,6 +36,8 @@ from opentelemetry.proto.collector.trace.v1.trace_service_pb2_grpc import (
     add_TraceServiceServicer_to_server,
 )
 
+from launch.hosts import authority
+
 MAX_REQUEST_BYTES = 64 * 1024 * 1024
 FORWARD_QUEUE_REQUESTS = 256
 """Requests waiting to be sent on; more are dropped and counted."""
@@ -148,7 +150,7 @@ def main(arguments: list[str] | None = None) -> None:
         )
         add_TraceServiceServicer_to_server(Collector(out, forwarder), server)
         try:
-            port = server.add_insecure_port(f"{options.host}:{options.port}")
+            port = server.add_insecure_port(authority(options.host, options.port))
         except RuntimeError:
             parser.exit(
                 1, f"collector: port {options.port} on {options.host} is taken; choose another --port\n"

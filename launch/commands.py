@@ -15,10 +15,18 @@ from dualpath_sgl.read_limit import READ_RATE_KEY
 from launch import security
 from launch.addresses import Addresses, EngineAddresses
 from launch.config import ClusterConfig, Group, Mode, RouterKind, bits_per_s
+from launch.environment import inherited
+from launch.hosts import authority, in_url, is_ipv6
 from scheduler_svc.protocol import Role
 
 OFFLINE_ENV = {"HF_HUB_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
-CPU_ENV = {"SGLANG_USE_CPU_ENGINE": "1", "OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
+CPU_ENV = {
+    "SGLANG_USE_CPU_ENGINE": "1",
+    "OMP_NUM_THREADS": "1",
+    "MKL_NUM_THREADS": "1",
+    # An engine that breaks ends at once instead of waiting a minute for a GPU's core dump.
+    "SGLANG_CUDA_COREDUMP_BEFORE_CRASH": "0",
+}
 MOONCAKE_ENV = {
     "MOONCAKE_PROTOCOL": "tcp",
     "MOONCAKE_TE_META_DATA_SERVER": "P2PHANDSHAKE",
@@ -36,6 +44,7 @@ HTTP_ENV = {"SGLANG_TIMEOUT_KEEP_ALIVE": "3600"}
 # SGLang sends one in 5 s; a prefill engine restarted in less than two of them stays unnoticed, and
 # requests wait 300 s for its old ports.  2 s is SGLang's minimum, and no engine restarts in 4 s.
 PD_ENV = {"SGLANG_DISAGGREGATION_HEARTBEAT_INTERVAL": "2"}
+BOOTSTRAP_TIMEOUT = "SGLANG_DISAGGREGATION_BOOTSTRAP_TIMEOUT"
 CPU_FLAGS = (
     "--device=cpu",
     "--attention-backend=torch_native",
@@ -85,7 +94,7 @@ class EngineSpec:
     first_gpu: int
 
     def url(self, addresses: Addresses) -> str:
-        return f"http://{addresses.engine(self.name).compute}:{self.port}"
+        return f"http://{authority(addresses.engine(self.name).compute, self.port)}"
 
 
 def engine_specs(config: ClusterConfig, take_port) -> list[EngineSpec]:
@@ -114,7 +123,7 @@ def master_command(addresses: Addresses, ports: Ports) -> list[str]:
 def store_command(config: ClusterConfig, addresses: Addresses, ports: Ports) -> list[str]:
     return _python(
         "launch.store_node",
-        f"--master={addresses.store}:{ports.master}",
+        f"--master={authority(addresses.store, ports.master)}",
         f"--segment-bytes={config.store.segment_bytes}",
         f"--host={addresses.store}",
     )
@@ -133,14 +142,22 @@ def collector_command(
     )
 
 
+def scheduler_url(addresses: Addresses, ports: Ports) -> str:
+    return f"tcp://{authority(addresses.hub, ports.scheduler)}"
+
+
+def collector_url(addresses: Addresses, ports: Ports) -> str:
+    return f"http://{authority(addresses.hub, ports.collector)}"
+
+
 def scheduler_command(config: ClusterConfig, addresses: Addresses, ports: Ports) -> list[str]:
     return _python(
         "scheduler_svc",
-        f"--bind=tcp://{addresses.hub}:{ports.scheduler}",
+        f"--bind={scheduler_url(addresses, ports)}",
         *security.scheduler_flags(config.security, addresses),
         f"--policy={config.scheduler.policy}",
         f"--placement={config.scheduler.placement}",
-        *([f"--otlp-endpoint=http://{addresses.hub}:{ports.collector}"] if config.tracing.enabled else []),
+        *([f"--otlp-endpoint={collector_url(addresses, ports)}"] if config.tracing.enabled else []),
     )
 
 
@@ -153,12 +170,14 @@ def router_command(
             workers += ["--prefill", engine.url(addresses), str(engine.bootstrap_port)]
         else:
             workers += ["--decode", engine.url(addresses)]
-    kind = placing_flags if asks_for_placement(config) else rust_flags
+    placing = asks_for_placement(config)
+    kind = placing_flags if placing else rust_flags
     return _python(
         "sglang_router.launch_router",
         "--pd-disaggregation",
         *workers,
-        f"--host={addresses.hub}",
+        # The Rust router parses host and port together.
+        f"--host={addresses.hub if placing else in_url(addresses.hub)}",
         f"--port={ports.router}",
         # A dead or hung engine is noticed soon.
         "--health-check-interval-secs=5",
@@ -185,10 +204,10 @@ def rust_flags(config: ClusterConfig, addresses: Addresses, ports: Ports) -> lis
 
 
 def placing_flags(config: ClusterConfig, addresses: Addresses, ports: Ports) -> list[str]:
-    collector = f"--otlp-traces-endpoint={addresses.hub}:{ports.collector}"
+    collector = f"--otlp-traces-endpoint={authority(addresses.hub, ports.collector)}"
     return [
         "--mini-lb",
-        f"--dualpath-scheduler=tcp://{addresses.hub}:{ports.scheduler}",
+        f"--dualpath-scheduler={scheduler_url(addresses, ports)}",
         # An engine that has come up is used at once.
         "--health-success-threshold=1",
         *security.router_flags(config.security),
@@ -217,7 +236,7 @@ def engine_command(
     if config.tracing.enabled:
         flags += [
             "--enable-trace",
-            f"--otlp-traces-endpoint={addresses.hub}:{ports.collector}",
+            f"--otlp-traces-endpoint={authority(addresses.hub, ports.collector)}",
             "--trace-modules=request",
             f"--otlp-service-name={engine.name}",
         ]
@@ -238,7 +257,7 @@ def common_flags(config: ClusterConfig, group: Group, host: str, port: int) -> l
         f"--port={port}",
         f"--page-size={config.page_size}",
         f"--tp-size={group.tp_size}",
-        "--grammar-backend=none",
+        "--grammar-backend=xgrammar",
         "--enable-cache-report",
         "--enable-metrics",
         *(CPU_FLAGS if config.device == "cpu" else CUDA_FLAGS),
@@ -257,32 +276,39 @@ def engine_environment(
 ) -> dict[str, str]:
     own = addresses.engine(engine.name)
     environment = {
-        **server_environment(config, engine.group, own, base),
+        **server_environment(config, engine.group, own, part_environment(addresses, base)),
         **MOONCAKE_ENV,
         **PD_ENV,
-        "MOONCAKE_MASTER": f"{addresses.store}:{ports.master}",
+        "MOONCAKE_MASTER": authority(addresses.store, ports.master),
         "MOONCAKE_LOCAL_HOSTNAME": own.storage,
     }
     if config.mode is Mode.DUALPATH:
         environment |= {
+            **_patience(config),
             "DUALPATH_ENABLED": "1",
             "DUALPATH_ENGINE_ID": engine.name,
-            "DUALPATH_SCHEDULER": f"tcp://{addresses.hub}:{ports.scheduler}",
+            "DUALPATH_SCHEDULER": scheduler_url(addresses, ports),
             "DUALPATH_HOST": own.compute,
             **security.engine_environment(config.security, addresses, engine.name),
         }
         if config.tracing.enabled:
-            environment["DUALPATH_OTLP_ENDPOINT"] = f"http://{addresses.hub}:{ports.collector}"
+            environment["DUALPATH_OTLP_ENDPOINT"] = collector_url(addresses, ports)
     return environment | engine.group.env
+
+
+def part_environment(addresses: Addresses, base: Mapping[str, str]) -> dict[str, str]:
+    """What every process of the cluster gets."""
+    environment = inherited(base, addresses.every)
+    if is_ipv6(addresses.store):
+        environment["MC_USE_IPV6"] = "1"
+    return environment
 
 
 def server_environment(
     config: ClusterConfig, group: Group, own: EngineAddresses, base: Mapping[str, str]
 ) -> dict[str, str]:
-    """What any SGLang server needs; settings of DualPath and Mooncake in `base` do not leak in."""
-    environment = {
-        key: value for key, value in base.items() if not key.startswith(("DUALPATH_", "MOONCAKE_"))
-    }
+    """What any SGLang server needs; `base` is a part's environment."""
+    environment = dict(base)
     environment |= OFFLINE_ENV | HTTP_ENV | {"SGLANG_HOST_IP": own.compute}
     if own.compute_nic is not None:
         environment["SGLANG_LOCAL_IP_NIC"] = own.compute_nic
@@ -292,6 +318,11 @@ def server_environment(
             # Without a binding SGLang wants one NUMA node per rank.
             environment["SGLANG_CPU_OMP_THREADS_BIND"] = "|".join(str(rank) for rank in range(group.tp_size))
     return environment
+
+
+def _patience(config: ClusterConfig) -> dict[str, str]:
+    """How long a PE waits for its DE: the DE must know, which holds a request back for its load."""
+    return {name: value for name, value in config.prefill.env.items() if name == BOOTSTRAP_TIMEOUT}
 
 
 def _host_pool_flag(group: Group) -> str:

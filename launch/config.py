@@ -8,11 +8,11 @@ from __future__ import annotations
 import difflib
 import json
 import re
+import reprlib
 from enum import StrEnum
 from pathlib import Path
 from typing import Annotated, Literal, Union
 
-import yaml
 from pydantic import (
     AfterValidator,
     BaseModel,
@@ -23,8 +23,10 @@ from pydantic import (
     model_validator,
 )
 
+from launch.hosts import checked, checked_endpoint, local_address
 from launch.security import OPERATOR, ROUTER, Security
 from launch.tiny_model import TinyModel, build
+from launch.yaml_file import YamlProblem, read
 from scheduler_svc.placement import DEFAULT_PLACEMENT, PLACEMENT_POLICIES
 from scheduler_svc.policies import DEFAULT_PATH_POLICY, PATH_POLICIES
 from scheduler_svc.reach import is_loopback
@@ -43,15 +45,23 @@ class Mode(StrEnum):
     """Upstream with decode-side L3 prefetch: PE and DE both read the store."""
 
 
+MAX_PROBLEMS = 20
+"""More of one file are counted, not told."""
+MAX_PROBLEM_CHARS = 400
 BIT_UNITS = {"kbit": 10**3, "mbit": 10**6, "gbit": 10**9}
+LOWEST_RATE, HIGHEST_RATE = 10**3, 10**14
+"""Bits a second."""
 
 
 def bits_per_s(rate: str) -> int:
     """`400mbit` -> 400000000.  Raises ValueError."""
-    found = re.fullmatch(r"(\d+(?:\.\d+)?)(kbit|mbit|gbit)", rate)
-    if not found or float(found[1]) == 0:
-        raise ValueError("give a number above 0 and kbit, mbit or gbit, such as 400mbit")
-    return round(float(found[1]) * BIT_UNITS[found[2]])
+    found = re.fullmatch(r"([0-9]{1,9}(?:\.[0-9]{1,9})?)(kbit|mbit|gbit)", rate)
+    bits = float(found[1]) * BIT_UNITS[found[2]] if found else 0
+    if not LOWEST_RATE <= bits <= HIGHEST_RATE:
+        raise ValueError(
+            "give a number above 0 and kbit, mbit or gbit, such as 400mbit; from 1kbit to 100000gbit"
+        )
+    return round(bits)
 
 
 def _is_rate(rate: str) -> str:
@@ -62,8 +72,25 @@ def _is_rate(rate: str) -> str:
 BitRate = Annotated[str, AfterValidator(_is_rate)]
 
 
+def _reaches_a_process(text: str) -> str:
+    if any(character < " " and character not in "\t\n" for character in text):
+        raise ValueError("holds a control character; remove it")
+    return text
+
+
+def _is_variable(name: str) -> str:
+    if not re.fullmatch(r"[A-Za-z_][A-Za-z0-9_]*", name):
+        raise ValueError("is no name of an environment variable: letters, digits and _, no digit first")
+    return name
+
+
+ProcessText = Annotated[str, AfterValidator(_reaches_a_process)]
+"""An argument of a command line, or the value of an environment variable."""
+Variable = Annotated[str, AfterValidator(_is_variable)]
+
+
 class _Section(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
 
 class Tiny(_Section, TinyModel):
@@ -92,7 +119,7 @@ class ModelDirectory(_Section):
 
 
 class Store(_Section):
-    segment_bytes: int = Field(1 << 30, ge=16 << 20)
+    segment_bytes: int = Field(1 << 30, ge=16 << 20, le=1 << 50)
     """DRAM that the store node contributes; engines contribute none."""
     read_rate: BitRate | None = None
     """Each engine reads no faster than this: for measuring where links cannot be shaped (`network`)."""
@@ -122,8 +149,8 @@ class Scheduler(_Section):
 class HostPool(_Section):
     """Size of an engine's host pool (L2): a multiple of its device pool, or gigabytes per rank."""
 
-    ratio: Annotated[float, Field(gt=1)] | None = None
-    size_gb: Annotated[int, Field(ge=1)] | None = None
+    ratio: Annotated[float, Field(gt=1, le=1000)] | None = None
+    size_gb: Annotated[int, Field(ge=1, le=1 << 16)] | None = None
 
     @model_validator(mode="after")
     def _one_of_both(self) -> HostPool:
@@ -137,12 +164,13 @@ class Group(_Section):
 
     count: int = Field(1, ge=1, le=64)
     tp_size: int = Field(1, ge=1, le=64)
-    max_total_tokens: Annotated[int, Field(ge=256)] | None = None
+    max_total_tokens: Annotated[int, Field(ge=256, le=1 << 30)] | None = None
     """Device pool (L1) in tokens; None lets SGLang take what memory allows."""
     host_pool: HostPool = HostPool(ratio=2.0)
-    extra_args: tuple[str, ...] = ()
+    extra_args: tuple[ProcessText, ...] = ()
     """Appended to SGLang's command line."""
-    env: dict[str, str] = {}
+    env: dict[Variable, ProcessText] = {}
+    """Added to its environment last: what stands here wins over everything that the launcher sets."""
 
 
 class RouterKind(StrEnum):
@@ -160,7 +188,7 @@ class Router(_Section):
 
 class Tracing(_Section):
     enabled: bool = True
-    otlp_endpoint: Annotated[str, Field(pattern=r"^[^/\s]+:\d+$")] | None = None
+    otlp_endpoint: Annotated[str, AfterValidator(checked_endpoint)] | None = None
     """`host:port` of an OTLP/gRPC receiver (Jaeger: 4317) that gets a copy of every span."""
 
 
@@ -179,10 +207,10 @@ class Network(_Section):
 
 
 class ClusterConfig(_Section):
-    name: str = Field(pattern=r"^[a-z0-9][a-z0-9-]*$")
+    name: str = Field(pattern=r"^[a-z0-9][a-z0-9-]*$", max_length=64)
     device: Literal["cpu", "cuda"]
-    host: str = "127.0.0.1"
-    """Address every part binds to and is reached at."""
+    host: Annotated[str, AfterValidator(checked)] = "127.0.0.1"
+    """Address (or a name of it) that every part binds to and is reached at."""
     mode: Mode = Mode.DUALPATH
     model: Annotated[Union[Tiny, ModelDirectory], Field(discriminator="kind")] = Tiny()
     page_size: int = Field(16, ge=1, le=1024)
@@ -197,12 +225,6 @@ class ClusterConfig(_Section):
     """None: everything on `host`."""
     security: Security | None = None
     """None: only on loopback, or on a shaped `network`, whose links exist on this machine only."""
-
-    @field_validator("host")
-    @classmethod
-    def _is_an_address(cls, host: str) -> str:
-        # Mooncake and SGLang compare addresses as they are written.
-        return "127.0.0.1" if host == "localhost" else host
 
     @model_validator(mode="after")
     def _same_layout_on_both_sides(self) -> ClusterConfig:
@@ -236,30 +258,51 @@ class ClusterConfig(_Section):
 def load(path: Path) -> ClusterConfig:
     """Read a cluster description.  Raises ConfigError."""
     try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+        content = read(path)
     except OSError as error:
         raise ConfigError(f"{path}: {error.strerror}; shipped examples: {_examples()}") from None
-    except yaml.YAMLError as error:
-        raise ConfigError(f"{path}: not YAML: {error}") from None
+    except YamlProblem as error:
+        raise ConfigError(f"{path}: {error}") from None
     if not isinstance(content, dict):
         raise ConfigError(f"{path}: must be a mapping of fields, got {type(content).__name__}")
     try:
         return ClusterConfig.model_validate(content)
     except ValidationError as error:
         problems = [_explain(problem) for problem in error.errors(include_url=False)]
-        raise ConfigError("\n".join(f"{path}: {problem}" for problem in problems)) from None
+        told = [f"{path}: {problem[:MAX_PROBLEM_CHARS]}" for problem in problems[:MAX_PROBLEMS]]
+        if len(problems) > MAX_PROBLEMS:
+            told.append(f"{path}: and {len(problems) - MAX_PROBLEMS} problems more")
+        raise ConfigError("\n".join(told)) from None
+
+
+def at_its_address(config: ClusterConfig) -> ClusterConfig:
+    """With the address of `host`, which this machine must have, in its place.  Raises ConfigError."""
+    try:
+        return config.model_copy(update={"host": local_address(config.host)})
+    except ValueError as error:
+        raise ConfigError(f"host: got {config.host!r}; {error}") from None
 
 
 def kv_bytes_per_token(config: ClusterConfig) -> int:
-    """Bytes of KV cache per token, all layers and ranks, from the model's `config.json`."""
-    model = json.loads((config.model.directory() / "config.json").read_text())
+    """Bytes of KV cache per token, all layers and ranks, from the model's `config.json`.
+
+    Raises ConfigError when that does not tell.
+    """
+    path = config.model.directory() / "config.json"
     item_bytes = 4 if config.device == "cpu" else 2
-    if "kv_lora_rank" in model:  # MLA keeps one compressed vector.
-        width = model["kv_lora_rank"] + model["qk_rope_head_dim"]
-    else:
-        head_dim = model.get("head_dim") or model["hidden_size"] // model["num_attention_heads"]
-        width = 2 * model.get("num_key_value_heads", model["num_attention_heads"]) * head_dim
-    return model["num_hidden_layers"] * width * item_bytes
+    try:
+        model = json.loads(path.read_bytes())
+        if "kv_lora_rank" in model:  # MLA keeps one compressed vector.
+            width = model["kv_lora_rank"] + model["qk_rope_head_dim"]
+        else:
+            head_dim = model.get("head_dim") or model["hidden_size"] // model["num_attention_heads"]
+            width = 2 * model.get("num_key_value_heads", model["num_attention_heads"]) * head_dim
+        return model["num_hidden_layers"] * width * item_bytes
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise ConfigError(
+            f"model: {path} does not say how large a token's KV is ({error!r}); evaluations need a model "
+            "with one kind of attention"
+        ) from None
 
 
 def _examples() -> str:
@@ -271,7 +314,7 @@ def _explain(problem: dict) -> str:
     parts = list(problem["loc"])
     if len(parts) > 1 and parts[0] == "model" and parts[1] in ("tiny", "directory"):
         del parts[1]
-    field = ".".join(str(part) for part in parts) or "file"
+    field = ".".join(_printable(part) for part in parts) or "file"
     if problem["type"] == "extra_forbidden":
         known = _fields(parts[:-1])
         close = difflib.get_close_matches(str(parts[-1]), known, n=1)
@@ -280,9 +323,21 @@ def _explain(problem: dict) -> str:
     if problem["type"] == "missing":
         return f"{field}: must be given"
     message = problem["msg"].removeprefix("Value error, ")
+    if problem["type"] == "string_type":
+        message += ": put it in quotes"
     if isinstance(problem["input"], dict):
         return f"{field}: {message}"
-    return f"{field}: got {problem['input']!r}; {message[0].lower()}{message[1:]}"
+    return f"{field}: got {_shown.repr(problem['input'])}; {message[0].lower()}{message[1:]}"
+
+
+_shown = reprlib.Repr()
+_shown.maxstring = _shown.maxother = 80
+
+
+def _printable(part: object) -> str:
+    """A name out of the file: short, and nothing that a terminal would obey."""
+    text = str(part)
+    return text if text.isprintable() and len(text) <= 80 else _shown.repr(text)
 
 
 def _fields(path: list) -> list[str]:

@@ -54,7 +54,11 @@ if __name__ == "__main__":
     from sglang.srt.server_args import prepare_server_args
     from sglang.srt.utils import kill_process_tree
 
+    from dualpath_sgl.start_checks import Refused
+
     try:
         run_server(prepare_server_args(sys.argv[1:]))
+    except Refused as refusal:
+        sys.exit(f"launch.engine: {refusal}")
     finally:
         kill_process_tree(os.getpid(), include_parent=False)

@@ -6,6 +6,8 @@ import errno
 import random
 import socket
 
+from launch.hosts import is_ipv6
+
 LOWEST, HIGHEST = 17500, 22000
 """Where nobody else draws ports: an engine binds its own a minute after it was chosen.  Linux's
 outgoing connections take theirs from 32768 up, SGLang's ranks meet on one of 22000-29999
@@ -27,7 +29,8 @@ class FreePorts:
         raise OSError(f"no free port on {self._host} in {LOWEST}..{HIGHEST}")
 
     def _is_free(self, port: int) -> bool:
-        with socket.socket() as probe:
+        family = socket.AF_INET6 if is_ipv6(self._host) else socket.AF_INET
+        with socket.socket(family) as probe:
             probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
             try:
                 probe.bind((self._host, port))

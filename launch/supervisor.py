@@ -22,6 +22,7 @@ import urllib.error
 import urllib.request
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 
 import psutil
@@ -32,16 +33,19 @@ from launch import commands, exposure
 from launch.addresses import STORE_PROCESSES, Addresses, on_network, on_one_host
 from launch.comeback import Comeback
 from launch.commands import Ports
-from launch.config import ClusterConfig, Mode, bits_per_s, kv_bytes_per_token
+from launch.config import ClusterConfig, Mode, at_its_address, bits_per_s, kv_bytes_per_token
 from launch.config import Network as NetworkConfig
 from launch.direct_http import answers, fetch
 from launch.engine_watch import SILENT_AFTER_S, EngineWatch
+from launch.environment import foreign
+from launch.hosts import authority
 from launch.ports import FreePorts
 from launch.process import ManagedProcess, ProcessDied, stop_all
 from launch.run_dir import STATE_FILE, Claim, ClusterState, ProcessState
 from launch.security import OPERATOR, key_files
 from launch.store_node import READY as STORE_READY
 from scheduler_svc.client import SchedulerClient
+from scheduler_svc.engine_names import server_id
 from scheduler_svc.protocol import Role
 
 START_TIMEOUT_S = 600.0
@@ -160,8 +164,8 @@ class Supervisor:
         if not comeback.alarming:
             return text
         return (
-            f"error: {text}; it died {comeback.deaths_in_a_row} times in a row: put right what its last lines "
-            f"name\n{process.tail()}"
+            f"error: {text}; it died {comeback.deaths_in_a_row} times in a row: put right what its last "
+            f"lines name\n{process.tail()}"
         )
 
     def kill(self, name: str, signal_number: int = signal.SIGKILL) -> None:
@@ -262,12 +266,12 @@ class Cluster(Supervisor):
 
     def __init__(self, config: ClusterConfig, run_dir: Path):
         super().__init__(run_dir)
-        self.config = config
+        self.config = at_its_address(config)
         """As it runs now (`set_policy` changes it)."""
         self.started_as = config
-        self.kv_bytes_per_token = kv_bytes_per_token(config)
-        free = FreePorts(config.host)
-        self.addresses: Addresses = on_one_host(config.host)
+        config.model.directory()  # A tiny model that is not there yet is made before anything starts.
+        free = FreePorts(self.config.host)
+        self.addresses: Addresses = on_one_host(self.config.host)
         """With a shaped network: known once it is started."""
         self.network: Network | None = None
         """The shaped network, while it exists."""
@@ -275,15 +279,20 @@ class Cluster(Supervisor):
         self.ports = Ports(**{name: free.take() for name in Ports.__dataclass_fields__})
         self._specs = commands.engine_specs(config, free.take)
 
+    @cached_property
+    def kv_bytes_per_token(self) -> int:
+        """Raises ConfigError when the model's `config.json` does not tell."""
+        return kv_bytes_per_token(self.config)
+
     @property
     def url(self) -> str:
         """Base URL of the router, where clients send requests."""
-        return f"http://{self.addresses.hub}:{self.ports.router}"
+        return f"http://{authority(self.addresses.hub, self.ports.router)}"
 
     @property
     def scheduler_address(self) -> str:
         """ZeroMQ address; answered only in mode dualpath."""
-        return f"tcp://{self.addresses.hub}:{self.ports.scheduler}"
+        return commands.scheduler_url(self.addresses, self.ports)
 
     def ask_scheduler(self) -> SchedulerClient:
         """A client with the operator's key, where there are keys."""
@@ -295,12 +304,12 @@ class Cluster(Supervisor):
 
     @property
     def master_metrics_url(self) -> str:
-        return f"http://{self.addresses.store}:{self.ports.master_metrics}/metrics"
+        return f"http://{authority(self.addresses.store, self.ports.master_metrics)}/metrics"
 
     @property
     def collector_url(self) -> str:
         """OTLP/gRPC; answered only with tracing."""
-        return f"http://{self.addresses.hub}:{self.ports.collector}"
+        return commands.collector_url(self.addresses, self.ports)
 
     @property
     def spans_path(self) -> Path:
@@ -319,7 +328,7 @@ class Cluster(Supervisor):
         for name in silent - self._silent:
             self._on_event(
                 f"error: {name} runs, but has not answered for {SILENT_AFTER_S:g} s; requests for it fail. "
-                f"If it does not come back, stop the cluster and start it again (log {self.processes[name].log_path})"
+                f"If it does not come back, start the cluster again (log {self.processes[name].log_path})"
             )
         for name in self._silent - silent:
             self._on_event(f"{name} answers again")
@@ -370,19 +379,24 @@ class Cluster(Supervisor):
         expected = {spec.name for spec in self._specs}
         deadline_s = time.monotonic() + REJOIN_TIMEOUT_S
         with self.ask_scheduler() as client:
-            while expected != {engine.engine.engine_id for engine in client.status(PROBE_TIMEOUT_S).engines}:
+            while expected != {server_id(e.engine.engine_id) for e in client.status(PROBE_TIMEOUT_S).engines}:
                 if time.monotonic() > deadline_s:
                     raise StartTimeout(f"engines did not join the scheduler again in {REJOIN_TIMEOUT_S:g} s")
                 time.sleep(POLL_S)
 
     def _start(self) -> None:
-        base = dict(os.environ)
         begun_s = time.monotonic()
+        if left_out := foreign(os.environ):
+            self._on_event(
+                f"left out of the cluster's environment: {', '.join(left_out)}; if one is meant, give it in "
+                "the cluster file: prefill.env, decode.env"
+            )
         if self.config.network is not None:
             self._build_network(self.config.network)
         elif (problem := exposure.warning(exposure.public_addresses())) is not None:
             self._on_event(problem)
         config, addresses, ports = self.config, self.addresses, self.ports
+        base = commands.part_environment(addresses, os.environ)
         argv = commands.master_command(addresses, ports)
         self._launch("master", argv, base, self._listens(addresses.store, ports.master))
         if config.tracing.enabled:
@@ -397,7 +411,7 @@ class Cluster(Supervisor):
         # An engine writes a test object into the store early, so the store comes before.
         for spec in self._specs:
             argv = commands.engine_command(config, addresses, spec, ports)
-            environment = commands.engine_environment(config, addresses, spec, ports, base)
+            environment = commands.engine_environment(config, addresses, spec, ports, os.environ)
             self._launch(
                 spec.name, argv, environment, _healthy(spec.url(addresses)), _engine_stop_signal(config)
             )
@@ -448,8 +462,11 @@ class Cluster(Supervisor):
 
     def _listens(self, host: str, port: int) -> Probe:
         def probe() -> bool:
-            with socket.socket() as connection:
-                return connection.connect_ex((host, port)) == 0
+            try:
+                socket.create_connection((host, port), PROBE_TIMEOUT_S).close()
+            except OSError:
+                return False
+            return True
 
         return probe
 
@@ -461,18 +478,18 @@ class Cluster(Supervisor):
             scheduler=self.scheduler_address if "scheduler" in self.processes else None,
             scheduler_keys=self._operator_keys,
             engines={engine.name: engine.url for engine in self.engines},
-            processes={name: self._state_of(process) for name, process in self.processes.items()},
+            processes={name: self._state_of(name, process) for name, process in self.processes.items()},
         ).write(self.run_dir)
 
-    def _state_of(self, process: ManagedProcess) -> ProcessState:
-        comeback = self._comebacks.get(process.name, Comeback())
+    def _state_of(self, name: str, process: ManagedProcess) -> ProcessState:
+        comeback = self._comebacks.get(name, Comeback())
         return ProcessState(
             pid=process.pid,
             started_s=0.0 if process.pid is None else psutil.Process(process.pid).create_time(),
             log=str(process.log_path),
             restarts=comeback.restarts,
-            last_end=self._last_ends.get(process.name, ""),
-            silent=process.name in self._silent,
+            last_end=self._last_ends.get(name, ""),
+            silent=name in self._silent,
         )
 
 
@@ -481,17 +498,19 @@ class SingleServer(Supervisor):
 
     def __init__(self, config: ClusterConfig, run_dir: Path):
         super().__init__(run_dir)
-        self.config = config
-        self._port = FreePorts(config.host).take()
+        self.config = at_its_address(config)
+        self._addresses = on_one_host(self.config.host)
+        self._port = FreePorts(self.config.host).take()
 
     @property
     def url(self) -> str:
-        return f"http://{self.config.host}:{self._port}"
+        return f"http://{authority(self._addresses.hub, self._port)}"
 
     def _start(self) -> None:
         argv = commands.single_server_command(self.config, self._port)
+        base = commands.part_environment(self._addresses, os.environ)
         environment = commands.server_environment(
-            self.config, self.config.prefill, on_one_host(self.config.host).engine("single"), os.environ
+            self.config, self.config.prefill, self._addresses.engine("single"), base
         )
         self._launch("single", argv, environment, _healthy(self.url))
         self._await_ready(["single"])

@@ -17,7 +17,7 @@ import zmq
 from zmq.utils import z85
 
 from scheduler_svc.authorized_keys import AuthorizedKeys
-from scheduler_svc.sparse_log import SparseLog
+from scheduler_svc.log_limit import LimitedLog
 
 REREAD_S = 1.0
 STOP_MS = 100
@@ -43,7 +43,7 @@ class PeerAuthenticator:
         self._directory = authorized_keys_dir
         self._context = context
         self._on_refused = on_refused
-        self._log = SparseLog(logger)  # refused peers try again several times a second
+        self._log = LimitedLog(logger)
         self._stopping = threading.Event()
         self._thread = threading.Thread(target=self._run, name="dualpath-authenticator", daemon=True)
 
@@ -76,6 +76,7 @@ class PeerAuthenticator:
                     if time.monotonic() >= reread_s:
                         reread_s = time.monotonic() + REREAD_S
                         self.keys.read()
+                        self._log.tick()
                 except Exception:
                     if self._socket.closed or self._context.closed:
                         return
@@ -87,14 +88,15 @@ class PeerAuthenticator:
         *route, version, request_id, _domain, address, _identity, mechanism, credential = request
         key = z85.encode(credential) if mechanism == b"CURVE" else b""
         admitted = bool(self.keys.names(key))
-        # The user id travels with every message of the connection.  300, "try again later": after 400 the
-        # peer's ZeroMQ would never come back, and a key may be put into the directory at any time.
+        # The user id travels with every message of the connection.  300 is "try again later": the peer does
+        # so every `HANDSHAKE_MS`.  After 400 its ZeroMQ would never come back, and its key may come any time.
         verdict = (b"200", b"OK", key) if admitted else (b"300", b"key not authorized", b"")
         self._socket.send_multipart([*route, version, request_id, *verdict, b""])
         if not admitted:
             self._on_refused()
             text = "refused a connection from %s: its key %r is not in %s"
-            self._log.warning(text, address.decode(errors="replace"), key.decode(), self._directory)
+            arguments = address.decode(errors="replace"), key.decode(), self._directory
+            self._log.log(logging.WARNING, text, *arguments)
 
 
 def sender(frame: zmq.Frame) -> bytes:

@@ -23,9 +23,9 @@ def server_id(name: str) -> str:
 
 
 def check_server_id(server_id: str) -> None:
-    """Raises ValueError when the id could be taken for another server's DP rank."""
-    if _DP_RANK.search(server_id):
+    """Raises ValueError when the id could be taken for a part of another server."""
+    if "/" in server_id:
         raise ValueError(
-            f"engine id {server_id!r} ends like the name of a DP rank: give this engine an id that does not "
-            "end in /dp and a number"
+            f"DUALPATH_ENGINE_ID is {server_id!r}: a slash parts a server from its DP ranks, choose a name "
+            "without one"
         )

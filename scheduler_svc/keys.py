@@ -27,6 +27,8 @@ from zmq.utils import z85
 SERVER_NAME = "scheduler"
 PEERS = "peers"
 PUBLIC, SECRET = ".key", ".key_secret"
+HANDSHAKE_MS = 3000
+"""A peer that is not admitted within this time is cut off, and may try again."""
 KEY_CHARACTERS = 40
 """Of a public or a secret key in Z85."""
 
@@ -150,6 +152,7 @@ def secure_server(socket: zmq.Socket, server_key_file: Path) -> None:
     """Make a socket, not bound yet, accept CURVE only.  Who may connect is `PeerAuthenticator`'s matter."""
     socket.curve_publickey, socket.curve_secretkey = load_secret(server_key_file)
     socket.curve_server = True
+    socket.setsockopt(zmq.HANDSHAKE_IVL, HANDSHAKE_MS)
 
 
 def secure_client(socket: zmq.Socket, client_key_file: Path, server_public_key_file: Path) -> None:

@@ -168,7 +168,7 @@ class PaperPlacement:
         if engine.role is Role.PREFILL:
             self._prefill.add(engine)
             return
-        host = urlsplit(engine.any_rank.url).hostname or ""
+        host = urlsplit(engine.leader.url).hostname or ""
         groups = self._open_groups.setdefault(host, [])
         group = next((group for group in groups if len(group.engines) < MAX_GROUP_ENGINES), None)
         if group is None:

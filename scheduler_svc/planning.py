@@ -8,7 +8,7 @@ from scheduler_svc.engines import EngineState
 from scheduler_svc.events import LaneInputs
 from scheduler_svc.lane_model import LaneModel
 from scheduler_svc.policies import PathChoice, PathPolicy, PathRequest, SplitReason, StoreQueue, choose_path
-from scheduler_svc.protocol import PLAN_TIMEOUT_S, Path, Plan
+from scheduler_svc.protocol import PLAN_TIMEOUT_S, Path, Plan, common_version
 from scheduler_svc.rooms import Claim
 
 PLAN_DEADLINE_S = 0.8 * PLAN_TIMEOUT_S
@@ -87,11 +87,22 @@ def _lane_inputs(request: PathRequest, choice: PathChoice) -> LaneInputs:
     )
 
 
+def prompt_obstacle(prefill: Claim, decode: Claim) -> Obstacle | None:
+    """Why the two sides may mean different prompts (a room used twice), or None."""
+    if prefill.prompt_tokens != decode.prompt_tokens:
+        said = f"prompts of {prefill.prompt_tokens} and {decode.prompt_tokens} tokens"
+    elif prefill.prompt_hash and decode.prompt_hash and prefill.prompt_hash != decode.prompt_hash:
+        said = f"prompts with the hashes {prefill.prompt_hash} and {decode.prompt_hash}"
+    else:
+        return None
+    return Obstacle("prompt_differs", f"one room for {said}")
+
+
 def forward_obstacle(prefill: EngineState, decode: EngineState) -> Obstacle | None:
     """Why pages cannot move between two engines, or None."""
     ours, theirs = prefill.shape, decode.shape
     if ours == theirs and ours.is_complete and len(decode.page_endpoints) == theirs.tp_size:
-        return None
+        return _version_obstacle(prefill, decode)
     if ours.tp_size != theirs.tp_size:
         return Obstacle("tp_size_differs", f"tp_size is {ours.tp_size} and {theirs.tp_size}")
     for engine in (prefill, decode):
@@ -110,6 +121,17 @@ def forward_obstacle(prefill: EngineState, decode: EngineState) -> Obstacle | No
         if one != other
     )
     return Obstacle("fingerprint_differs", f"fingerprints of rank {rank}: {our_print} and {their_print}")
+
+
+def _version_obstacle(prefill: EngineState, decode: EngineState) -> Obstacle | None:
+    ours, theirs = prefill.versions, decode.versions
+    if common_version(*ours, of=theirs) is not None:
+        return None
+    return Obstacle(
+        "versions_differ",
+        f"{prefill.engine_id} speaks protocol versions {ours[1]} to {ours[0]}, "
+        f"{decode.engine_id} {theirs[1]} to {theirs[0]}",
+    )
 
 
 def late_obstacle(waited_s: float, is_any_side_done: bool) -> Obstacle | None:

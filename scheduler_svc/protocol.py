@@ -9,13 +9,20 @@ any time.  The life of one request:
     DE rank -> Report
     both    -> Done                                           (no answer)
 
+Before that each rank has said which versions it speaks, in a `Heartbeat` that asks for an answer:
+`Accepted`, or an `Error` that says why not and what to do.  A rank without `Accepted` on its present
+connection gets no plans and waits for none.
+
 Page positions are absolute: page `i` holds tokens `[i*page_size, (i+1)*page_size)` of the
 prompt.  Ranges are half open.  DESIGN terms: `local_pages` is L_P or L_D, `hit_pages` is K,
 `split_page` is x.
 
-What arrives is checked when it is decoded: types, bounds, unknown fields.  What is built here is
-not, so that a message costs no more than its tuple would; fields left at their defaults do not
-travel.
+What arrives is checked when it is decoded: types, bounds, characters, addresses.  Fields that are not
+known are ignored, so that a newer peer may say more.  What is built here is not checked (but for
+`__post_init__`), so that a message costs no more than its tuple would; fields left at their defaults do
+not travel.
+
+Sums of bounded fields are cut to the same bounds before they travel (`MAX_COUNT`, `MAX_RATE`).
 """
 
 from __future__ import annotations
@@ -27,6 +34,16 @@ from typing import Annotated, Any, Literal
 import msgspec
 from msgspec import Meta
 
+from scheduler_svc.addresses import check_endpoint, check_http_url
+
+PROTOCOL_VERSION = 2
+"""What is said here.  To be raised when something gets another meaning; a new optional field needs none."""
+OLDEST_VERSION = 1
+"""Oldest that this scheduler understands.  1: peers from before versions; they say none and are not told
+that they were accepted."""
+OLDEST_PEER_VERSION = 2
+"""Oldest with which an engine of this release exchanges pages."""
+
 MAX_MESSAGE_BYTES = 256 * 1024
 """A longer frame is answered with an error; one several times as long the socket drops together
 with its connection (`ZMQ_MAXMSGSIZE`)."""
@@ -34,11 +51,37 @@ with its connection (`ZMQ_MAXMSGSIZE`)."""
 PLAN_TIMEOUT_S = 3.0
 """An engine that has no plan this long after its report goes on with the prefill path."""
 
-Name = Annotated[str, Meta(min_length=1, max_length=256)]
-Count = Annotated[int, Meta(ge=0, le=2**53)]
+MAX_COUNT = 2**53
+MAX_RATE = 1e15
+"""Bytes per second."""
+MAX_RANKS = 1024
+"""Of one engine; their page servers fit into one message."""
+MAX_LANES = 16
+"""Records of one load; three are usual."""
+
+_CONTROL = r"\x00-\x1f\x7f-\x9f\u2028\u2029\u202a-\u202e\u2066-\u2069"
+PRINTABLE = rf"^[^{_CONTROL}]*\Z"
+"""Nothing that ends a line of a log, moves a terminal's cursor or turns the text around."""
+TRACEPARENT = r"^[0-9a-f]{2}-[0-9a-f]{32}-[0-9a-f]{16}-[0-9a-f]{2}(-[!-~]*)?\Z"
+"""W3C Trace Context; later versions may append."""
+HEX = r"^[0-9a-f]+\Z"
+_UNPRINTABLE = re.compile(rf"[{_CONTROL}\ud800-\udfff]")
+_IN_WORDS = {
+    PRINTABLE: "must not contain control characters",
+    TRACEPARENT: "is not a W3C traceparent",
+    HEX: "must be lower-case hexadecimal digits",
+}
+
+Name = Annotated[str, Meta(min_length=1, max_length=256, pattern=PRINTABLE)]
+Text = Annotated[str, Meta(max_length=256, pattern=PRINTABLE)]
+Endpoint = Annotated[str, Meta(min_length=1, max_length=200)]
+Traceparent = Annotated[str, Meta(max_length=128, pattern=TRACEPARENT)]
+Digest = Annotated[str, Meta(max_length=64, pattern=HEX)]
+Count = Annotated[int, Meta(ge=0, le=MAX_COUNT)]
 Room = Annotated[int, Meta(ge=0, le=2**63 - 1)]
-Rank = Annotated[int, Meta(ge=0, lt=4096)]
-Seconds = Annotated[float, Meta(ge=0)]
+Rank = Annotated[int, Meta(ge=0, lt=MAX_RANKS)]
+Seconds = Annotated[float, Meta(ge=0, le=1e9)]
+Version = Annotated[int, Meta(ge=1, le=2**31 - 1)]
 
 
 class Role(StrEnum):
@@ -66,7 +109,7 @@ class Outcome(StrEnum):
     ABORTED = "aborted"
 
 
-class Wire(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_defaults=True, gc=False):
+class Wire(msgspec.Struct, frozen=True, omit_defaults=True, gc=False):
     """Base of everything that travels.  Holds no reference cycles, so the collector need not look."""
 
 
@@ -76,21 +119,28 @@ class Engine(Wire, kw_only=True):
     engine_id: Name
     role: Role
     rank: Rank = 0
-    tp_size: Annotated[int, Meta(ge=1, le=4096)] = 1
+    tp_size: Annotated[int, Meta(ge=1, le=MAX_RANKS)] = 1
     dp_rank: Rank | None = None
     """Of a server with data parallelism, each DP rank is an engine with a name of its own (`engine_names`)."""
-    dp_size: Annotated[int, Meta(ge=1, le=4096)] = 1
+    dp_size: Annotated[int, Meta(ge=1, le=MAX_RANKS)] = 1
     url: Name
-    """HTTP address of the SGLang server, e.g. `http://127.0.0.1:30000`."""
+    """HTTP address of the SGLang server, e.g. `http://127.0.0.1:30000`.  Rank 0's is the engine's: ranks on
+    other hosts may give another."""
     bootstrap_port: Annotated[int, Meta(ge=1, le=65535)] | None = None
-    page_endpoint: Name | None = None
+    page_endpoint: Endpoint | None = None
     """ZeroMQ address of this DE rank's page server; None on a PE."""
     fingerprint: Name
-    """Names model, dtype, layers, heads, page size and layout; pages move only between equals."""
+    """Names model, dtype, layers, heads, page size and layout; pages move only between equals.  May change
+    while the rank lives (new weights): plans compare what the last heartbeats said."""
     page_size: Annotated[int, Meta(ge=1, le=2**20)]
     """Tokens in a page."""
     page_bytes: Annotated[int, Meta(ge=1, le=2**40)]
     """Bytes of one page on this rank, all layers, K and V."""
+
+    def __post_init__(self) -> None:
+        check_http_url(self.url)
+        if self.page_endpoint is not None:
+            check_endpoint(self.page_endpoint)
 
 
 class Load(Wire):
@@ -103,7 +153,7 @@ class Load(Wire):
     """Tokens of their whole prompts; what a DE has generated does not count."""
     read_queue_bytes: Count = 0
     """Bytes planned to be read from storage by this rank and not yet read."""
-    read_rate_bytes_per_s: Annotated[float, Meta(ge=0)] = 0.0
+    read_rate_bytes_per_s: Annotated[float, Meta(ge=0, le=MAX_RATE)] = 0.0
     """Measured drain rate of the storage lane; 0 while unknown."""
     host_free_pages: Count = 0
     device_free_tokens: Count = 0
@@ -117,6 +167,8 @@ class Load(Wire):
     """Times since the rank's start that its pools were checked, empty, before a flush."""
     kept_pages: Count = 0
     """Pages that those checks found pinned or lost (must stay 0)."""
+    faults: Count = 0
+    """Exceptions in the rank's DualPath code since it started, each of them in its log."""
 
 
 class Heartbeat(Wire, tag="heartbeat"):
@@ -124,6 +176,19 @@ class Heartbeat(Wire, tag="heartbeat"):
 
     engine: Engine
     load: Load = Load()
+    version: Version = 1
+    """The newest protocol version that the rank speaks."""
+    oldest_version: Version = 1
+    """The oldest one; with another engine it exchanges pages only if their ranges meet."""
+    hello: bool = False
+    """Asks for an answer, until `Accepted` has come on this connection."""
+
+
+class Accepted(Wire, tag="accepted"):
+    """The rank is registered; the heartbeats after this one are not answered."""
+
+    version: Version
+    """The newest that both speak."""
 
 
 class Place(Wire, tag="place", kw_only=True):
@@ -132,7 +197,10 @@ class Place(Wire, tag="place", kw_only=True):
     request_id: Name
     session_id: Name | None = None
     prompt_tokens: Count
-    traceparent: Annotated[str, Meta(max_length=128)] | None = None
+    traceparent: Traceparent | None = None
+    version: Version = 1
+    oldest_version: Version = 1
+    """As in `Heartbeat`."""
 
 
 class Placement(Wire, tag="placement"):
@@ -154,7 +222,10 @@ class Report(Wire, tag="report", kw_only=True):
     """L_P (PE) or L_D (DE): pages held from the start of the prompt without a gap."""
     hit_pages: Count | None = None
     """K, only from a PE: stored prefix in pages, at least `local_pages`."""
-    traceparent: Annotated[str, Meta(max_length=128)] | None = None
+    traceparent: Traceparent | None = None
+    prompt_hash: Digest | None = None
+    """Over the prompt's tokens and its cache namespace.  Where PE and DE give different ones, or different
+    `prompt_tokens`, they mean different prompts and the plan forwards nothing."""
 
     def __post_init__(self) -> None:
         if (self.role is Role.PREFILL) != (self.hit_pages is not None):
@@ -176,10 +247,14 @@ class Plan(Wire, tag="plan", kw_only=True):
     split_page: Count
     """x.  The DE reads `[L_D, x)` from the store; x <= L_D means it reads nothing.  Policies keep
     x at or above `min(L_D, K)`; x = 0 below that means that nothing may be forwarded, not even
-    what the DE holds (layouts differ, page servers are missing or the plan came too late)."""
-    decode_endpoints: tuple[Name, ...] = ()
+    what the DE holds (layouts or prompts differ, page servers are missing or the plan came too late)."""
+    decode_endpoints: Annotated[tuple[Endpoint, ...], Meta(max_length=MAX_RANKS)] = ()
     """Page server of every DE rank, in rank order."""
     policy: Name
+
+    def __post_init__(self) -> None:
+        for endpoint in self.decode_endpoints:
+            check_endpoint(endpoint)
 
 
 class LaneRecord(Wire):
@@ -208,10 +283,10 @@ class Done(Wire, tag="done", kw_only=True):
     role: Role
     rank: Rank = 0
     outcome: Outcome
-    fallback_reason: Annotated[str, Meta(max_length=256)] | None = None
+    fallback_reason: Text | None = None
     loaded_pages: Count = 0
     """Pages added to the rank's host pool for this request."""
-    lanes: tuple[LaneRecord, ...] = ()
+    lanes: Annotated[tuple[LaneRecord, ...], Meta(max_length=MAX_LANES)] = ()
 
 
 class Ping(Wire, tag="ping"):
@@ -223,7 +298,10 @@ class Pong(Wire, tag="pong"):
 
 
 class StatusRequest(Wire, tag="status_request"):
-    """A tool asks for everything at once."""
+    """A tool asks for one page of the engines, and all the rest."""
+
+    after: Count = 0
+    """`Status.next` of the page before."""
 
 
 class EngineStatus(Wire):
@@ -242,16 +320,19 @@ class Status(Wire, tag="status"):
     policy: Name
     uptime_s: Seconds
     engines: tuple[EngineStatus, ...]
+    """One page of them, in the order in which they came."""
     rooms_open: Count
     rooms_closed: Count
     paths: dict[Path, Count]
     """Rooms per planned path."""
-    fallbacks: dict[str, Count]
+    fallbacks: dict[Text, Count]
     """Rooms per fallback reason."""
     duplicate_store_pages: Count
     """Pages of one room that both engines read from the store (must stay 0)."""
     errors: Count
     """Messages answered with an error."""
+    next: Count | None = None
+    """There are more engines: ask for those after this one."""
 
 
 class ErrorCode(StrEnum):
@@ -265,20 +346,24 @@ class ErrorCode(StrEnum):
     """No live engine of the wanted role."""
     FORBIDDEN = "forbidden"
     """The peer's key does not speak for this engine, or is not authorized any more."""
+    VERSION = "version"
+    """Both sides' protocol versions have none in common."""
     INTERNAL = "internal"
     """A fault in the scheduler while it handled this message; the message changed nothing."""
 
 
 class Error(Wire, tag="error"):
     code: ErrorCode
-    message: str
+    message: Annotated[str, Meta(max_length=4096, pattern=PRINTABLE)]
     """Names the field, the value and the remedy."""
     room: Room | None = None
-    request_id: str | None = None
+    """What it is about, if that was a report or a done; for such a report no plan comes."""
+    request_id: Name | None = None
+    """The same for a place.  An error about neither is about a heartbeat, or could not be told."""
 
 
 Request = Heartbeat | Place | Report | Done | StatusRequest | Ping
-Reply = Placement | Plan | Status | Pong | Error
+Reply = Accepted | Placement | Plan | Status | Pong | Error
 
 _request = msgspec.json.Decoder(Request)
 _reply = msgspec.json.Decoder(Reply)
@@ -288,37 +373,80 @@ encode = _encoder.encode
 """`Wire -> bytes`: the frame of a message."""
 
 
+class Malformed(ValueError):
+    """A frame is no message; names field, value and problem."""
+
+    def __init__(self, problem: str, frame: bytes) -> None:
+        super().__init__(printable(problem))
+        about = _as_json(frame)
+        about = about if isinstance(about, dict) else {}
+        room, request_id = about.get("room"), about.get("request_id")
+        self.room = room if type(room) is int and 0 <= room < 2**63 else None
+        """Of the message, where it can be read all the same."""
+        self.request_id = request_id if _is_name(request_id) else None
+        """Likewise."""
+
+
 def decode_request(frame: bytes) -> Request:
-    """Parse what a peer sent.  Raises ValueError naming field, value and problem."""
+    """Parse what a peer sent.  Raises Malformed."""
     return decode(_request, frame, MAX_MESSAGE_BYTES)
 
 
 def decode_reply(frame: bytes) -> Reply:
-    """Parse what the scheduler sent.  Raises ValueError naming field, value and problem."""
+    """Parse what the scheduler sent.  Raises Malformed."""
     return decode(_reply, frame, MAX_MESSAGE_BYTES)
 
 
 def decode(decoder: msgspec.json.Decoder, frame: bytes, most_bytes: int) -> Any:
-    """Parse a frame of at most `most_bytes`.  Raises ValueError naming field, value and problem."""
+    """Parse a frame of at most `most_bytes`.  Raises Malformed."""
     if len(frame) > most_bytes:
-        raise ValueError(f"message of {len(frame)} bytes exceeds {most_bytes}")
+        raise Malformed(f"message of {len(frame)} bytes exceeds {most_bytes}", b"")
     try:
         return decoder.decode(frame)
     except msgspec.ValidationError as error:
-        raise ValueError(_explained(str(error), frame)) from None
+        raise Malformed(_explained(str(error), frame), frame) from None
     except (ValueError, RecursionError) as error:  # not JSON, or thousands of open brackets
-        raise ValueError(f"message: {error}, got {frame[:120]!r}") from None
+        raise Malformed(f"message: {error}, got {frame[:120]!r}", b"") from None
+
+
+def printable(text: str, most: int = 1000) -> str:
+    """At most `most` characters of `text`, as `PRINTABLE` demands; the others become `?`."""
+    return _UNPRINTABLE.sub("?", text[:most])
+
+
+def common_version(version: int, oldest_version: int, of: tuple[int, int]) -> int | None:
+    """The newest version that two peers both speak; `of` is the other one's newest and oldest."""
+    newest = min(version, of[0])
+    return newest if newest >= max(oldest_version, of[1]) else None
+
+
+
+def _is_name(value: Any) -> bool:
+    try:
+        return isinstance(value, str) and bool(msgspec.convert(value, Name))
+    except msgspec.ValidationError:
+        return False
+
+
+def _as_json(frame: bytes) -> Any:
+    try:
+        return msgspec.json.decode(frame)
+    except (ValueError, RecursionError):  # what follows is no JSON
+        return None
 
 
 def _explained(problem: str, frame: bytes) -> str:
     """msgspec says "PROBLEM - at `$.field[0]`"; people also want to read what stands there."""
     text, _, path = problem.partition(" - at `$")
     path = path.strip(".`")
+    for pattern, words in _IN_WORDS.items():
+        if repr(pattern) in text:
+            text = words
     try:
-        value = msgspec.json.decode(frame)
+        value = _as_json(frame)
         for key, index in re.findall(r"(\w+)|\[(\d+)\]", path):
             value = value[int(index)] if index else value[key]
         got = str(value)[:120]
-    except (ValueError, LookupError, TypeError, RecursionError):  # what follows is no JSON, or no such place
+    except (LookupError, TypeError):  # no such place
         got = frame[:120]
     return f"{path or 'message'}: {text}, got {got!r}"

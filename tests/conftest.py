@@ -16,3 +16,12 @@ def pytest_configure(config: pytest.Config) -> None:
 @pytest.fixture
 def own_process() -> None:
     """The test that asks for it, itself or through another fixture, runs in a process forked for it alone."""
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--storm-seeds", type=int, default=2, help="storms on SGLang's tree, each from a seed")
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    if "storm_seed" in metafunc.fixturenames:
+        metafunc.parametrize("storm_seed", range(metafunc.config.getoption("--storm-seeds")))

@@ -33,6 +33,7 @@ def activate() -> None:
         return
     from sgl_kernel import kvcacheio
     from sglang.srt.disaggregation.mooncake.conn import MooncakeKVSender
+    from sglang.srt.layers.attention.torch_native_backend import TorchNativeAttnBackend
     from sglang.srt.managers.scheduler import Scheduler
     from sglang.srt.mem_cache.pool_host import mha, mla
     from sglang.srt.mem_cache.pool_host.base import HostKVCache
@@ -52,6 +53,8 @@ def activate() -> None:
     # An MLA model computes the first part of a prompt as plain multi-head attention elsewhere; the
     # torch-native backend reads keys and values from the pool, which holds the compressed vectors.
     AttentionBackendRegistry.register("torch_native", lambda attention, batch: AttnForwardMethod.MLA)
+    # With DP attention batches are padded to one length; a padding request has one token, as elsewhere.
+    TorchNativeAttnBackend.get_cpu_graph_seq_len_fill_value = lambda backend: 1
     activated = True
 
 

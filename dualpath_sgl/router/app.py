@@ -8,9 +8,11 @@ from typing import TYPE_CHECKING
 import aiohttp
 from aiohttp import web
 
+from dualpath_sgl.router.admission import Admission
 from dualpath_sgl.router.cluster_calls import ClusterCalls
 from dualpath_sgl.router.engines import EngineDirectory
 from dualpath_sgl.router.health import HealthWatch
+from dualpath_sgl.router.limit import RequestLimit
 from dualpath_sgl.router.metrics import RouterMetrics
 from dualpath_sgl.router.pairing import Pairing
 from dualpath_sgl.router.placement import PlacementClient
@@ -34,11 +36,11 @@ GENERATING = ("/generate", "/v1/completions", "/v1/chat/completions")
 
 def serve(args: RouterArgs) -> None:
     """Until SIGTERM or SIGINT.  Exits with the remedy when an argument is wrong."""
-    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s")
     try:
         settings = RouterSettings.from_args(args)
     except ValueError as error:
         raise SystemExit(f"router: {error}") from None
+    logging.basicConfig(level=settings.log_level, format="%(asctime)s %(levelname)s %(message)s")
     try:
         web.run_app(
             make_app(settings),
@@ -65,16 +67,22 @@ async def make_app(settings: RouterSettings) -> web.Application:
     http = aiohttp.ClientSession(
         connector=aiohttp.TCPConnector(limit=0, keepalive_timeout=KEEP_IDLE_S),
         timeout=aiohttp.ClientTimeout(total=None, sock_connect=CONNECT_TIMEOUT_S),
+        # No proxy of the environment stands between router and engines, and a cookie is its client's alone.
+        trust_env=False,
+        cookie_jar=aiohttp.DummyCookieJar(),
         auto_decompress=False,
         skip_auto_headers=("Accept-Encoding",),
     )
     health = HealthWatch(http, settings.health)
-    directory = EngineDirectory(settings.prefill_urls, settings.decode_urls, health.watch)
+    directory = EngineDirectory(
+        settings.prefill_urls, settings.decode_urls, Admission(settings.engine_url_prefixes), health.watch
+    )
     route = Route(
         http,
         Pairing(scheduler, directory, spans, metrics),
         spans,
         metrics,
+        RequestLimit(settings.limit),
         request_timeout_s=settings.request_timeout_s,
         max_retries=settings.max_retries,
     )

@@ -3,9 +3,19 @@
 from __future__ import annotations
 
 import asyncio
+import logging
+from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Iterator
 
+from yarl import URL
+
+from dualpath_sgl.router.admission import Admission, EngineUrl
 from scheduler_svc.protocol import Role
+
+logger = logging.getLogger(__name__)
+
+MAX_REFUSED = 100
+"""Refused engines that are told apart, so that nobody fills the log with invented ones."""
 
 
 class Engine:
@@ -15,6 +25,7 @@ class Engine:
     """
 
     def __init__(self, role: Role, url: str, bootstrap_port: int | None, *, listed: bool) -> None:
+        """`url`: as `EngineUrl` writes it."""
         self.role = role
         self.url = url
         self.bootstrap_port = bootstrap_port
@@ -65,6 +76,11 @@ class Engine:
         return True
 
 
+def address(engine: Engine, path: str, query: str) -> URL:
+    """One of its endpoints; `query` goes on exactly as a client wrote it."""
+    return URL(engine.url + path + (f"?{query}" if query else ""), encoded=True)
+
+
 class EngineDirectory:
     """Engines by role and URL."""
 
@@ -72,16 +88,20 @@ class EngineDirectory:
         self,
         prefills: Iterable[tuple[str, int | None]],
         decodes: Iterable[str],
+        admission: Admission,
         on_joined: Callable[[EngineDirectory, Engine], None],
     ) -> None:
-        """`on_joined` is told of every engine, these included."""
+        """URLs as `EngineUrl` writes them.  `on_joined` is told of every engine, these included."""
+        self._admission = admission
         self._on_joined = on_joined
         self._engines: dict[Role, dict[str, Engine]] = {role: {} for role in Role}
         self._choices = 0
+        self.refused: Counter[tuple[Role, str]] = Counter()
+        """How often the scheduler named an engine that is not admitted, by role and URL."""
         for url, port in prefills:
-            self._add(Engine(Role.PREFILL, url.rstrip("/"), port, listed=True))
+            self._add(Engine(Role.PREFILL, url, port, listed=True))
         for url in decodes:
-            self._add(Engine(Role.DECODE, url.rstrip("/"), None, listed=True))
+            self._add(Engine(Role.DECODE, url, None, listed=True))
 
     def __iter__(self) -> Iterator[Engine]:
         return (engine for role in Role for engine in self._engines[role].values())
@@ -89,12 +109,22 @@ class EngineDirectory:
     def of(self, role: Role) -> list[Engine]:
         return list(self._engines[role].values())
 
-    def named(self, role: Role, url: str, bootstrap_port: int | None) -> Engine:
-        """The engine the scheduler named; one not known yet has joined at run time."""
-        url = url.rstrip("/")
-        engine = self._engines[role].get(url)
+    def named(self, role: Role, url: str, bootstrap_port: int | None) -> Engine | None:
+        """The engine the scheduler named; one not known yet has joined at run time.
+
+        None when the router's options do not admit it: it is not contacted at all.
+        """
+        try:
+            address = EngineUrl.parse(url)
+        except ValueError as error:
+            return self._refuse(role, url, str(error))
+        engine = self._engines[role].get(str(address))
         if engine is None:
-            engine = Engine(role, url, bootstrap_port, listed=False)
+            if not self._admission.admits(address):
+                return self._refuse(
+                    role, url, f"if it is yours, list it or give --dualpath-engine-url-prefix {address}"
+                )
+            engine = Engine(role, str(address), bootstrap_port, listed=False)
             self._add(engine)
         elif bootstrap_port is not None:
             engine.bootstrap_port = bootstrap_port
@@ -112,6 +142,16 @@ class EngineDirectory:
 
     def forget(self, engine: Engine) -> None:
         del self._engines[engine.role][engine.url]
+
+    def _refuse(self, role: Role, url: str, remedy: str) -> None:
+        if (role, url) not in self.refused:
+            if len(self.refused) == MAX_REFUSED:
+                return
+            logger.warning(
+                "the scheduler names %s engine %r, which this router does not admit: it gets no request; %s",
+                role, url, remedy,
+            )  # fmt: skip
+        self.refused[role, url] += 1
 
     def _add(self, engine: Engine) -> None:
         self._engines[engine.role][engine.url] = engine

@@ -1,7 +1,8 @@
 """What a client is told when its request cannot be answered.
 
-    400 bad_request    the body is no JSON object
+    400 bad_request    the body is no JSON object, or asks for what SGLang would not answer (refusals.py)
     413 too_large      the body is longer than --max-payload-size
+    429 too_many       --max-concurrent-requests are being answered
     502 engine_failed  an engine that had taken the request failed; the other half was ended
     503 no_engine      no engine of a role takes requests
     504 time_limit     the request took longer than --request-timeout-secs
@@ -19,6 +20,7 @@ import orjson
 from dualpath_sgl.router.engines import Engine
 
 RETRY_AFTER_S = 1
+RETRY_LATER = (HTTPStatus.TOO_MANY_REQUESTS, HTTPStatus.SERVICE_UNAVAILABLE)
 
 
 class RouteError(Exception):
@@ -48,6 +50,11 @@ class TooLarge(RouteError):
         super().__init__(
             HTTPStatus.REQUEST_ENTITY_TOO_LARGE, "too_large", f"{message} (--max-payload-size)"
         )
+
+
+class TooMany(RouteError):
+    def __init__(self, message: str) -> None:
+        super().__init__(HTTPStatus.TOO_MANY_REQUESTS, "too_many", message)
 
 
 class NoEngine(RouteError):

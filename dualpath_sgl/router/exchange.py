@@ -23,6 +23,7 @@ from dualpath_sgl.router.half import CLIENT_ERRORS, Half
 from dualpath_sgl.router.pairing import Pair
 from dualpath_sgl.router.request import ClientRequest
 from dualpath_sgl.router.spans import RouterSpans
+from scheduler_svc.protocol import Role
 
 SETTLE_TIMEOUT_S = 5.0
 """The PE's answer ends about when the DE's begins; its connection is closed after this long."""
@@ -53,10 +54,18 @@ class Exchange:
         request: ClientRequest,
         pair: Pair,
     ) -> None:
-        body = request.body_for(pair.prefill, pair.room)
         self._request = request
-        self._prefill = Half(http, spans, parent, pair.prefill, request, body)
-        self._decode = Half(http, spans, parent, pair.decode, request, body)
+        self._prefill, self._decode = (
+            Half(
+                http,
+                spans,
+                parent,
+                pair.engine(role),
+                request,
+                request.body_for(pair.prefill, pair.room, dp_rank_fields(pair, role)),
+            )
+            for role in (Role.PREFILL, Role.DECODE)
+        )
         self._stack = ExitStack()
         self._tasks: list[asyncio.Task] = []
         self._merger: LogprobMerger | None = None
@@ -139,6 +148,20 @@ class Exchange:
         if not (chunk := await self._decode.chunk()):
             raise EngineFailed(self._decode.engine, "its stream ended before it began")
         return chunk
+
+
+def dp_rank_fields(pair: Pair, role: Role) -> dict[str, int]:
+    """How SGLang's servers are told which of their DP ranks serves a request.
+
+    Both get the prefill side's rank: with it the decode engine asks that rank, and the prefill engine does
+    not insist on rank `room % dp_size`, which is where the decode engine would look otherwise
+    (SGLang's disaggregation/common/conn.py, CommonKVSender, and decode.py, _resolve_prefill_dp_rank).
+    """
+    fields = {
+        "routed_dp_rank": pair.dp_ranks.get(role),
+        "disagg_prefill_dp_rank": pair.dp_ranks.get(Role.PREFILL),
+    }
+    return {name: rank for name, rank in fields.items() if rank is not None}
 
 
 def _how_telling(error: BaseException) -> int:

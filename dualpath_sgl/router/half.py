@@ -9,7 +9,7 @@ import aiohttp
 from opentelemetry.trace import Span
 
 from dualpath_sgl.router import headers
-from dualpath_sgl.router.engines import Engine
+from dualpath_sgl.router.engines import Engine, address
 from dualpath_sgl.router.errors import EngineAnswered, EngineFailed, EngineRefused, words_of
 from dualpath_sgl.router.request import ClientRequest
 from dualpath_sgl.router.spans import RouterSpans, failed
@@ -74,7 +74,7 @@ class Half:
         """
         try:
             self._response = await self._http.post(
-                self.engine.url + self._request.path,
+                address(self.engine, self._request.path, self._request.query),
                 data=self._body,
                 headers=headers.to_engine(self._request.headers, traceparent_of(self._span)),
                 allow_redirects=False,

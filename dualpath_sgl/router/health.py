@@ -44,7 +44,9 @@ class HealthWatch:
     async def problem(self, engine: Engine) -> str | None:
         """One check; None when the engine is well."""
         try:
-            async with self._http.get(engine.url + self._settings.path, timeout=self._timeout) as answer:
+            async with self._http.get(
+                engine.url + self._settings.path, timeout=self._timeout, allow_redirects=False
+            ) as answer:
                 return None if answer.status == 200 else f"{self._settings.path} answers {answer.status}"
         except TimeoutError:
             return f"{self._settings.path} does not answer within {self._settings.timeout_s:g} s"

@@ -71,6 +71,12 @@ class RouterMetrics:
             "Requests given a pair of engines, by who chose it; retries not included.",
             ["placed_by"],
         )
+        self._not_admitted = CounterTally(
+            registry,
+            "dualpath_router_engines_not_admitted",
+            "Placements that named an engine which the router's options do not admit, by its role.",
+            ["role"],
+        )
         self._retries = CounterTally(
             registry,
             "dualpath_router_retries",
@@ -119,6 +125,9 @@ class RouterMetrics:
 
     def placed(self, placed_by: PlacedBy) -> None:
         self._placements.add(1, placed_by.value)
+
+    def not_admitted(self, role: Role) -> None:
+        self._not_admitted.add(1, role.value)
 
     def retried(self, refused_by: Role) -> None:
         self._retries.add(1, refused_by.value)

@@ -1,7 +1,7 @@
 """Which pair of engines serves a request: the scheduler's choice, or the router's own.
 
-The router's own is taken for every engine that the scheduler does not name, that is known to be
-down here, or that has just refused this request.
+The router's own is taken for every engine that the scheduler does not name, that this router does not
+admit, that is known to be down here, or that has just refused this request.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ import random
 import uuid
 from collections.abc import Mapping
 from enum import StrEnum
+from types import MappingProxyType
 from typing import NamedTuple
 
 from opentelemetry.trace import Span
@@ -20,7 +21,7 @@ from dualpath_sgl.router.metrics import RouterMetrics
 from dualpath_sgl.router.placement import PlacementClient, SchedulerAway
 from dualpath_sgl.router.request import ClientRequest
 from dualpath_sgl.router.spans import RouterSpans
-from scheduler_svc.protocol import Place, Role
+from scheduler_svc.protocol import PROTOCOL_VERSION, Place, Role
 from scheduler_svc.tracing import traceparent_of
 
 ROOM_BITS = 63
@@ -40,6 +41,11 @@ class Pair(NamedTuple):
     """ROUTER as soon as one of the engines is the router's choice."""
     reason: str = ""
     """Why the router chose."""
+    dp_ranks: Mapping[Role, int] = MappingProxyType({})
+    """The DP rank that the scheduler chose inside a server with several; without one SGLang chooses."""
+
+    def engine(self, role: Role) -> Engine:
+        return self.prefill if role is Role.PREFILL else self.decode
 
 
 class Pairing:
@@ -61,18 +67,16 @@ class Pairing:
             try:
                 pair = await self._placed(request, traceparent_of(span))
             except SchedulerAway as away:
-                pair = self._own(_new_room(), {}, {}, str(away))
+                pair = self._own(_new_room(), {}, {}, {}, str(away))
             span.set_attributes(attributes_of(pair))
             self._metrics.placed(pair.placed_by)
             return pair
 
     def again(self, before: Pair, refusals: Mapping[Engine, str]) -> Pair:
         """Another pair, without the engines that refused; the others stay.  Raises NoEngine."""
-        kept = {
-            engine.role: engine for engine in (before.prefill, before.decode) if engine not in refusals
-        }
+        kept = {role: before.engine(role) for role in Role if before.engine(role) not in refusals}
         # A new room: the engine that took the first attempt may still be waiting in the old one.
-        return self._own(_new_room(), kept, refusals, "; ".join(refusals.values()))
+        return self._own(_new_room(), kept, before.dp_ranks, refusals, "; ".join(refusals.values()))
 
     async def _placed(self, request: ClientRequest, traceparent: str | None) -> Pair:
         question = Place(
@@ -80,26 +84,48 @@ class Pairing:
             session_id=request.session_id,
             prompt_tokens=request.prompt_tokens,
             traceparent=traceparent,
+            version=PROTOCOL_VERSION,
+            oldest_version=PROTOCOL_VERSION,
         )
         with self._metrics.scheduler_asked():
             placement = await self._scheduler.place(question)
-        named = {
-            chosen.role: self._directory.named(chosen.role, chosen.url, chosen.bootstrap_port)
-            for chosen in (placement.prefill, placement.decode)
-        }
-        down = [f"{engine.url} is down: {engine.problem}" for engine in named.values() if not engine.is_up]
-        if not down:
-            return Pair(named[Role.PREFILL], named[Role.DECODE], placement.room, PlacedBy.SCHEDULER)
-        kept = {role: engine for role, engine in named.items() if engine.is_up}
-        return self._own(placement.room, kept, {}, "; ".join(down))
+        chosen = {Role.PREFILL: placement.prefill, Role.DECODE: placement.decode}
+        usable: dict[Role, Engine] = {}
+        problems: list[str] = []
+        for role, described in chosen.items():
+            engine = self._directory.named(role, described.url, described.bootstrap_port)
+            if engine is None:
+                self._metrics.not_admitted(role)
+                problems.append(f"{described.url} is not admitted")
+            elif not engine.is_up:
+                problems.append(f"{engine.url} is down: {engine.problem}")
+            else:
+                usable[role] = engine
+        dp_ranks = {role: one.dp_rank for role, one in chosen.items() if one.dp_rank is not None}
+        if problems:
+            return self._own(placement.room, usable, dp_ranks, {}, "; ".join(problems))
+        return Pair(
+            usable[Role.PREFILL],
+            usable[Role.DECODE],
+            placement.room,
+            PlacedBy.SCHEDULER,
+            dp_ranks=dp_ranks,
+        )
 
     def _own(
-        self, room: int, kept: Mapping[Role, Engine], refusals: Mapping[Engine, str], reason: str
+        self,
+        room: int,
+        kept: Mapping[Role, Engine],
+        dp_ranks: Mapping[Role, int],
+        refusals: Mapping[Engine, str],
+        reason: str,
     ) -> Pair:
+        """`dp_ranks`: what was chosen inside the kept engines, and possibly others."""
         prefill, decode = (
             kept.get(role) or self._choose(role, refusals) for role in (Role.PREFILL, Role.DECODE)
         )
-        return Pair(prefill, decode, room, PlacedBy.ROUTER, reason)
+        kept_ranks = {role: rank for role, rank in dp_ranks.items() if role in kept}
+        return Pair(prefill, decode, room, PlacedBy.ROUTER, reason, kept_ranks)
 
     def _choose(self, role: Role, refusals: Mapping[Engine, str]) -> Engine:
         engine = self._directory.choose(role, refusals)

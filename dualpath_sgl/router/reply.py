@@ -8,7 +8,7 @@ from http import HTTPStatus
 from aiohttp import web
 
 from dualpath_sgl.router.answers import EVENT_END
-from dualpath_sgl.router.errors import RETRY_AFTER_S, RouteError
+from dualpath_sgl.router.errors import RETRY_AFTER_S, RETRY_LATER, RouteError
 
 
 class Reply:
@@ -60,7 +60,7 @@ class Reply:
         self.error = error.kind
         if self._response is None:
             headers = {"Content-Type": "application/json"}
-            if error.status is HTTPStatus.SERVICE_UNAVAILABLE:
+            if error.status in RETRY_LATER:
                 headers["Retry-After"] = str(RETRY_AFTER_S)
             return await self.whole(error.status, headers, error.body())
         if not self.ended:

@@ -3,27 +3,32 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from types import MappingProxyType
 from typing import Any
 from urllib.parse import urlsplit
 
 import orjson
 
+from dualpath_sgl.router import refusals
 from dualpath_sgl.router.engines import Engine
 from dualpath_sgl.router.errors import BadRequest
+from scheduler_svc.protocol import printable
 
 SESSION_HEADERS = ("X-Session-Id", "X-SMG-Routing-Key")
 """The second is what the Rust router's sticky policies go by."""
 MAX_SESSION_CHARACTERS = 256
 BYTES_PER_TOKEN = 4
 """Of English text and code, roughly; prompts given as token ids are counted exactly."""
+DP_RANKS = ("routed_dp_rank", "data_parallel_rank", "disagg_prefill_dp_rank")
+"""Not the client's to say: prefill and decode engine would wait for each other at different ranks."""
 MAX_DEPTH = 8
 """Of lists and objects in a prompt: more than messages with parts and tool calls have."""
 
 
 class ClientRequest:
-    """`path` is the engines' endpoint, such as `/generate`."""
+    """`path` is the engines' endpoint, such as `/generate`; `query` what stands behind its `?`."""
 
-    def __init__(self, path: str, headers: Mapping[str, str], content: bytes) -> None:
+    def __init__(self, path: str, headers: Mapping[str, str], content: bytes, query: str = "") -> None:
         """Raises BadRequest."""
         try:
             body = orjson.loads(content)
@@ -31,7 +36,11 @@ class ClientRequest:
             raise BadRequest(f"the body is not JSON: {error}") from None
         if not isinstance(body, dict):
             raise BadRequest(f"the body must be a JSON object, got {type(body).__name__}")
+        refusals.check(path, body)
+        for name in DP_RANKS:
+            body.pop(name, None)
         self.path = path
+        self.query = query
         self.headers = headers
         self._body: dict[str, Any] = body
         self.streams = body.get("stream") is True
@@ -40,8 +49,11 @@ class ClientRequest:
         self.session_id = _session_id(headers, body)
         self.prompt_tokens = prompt_tokens(body)
 
-    def body_for(self, prefill: Engine, room: int) -> bytes:
-        """What both engines get.  SGLang itself gives the members of a batch the rooms after `room`."""
+    def body_for(self, prefill: Engine, room: int, ranks: Mapping[str, int] = MappingProxyType({})) -> bytes:
+        """What an engine gets.  SGLang itself gives the members of a batch the rooms after `room`.
+
+        `ranks`: SGLang's fields that name DP ranks, where the scheduler has chosen them.
+        """
         host = urlsplit(prefill.url).hostname or ""
         return orjson.dumps(
             self._body
@@ -50,6 +62,7 @@ class ClientRequest:
                 "bootstrap_port": prefill.bootstrap_port,
                 "bootstrap_room": room,
             }
+            | ranks
         )
 
 
@@ -59,8 +72,8 @@ def _session_id(headers: Mapping[str, str], body: Mapping[str, Any]) -> str | No
     named = [headers.get(name) for name in SESSION_HEADERS]
     named += [body.get("session_id"), parameters.get("id") if isinstance(parameters, dict) else None]
     found = next((name for name in named if isinstance(name, str) and name), None)
-    # Headers may hold bytes that are no UTF-8, which the wire to the scheduler does not take.
-    return None if found is None else found.encode(errors="replace").decode()[:MAX_SESSION_CHARACTERS]
+    # Headers may hold bytes that are no UTF-8, and bodies line ends: the wire to the scheduler takes neither.
+    return None if found is None else printable(found, MAX_SESSION_CHARACTERS)
 
 
 def prompt_tokens(body: Mapping[str, Any]) -> int:

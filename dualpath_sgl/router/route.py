@@ -24,6 +24,7 @@ from dualpath_sgl.router.errors import (
     TooLarge,
 )
 from dualpath_sgl.router.exchange import Exchange
+from dualpath_sgl.router.limit import RequestLimit
 from dualpath_sgl.router.metrics import RouterMetrics
 from dualpath_sgl.router.pairing import Pairing, attributes_of
 from dualpath_sgl.router.reply import Reply
@@ -40,6 +41,7 @@ class Route:
         pairing: Pairing,
         spans: RouterSpans,
         metrics: RouterMetrics,
+        limit: RequestLimit,
         *,
         request_timeout_s: float,
         max_retries: int,
@@ -48,6 +50,7 @@ class Route:
         self._pairing = pairing
         self._spans = spans
         self._metrics = metrics
+        self._limit = limit
         self._request_timeout_s = request_timeout_s
         self._max_retries = max_retries
 
@@ -60,7 +63,7 @@ class Route:
             self._spans.route(request.headers.get("traceparent"), attributes) as span,
         ):
             try:
-                async with asyncio.timeout(self._request_timeout_s):
+                async with self._limit.place(), asyncio.timeout(self._request_timeout_s):
                     response = await self._answer(request, reply, span)
             except TimeoutError:
                 response = await self._fail(reply, span, TimeLimit(self._request_timeout_s))
@@ -81,7 +84,12 @@ class Route:
         return await reply.fail(error)
 
     async def _answer(self, http_request: web.Request, reply: Reply, span: Span) -> web.StreamResponse:
-        request = ClientRequest(http_request.path, http_request.headers, await _body(http_request))
+        request = ClientRequest(
+            http_request.path,
+            http_request.headers,
+            await _body(http_request),
+            http_request.rel_url.raw_query_string,
+        )
         reply.streams = request.streams
         span.set_attributes(
             {"dualpath.prompt.tokens": request.prompt_tokens, "dualpath.stream": request.streams}

@@ -16,7 +16,7 @@ class SimEngine:
     """One GPU.  Has the attributes of `scheduler_svc.placement_rules.EngineLoad` and of
     `scheduler_svc.engines.EngineState` that policies look at."""
 
-    any_rank: Description
+    leader: Description
     storage: StorageLink
     page_bytes: int
     tokens_per_s: float
@@ -34,15 +34,15 @@ class SimEngine:
 
     @property
     def engine_id(self) -> str:
-        return self.any_rank.engine_id
+        return self.leader.engine_id
 
     @property
     def role(self) -> Role:
-        return self.any_rank.role
+        return self.leader.role
 
     @property
     def page_size(self) -> int:
-        return self.any_rank.page_size
+        return self.leader.page_size
 
     @property
     def read_queue_bytes(self) -> int:

@@ -173,7 +173,7 @@ class ServiceScheduler:
             read_rate_bytes_per_s=engine.read_rate_bytes_per_s,
             device_free_tokens=engine.free_device_tokens or 0,
         )
-        self._send(Heartbeat(engine=engine.any_rank, load=load))
+        self._send(Heartbeat(engine=engine.leader, load=load))
 
     def _send(self, message):
         result = self.cluster.handle(message, self._loop.now_s)

@@ -8,11 +8,23 @@ from __future__ import annotations
 
 import ctypes
 import sys
+import threading
 import types
 from collections.abc import Callable, Sequence
 
 MISSING, FAILED = -704, -800
 """Mooncake's codes."""
+
+
+class Pause:
+    """A read that waits on its thread: `began` is set when it got there, it goes on when `over` is."""
+
+    def __init__(self) -> None:
+        self.began, self.over = threading.Event(), threading.Event()
+
+    def wait(self) -> None:
+        self.began.set()
+        self.over.wait()
 
 
 class RamStore:
@@ -21,11 +33,17 @@ class RamStore:
     def __init__(self) -> None:
         self.objects: dict[str, bytes] = {}
         self.reads: list[list[str]] = []
-        """Keys of every read."""
+        """Keys of every read, when it begins."""
+        self.ended_reads = 0
+        self._pauses: dict[int, Pause] = {}
         self.before_read: Callable[[Sequence[str]], None] = lambda keys: None
         """Called on the reading thread; may wait, or raise as a broken client would."""
         self.fails: Callable[[str], bool] = lambda key: False
         """Whether reading this key fails though it is there."""
+
+    def pause(self, nth: int = 1) -> Pause:
+        """The `nth` read from now on will wait."""
+        return self._pauses.setdefault(len(self.reads) + nth, Pause())
 
     def install(self) -> None:
         """From now on SGLang's `MooncakeStore` finds these clients instead of Mooncake's."""
@@ -58,9 +76,16 @@ class Client:
         return [self.is_exist(key) for key in keys]
 
     def batch_get_into(self, keys: list[str], pointers: list[int], sizes: list[int]) -> list[int]:
-        self._store.reads.append(list(keys))
-        self._store.before_read(keys)
-        return [self._get_into(*object_) for object_ in zip(keys, pointers, sizes, strict=True)]
+        store = self._store
+        store.reads.append(list(keys))
+        try:
+            pause = store._pauses.get(len(store.reads))
+            if pause is not None:
+                pause.wait()
+            store.before_read(keys)
+            return [self._get_into(*object_) for object_ in zip(keys, pointers, sizes, strict=True)]
+        finally:
+            store.ended_reads += 1
 
     def _get_into(self, key: str, pointer: int, size: int) -> int:
         value = self._store.objects.get(key)

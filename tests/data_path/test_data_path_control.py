@@ -17,6 +17,7 @@ from dualpath_sgl.control import ControlChannel
 from scheduler_svc import protocol
 from scheduler_svc.client import SchedulerClient
 from scheduler_svc.protocol import (
+    Accepted,
     Done,
     Engine,
     Error,
@@ -37,7 +38,7 @@ def engine(engine_id: str, role: Role) -> Engine:
     return Engine(
         engine_id=engine_id,
         role=role,
-        url=f"http://127.0.0.1/{engine_id}",
+        url=f"http://{engine_id}:30000",
         page_endpoint="tcp://127.0.0.1:1" if role is Role.DECODE else None,
         fingerprint="layout-1",
         page_size=16,
@@ -60,9 +61,15 @@ class Peer:
 
     def __init__(self, address: str, engine_id: str, role: Role) -> None:
         self.plans: Queue[Plan] = Queue()
+        self.no_plans: list[int] = []
+        """Rooms."""
         self.load = Load(sequences=3)
         self.channel = ControlChannel(
-            address, engine(engine_id, role), lambda: self.load, lambda plan: self.on_plan(plan)
+            address,
+            engine(engine_id, role),
+            lambda: self.load,
+            lambda plan: self.on_plan(plan),
+            on_no_plan=self.no_plans.append,
         )
 
     def on_plan(self, plan: Plan) -> None:
@@ -78,9 +85,9 @@ class Peer:
 
 
 @contextmanager
-def scheduler(bind: str = "tcp://127.0.0.1:0") -> Iterator[tuple[subprocess.Popen, str]]:
+def scheduler(bind: str = "tcp://127.0.0.1:0", *options) -> Iterator[tuple[subprocess.Popen, str]]:
     process = subprocess.Popen(
-        [sys.executable, "-m", "scheduler_svc", "--policy", "decode", "--bind", bind],
+        [sys.executable, "-m", "scheduler_svc", "--policy", "decode", "--bind", bind, *options],
         stdout=subprocess.PIPE,
         text=True,
     )
@@ -142,8 +149,11 @@ def test_a_channel_whose_scheduler_never_came_is_not_connected_and_stops():
     with Peer("tcp://127.0.0.1:9", "p0", Role.PREFILL) as peer:
         for room in range(5000):  # more than a socket's queue holds
             peer.channel.send(report(room, "p0", Role.PREFILL, hit_pages=1))
-        eventually(lambda: len(peer.channel._unanswered) == 5000, "nothing of it blocked")
+        eventually(lambda: len(peer.no_plans) == 5000, "nothing of it blocked")
         assert not peer.channel.connected
+
+
+ACCEPTED = protocol.encode(Accepted(version=protocol.PROTOCOL_VERSION))
 
 
 @contextmanager
@@ -158,7 +168,9 @@ def scripted_scheduler(answers: Callable[[object], list[bytes]]) -> Iterator[str
         while not stopping.is_set():
             if socket.poll(20):
                 identity, frame = socket.recv_multipart()
-                for answer in answers(protocol.decode_request(frame)):
+                message = protocol.decode_request(frame)
+                accepts = isinstance(message, Heartbeat) and message.hello
+                for answer in [ACCEPTED] * accepts + answers(message):
                     socket.send_multipart([identity, answer])
 
     thread = threading.Thread(target=serve, daemon=True)

@@ -8,13 +8,15 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 
 sys.path.insert(0, str(Path(__file__).parent))
 
-from agents import TURNS, Session, assert_nothing_is_held  # noqa: E402
+from agents import TURNS, Session, assert_nothing_is_held, update_weights  # noqa: E402
+from grammars import ask_all  # noqa: E402
 
 from launch.config import ClusterConfig, Mode, load  # noqa: E402
 from launch.supervisor import Cluster, SingleServer  # noqa: E402
@@ -73,15 +75,51 @@ def config() -> ClusterConfig:
     return load(CLUSTERS / "gqa-1p1d.yaml")
 
 
+Answers = dict[str, list[list[int]]]
+"""Session name -> generated token ids of each turn."""
+
+
+@dataclass(frozen=True)
+class RightAnswers:
+    """What one plain SGLang server answers."""
+
+    sessions: Answers
+    grammars: dict[str, str]
+    other_sessions: Answers
+    """The same sessions, after an update to the other weights."""
+
+
 @pytest.fixture(scope="session")
-def reference(config: ClusterConfig, one_cluster: OneCluster) -> dict[str, list[list[int]]]:
-    """Answers of one plain SGLang server: session name -> generated token ids of each turn."""
-    sessions = [Session(name) for name in SESSIONS]
+def other_weights(config: ClusterConfig) -> Path:
+    """A model that differs from the cluster's in its weights only."""
+    return config.model.model_copy(update={"seed": config.model.seed + 1}).directory()
+
+
+@pytest.fixture(scope="session")
+def right_answers(config: ClusterConfig, other_weights: Path, one_cluster: OneCluster) -> RightAnswers:
     with one_cluster.single_server(config) as server:
-        for session in sessions:
-            for turn in range(TURNS):
-                session.play(server.url, turn)
+        sessions, grammars = _answers(server.url), ask_all(server.url)
+        update_weights(server.url, other_weights)
+        return RightAnswers(sessions, grammars, _answers(server.url))
+
+
+def _answers(url: str) -> Answers:
+    sessions = [Session(name) for name in SESSIONS]
+    for session in sessions:
+        for turn in range(TURNS):
+            session.play(url, turn)
     return {session.name: session.answers for session in sessions}
+
+
+@pytest.fixture(scope="session")
+def reference(right_answers: RightAnswers) -> Answers:
+    """The single server's answers with the cluster's own weights."""
+    return right_answers.sessions
+
+
+@pytest.fixture(scope="session")
+def grammar_reference(right_answers: RightAnswers) -> dict[str, str]:
+    return right_answers.grammars
 
 
 @pytest.fixture(scope="module")

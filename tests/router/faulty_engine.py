@@ -22,6 +22,7 @@ from scheduler_svc.protocol import Engine, Role
 
 WAIT_S = 30.0
 Behaviour = Callable[["FaultyEngine", web.Request, dict], Awaitable[web.StreamResponse]]
+CALLED = ("/v1/models", "/model_info", "/server_info", "/health_generate")
 _ports = FreePorts("127.0.0.1")
 
 
@@ -42,6 +43,15 @@ class Room:
 
 class Seen(NamedTuple):
     body: dict
+    headers: dict[str, str]
+    query: str
+
+
+class Call(NamedTuple):
+    """Anything but generating and the health checks."""
+
+    method: str
+    path_and_query: str
     headers: dict[str, str]
 
 
@@ -144,7 +154,12 @@ class FaultyEngine:
         self.behaviour: Behaviour = answer
         self.health: int | None = 200
         """Status of the health endpoint; None: it does not answer."""
+        self.api_key: str | None = None
+        """What calls must name, as with SGLang's `--api-key`."""
+        self.dp_rank: int | None = None
+        """As it registers."""
         self.seen: list[Seen] = []
+        self.calls: list[Call] = []
         self.peers: set[tuple] = set()
         """Addresses that requests came from: one for each connection."""
         self.given_up = threading.Semaphore(0)
@@ -155,7 +170,9 @@ class FaultyEngine:
 
     def mend(self) -> None:
         self.behaviour, self.health, self.meta_info = answer, 200, {}
+        self.api_key = None
         self.seen.clear()
+        self.calls.clear()
         self.peers.clear()
         self.given_up = threading.Semaphore(0)
         self._loop.call_soon_threadsafe(self.released.clear)
@@ -163,12 +180,12 @@ class FaultyEngine:
 
     def listen(self) -> None:
         if self._runner is None:
-            self._call(self._listen())
+            self._run(self._listen())
 
     def refuse(self) -> None:
         """Close every connection and the listening socket."""
         if self._runner is not None:
-            self._call(self._close())
+            self._run(self._close())
 
     def release(self) -> None:
         self._loop.call_soon_threadsafe(self.released.set)
@@ -178,6 +195,7 @@ class FaultyEngine:
         return Engine(
             engine_id=self.name,
             role=self.role,
+            dp_rank=self.dp_rank,
             url=self.url,
             bootstrap_port=9000 if self.role is Role.PREFILL else None,
             page_endpoint=None if self.role is Role.PREFILL else "tcp://127.0.0.1:1",
@@ -195,7 +213,7 @@ class FaultyEngine:
         await stream.prepare(request)
         return stream
 
-    def _call(self, work) -> None:
+    def _run(self, work) -> None:
         asyncio.run_coroutine_threadsafe(work, self._loop).result(WAIT_S)
 
     async def _listen(self) -> None:
@@ -206,8 +224,8 @@ class FaultyEngine:
                 web.post("/v1/chat/completions", self._generate),
                 web.post("/v1/completions", self._generate),
                 web.get("/health", self._health),
-                web.get("/v1/models", self._health),
-                web.post("/flush_cache", self._health),
+                *(web.get(path, self._called) for path in CALLED),
+                web.post("/flush_cache", self._called),
             ]
         )
         runner = web.AppRunner(app, handler_cancellation=True, shutdown_timeout=0.1)
@@ -221,7 +239,7 @@ class FaultyEngine:
 
     async def _generate(self, request: web.Request) -> web.StreamResponse:
         body = await request.json()
-        self.seen.append(Seen(body, dict(request.headers)))
+        self.seen.append(Seen(body, dict(request.headers), request.query_string))
         self.rooms[body["bootstrap_room"]].take()
         self.peers.add(request.transport.get_extra_info("peername"))
         try:
@@ -229,6 +247,12 @@ class FaultyEngine:
         except (asyncio.CancelledError, ConnectionError):
             self.given_up.release()
             raise
+
+    async def _called(self, request: web.Request) -> web.Response:
+        self.calls.append(Call(request.method, request.path_qs, dict(request.headers)))
+        if self.api_key is not None and request.headers.get("Authorization") != f"Bearer {self.api_key}":
+            return web.json_response({"error": "Unauthorized"}, status=401)
+        return await self._health(request)
 
     async def _health(self, request: web.Request) -> web.Response:
         if self.health is None:

@@ -63,6 +63,7 @@ def register(address: str, key_files: tuple[Path, Path] | None = None) -> None:
 
 def test_with_keys_it_is_placed_and_with_a_strangers_keys_it_is_away(tmp_path):
     generate(tmp_path, ["router"])
+    generate(tmp_path, ["engines"], ["p0", "d0"])
     generate(tmp_path / "strangers", ["router"])
     options = (
         f"--curve-server-key-file={tmp_path / 'scheduler.key_secret'}",
@@ -80,7 +81,7 @@ def test_with_keys_it_is_placed_and_with_a_strangers_keys_it_is_away(tmp_path):
         refused.close()
 
     with scheduler(tmp_path, *options) as (_, address):
-        register(address, own)
+        register(address, (tmp_path / "peers/engines.key_secret", tmp_path / "scheduler.key"))
         asyncio.run(ask(address))
 
 

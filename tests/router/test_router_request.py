@@ -81,8 +81,11 @@ fields = st.sampled_from(["input_ids", "text", "prompt", "messages", "tools", "s
 
 
 @given(st.dictionaries(fields, anything, max_size=4))
-def test_no_body_is_too_strange_to_be_passed_on(body):
-    found = request(**body)
+def test_a_strange_body_is_passed_on_or_refused(body):
+    try:
+        found = request(**body)
+    except BadRequest:
+        return
     assert found.prompt_tokens >= 0
     assert found.session_id is None or 1 <= len(found.session_id) <= 256
 

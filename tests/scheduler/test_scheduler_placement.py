@@ -318,14 +318,14 @@ def test_the_index_chooses_as_a_scan_of_all_engines_would(sequence):
     state = cluster(
         "decode",
         *[heartbeat(f"p{i}") for i in range(10)],
-        *[heartbeat(f"d{i}", url=f"http://node{i // 4}:{i}") for i in range(10)],
+        *[heartbeat(f"d{i}", url=f"http://node{i // 4}:{i + 1}") for i in range(10)],
         placement="paper",
     )
     for kind, value, tokens, queue in sequence:
         if kind == "beat":
             name = f"{'pd'[value % 2]}{value // 2}"
             load = Load(tokens=tokens, read_queue_bytes=queue, read_rate_bytes_per_s=1e9)
-            more = {} if name[0] == "p" else {"url": f"http://node{value // 2 // 4}:{value // 2}"}
+            more = {} if name[0] == "p" else {"url": f"http://node{value // 2 // 4}:{value // 2 + 1}"}
             state.handle(heartbeat(name, load=load, **more), 0.0)
             continue
         engines = list(state.engines._live.values())
@@ -333,12 +333,12 @@ def test_the_index_chooses_as_a_scan_of_all_engines_would(sequence):
         groups: dict[str, list] = {}
         for engine in engines:
             if engine.role is Role.DECODE:
-                groups.setdefault(engine.any_rank.url.rsplit(":", 1)[0], []).append(engine)
+                groups.setdefault(engine.leader.url.rsplit(":", 1)[0], []).append(engine)
         means = {host: sum(e.tokens for e in group) / len(group) for host, group in groups.items()}
         before = {e.engine_id: prefill_key(e) for e in engines}
         prefill, decode = place(state, tokens=value)
         assert before[prefill] == least
-        host = state.engines.get(decode).any_rank.url.rsplit(":", 1)[0]
+        host = state.engines.get(decode).leader.url.rsplit(":", 1)[0]
         assert means[host] == min(means.values())
 
 
@@ -394,7 +394,7 @@ def test_round_robin_takes_turns_among_the_engines_of_each_role():
 
 
 def test_a_host_with_many_decode_engines_is_several_groups():
-    names = [heartbeat(f"d{i}", url=f"http://node:{i}") for i in range(2 * MAX_GROUP_ENGINES + 1)]
+    names = [heartbeat(f"d{i}", url=f"http://node:{i + 1}") for i in range(2 * MAX_GROUP_ENGINES + 1)]
     state = cluster("decode", heartbeat("p0"), *names, placement="paper")
     groups = state._placement_policy._group_of
     assert sorted(Counter(map(id, groups.values())).values()) == [1, MAX_GROUP_ENGINES, MAX_GROUP_ENGINES]

@@ -57,7 +57,7 @@ def test_the_plan_goes_to_both_engines_when_the_second_report_is_in(prefill_firs
     plan = plan_of(result)
     assert (plan.path, plan.split_page, plan.hit_pages) == (Path.DECODE, 10, 10)
     assert (plan.prefill_local_pages, plan.decode_local_pages) == (2, 4)
-    assert plan.decode_endpoints == ("tcp://d0/0",)
+    assert plan.decode_endpoints == ("tcp://d0:1000",)
     assert state.paths == {Path.DECODE: 1}
 
 
@@ -99,7 +99,7 @@ def test_every_rank_gets_the_plan_early_or_late():
     assert receivers(result) == [("p0", 0), ("p0", 1), ("d0", 1)]
     late = state.handle(decode_report(1, 0, rank=0), 0.0)
     assert receivers(late) == [("d0", 0)] and plan_of(late) == plan_of(result)
-    assert plan_of(result).decode_endpoints == ("tcp://d0/0", "tcp://d0/1")
+    assert plan_of(result).decode_endpoints == ("tcp://d0:1000", "tcp://d0:1001")
 
 
 def test_the_event_of_a_plan_carries_the_callers_trace_and_both_times():
@@ -207,9 +207,9 @@ def test_more_pages_than_the_prompt_has_are_refused():
 
 def test_two_engines_under_one_name_are_refused_until_the_first_is_gone():
     state = cluster()
-    twin = heartbeat("p0", url="http://127.0.0.1/twin")
+    twin = heartbeat("p0", url="http://twin:30000")
     error = refused(state, twin, 1.0)
-    assert error.code is ErrorCode.CONFLICT and "url http://127.0.0.1/twin" in error.message
+    assert error.code is ErrorCode.CONFLICT and "url http://twin:30000" in error.message
     assert refused(state, heartbeat("p0", rank=1), 1.0).code is ErrorCode.CONFLICT
     assert state.handle(twin, ENGINE_EXPIRY_S + 0.1) == Result()
 

@@ -21,6 +21,7 @@ import threading
 import time
 from array import array
 from collections.abc import Callable, Sequence
+from typing import Any
 
 os.environ.setdefault("SGLANG_USE_CPU_ENGINE", "1")
 os.environ.setdefault("MC_LOG_LEVEL", "ERROR")
@@ -29,6 +30,8 @@ import data_path_world
 import torch
 from ram_store import RamStore
 from sglang.srt.managers.schedule_batch import Req
+from sglang.srt.mem_cache.hicache_storage import PoolName, SidecarPoolSpec
+from sglang.srt.mem_cache.pool_host.group import PoolEntry
 from sglang.srt.mem_cache.utils import get_storage_hash_str
 from sglang.srt.plugins.hook_registry import HookRegistry
 from sglang_engine import HEAD_DIM, HEADS, LAYERS, SglangEngine
@@ -69,13 +72,19 @@ def content(page_hash: str, page_tokens: int) -> torch.Tensor:
 class SchedulerChannel:
     """Stands in for ControlChannel: keeps what is sent, and brings plans on a thread of its own."""
 
-    def __init__(self, _address, engine, load, on_plan, *_args, **_kwargs) -> None:
+    faults = 0
+
+    def __init__(self, _address, engine, load, on_plan, _key_files=None, on_no_plan=None) -> None:
         self.described = engine
         """As the scheduler knows this engine."""
         self.connected = True
+        self.faults = 0
         self.sent: list[Report | Done] = []
         self.load = load
-        self._on_plan = on_plan
+        self._on_plan, self._on_no_plan = on_plan, on_no_plan
+
+    def describe(self, engine) -> None:
+        self.described = engine
 
     def start(self) -> None: ...
 
@@ -86,15 +95,22 @@ class SchedulerChannel:
 
     def bring(self, plan: Plan) -> None:
         """Returns when the plan was handed over; a failure is logged, as by the real channel."""
-        thread = threading.Thread(target=self._bring, args=(plan,), name="dualpath-control")
+        self._call(self._on_plan, plan)
+
+    def bring_none(self, room: int) -> None:
+        """The scheduler will make no plan for the room."""
+        self._call(self._on_no_plan, room)
+
+    def _call(self, handler: Callable[[Any], None], argument: Any) -> None:
+        def call() -> None:
+            try:
+                handler(argument)
+            except Exception:
+                logger.exception("%r could not be used", argument)
+
+        thread = threading.Thread(target=call, name="dualpath-control")
         thread.start()
         thread.join(WAIT_S)
-
-    def _bring(self, plan: Plan) -> None:
-        try:
-            self._on_plan(plan)
-        except Exception:
-            logger.exception("the plan of room %d could not be used", plan.room)
 
 
 class Engine:
@@ -112,12 +128,16 @@ class Engine:
         policy: str = "wait_complete",
         host_memory: str = "cache",
         eagle: bool = False,
+        side_pool: bool = False,
+        forwarder: type[Forwarder] = Forwarder,
         parallel: dict[str, int] | None = None,
         settings: dict[str, object] | None = None,
         extra_config: dict[str, object] | None = None,
     ) -> None:
-        """`role` is "prefill" or "decode"; `core` SGLang's tree core, "python" or "rust"; `settings` are
-        DualPath's by name; `extra_config` goes beside the backend's own into SGLang's extra configuration.
+        """`role` is "prefill" or "decode"; `core` SGLang's tree core, "python" or "rust"; `side_pool` gives the
+        model a second host pool (a draft model's); `forwarder` is the class of the forwarding engine;
+        `settings` are DualPath's by name; `extra_config` goes beside the backend's own into SGLang's extra
+        configuration.
 
         Raises what SGLang or DualPath raises at start.
         """
@@ -128,6 +148,7 @@ class Engine:
         self.channel: SchedulerChannel | None = None
         cpu_profile.activate()
         if dualpath:
+            runtime.Forwarder = forwarder
             self._enable_dualpath(settings or {})
         self.extra_config = {
             "interface_v1": 1,
@@ -153,6 +174,8 @@ class Engine:
             parallel=parallel or {},
         )
         self.tree, self.controller = self.sglang.tree, self.sglang.controller
+        if side_pool:
+            self._add_side_pool(host_pages)
         # SGLang keeps half of the pool free of prefetches: small pools would hardly be used.
         self.controller.prefetch_capacity_limit = self.pool.logical_size
 
@@ -163,6 +186,13 @@ class Engine:
         runtime.ControlChannel = self._open_channel
         plugin.activate()
         HookRegistry.apply_hooks()
+
+    def _add_side_pool(self, host_pages: int) -> None:
+        pool = data_path_world.host_pool(host_pages, self.page_tokens, LAYERS)
+        self.tree.register_sidecar_pool(
+            SidecarPoolSpec(PoolName.DRAFT, indices_from_pool=PoolName.KV),
+            PoolEntry(PoolName.DRAFT, pool, self.sglang.kv, lambda layer: layer),
+        )
 
     def _open_channel(self, *args, **kwargs) -> SchedulerChannel:
         self.channel = SchedulerChannel(*args, **kwargs)
@@ -232,16 +262,21 @@ class Engine:
         return [content(name, self.page_tokens) for name in self.hashes(tokens)]
 
     def keys(self, tokens: Sequence[int]) -> list[list[str]]:
-        """Of each page the keys of its objects in the store (K, then V)."""
+        """Of each page the keys of its objects in the store: K, V, and those of a side pool."""
         backend, names = self.sglang.backend, self.hashes(tokens)
         slots = torch.zeros(len(names) * self.page_tokens, dtype=torch.int64)
         keys, _, _ = backend._batch_preprocess(backend._tag_keys(names), slots)
-        return [keys[page * 2 : page * 2 + 2] for page in range(len(names))]
+        return [self._with_side_pool(keys[page * 2 : page * 2 + 2]) for page in range(len(names))]
+
+    def _with_side_pool(self, keys: list[str]) -> list[str]:
+        if not self.tree.sidecar_pool_specs:
+            return keys
+        return keys + [key[: -len("_k")] + "_draft" + key[-len("_k") :] for key in keys]
 
     def store_holds(self, tokens: Sequence[int], pages: int | None = None) -> None:
         """The store holds the first `pages` pages of the prompt, or all of them."""
         for page, keys in list(zip(self.contents(tokens), self.keys(tokens), strict=True))[:pages]:
-            self.store.objects.update((key, half.numpy().tobytes()) for key, half in zip(keys, page))
+            self.store.objects.update((key, half.numpy().tobytes()) for key, half in zip(keys, [*page, *page]))
 
     def computed(self, tokens: Sequence[int], pages: int | None = None) -> None:
         """A request with this prompt has run: the first `pages` pages are on the device, and on their way
@@ -281,6 +316,13 @@ class Engine:
     def unevictable(self) -> tuple[int, int]:
         """Host and device pages that stay when everything that may be evicted was."""
         return unevictable_pages(self.tree, self.pool)
+
+    def becomes_idle(self) -> None:
+        """DualPath lets go of everything, and every page can be given back."""
+        self.until(lambda: self.held == 0, "nothing is held")
+        if not self.within(WAIT_S, lambda: self.unevictable() == (0, 0)):
+            host, device = self.unevictable()
+            raise AssertionError(f"{host} host pages and {device} device pages can never be evicted")
 
     # -- one request --------------------------------------------------------------------------------
 

@@ -1,0 +1,19 @@
+"""How soon a ZeroMQ socket notices that the other end is gone: set before it binds or connects."""
+
+from __future__ import annotations
+
+import zmq
+
+PING_S = 2.0
+SILENCE_S = 5.0
+"""A peer whose host died, or whose process is stopped, counts as gone this long after a ping."""
+HANDSHAKE_S = 5.0
+"""A connection that has not said who it is by then is closed."""
+
+
+def notice_dead_peers(socket: zmq.Socket) -> None:
+    """ZeroMQ's own pings, answered by the peer's I/O thread: a busy peer is not a dead one."""
+    socket.setsockopt(zmq.HEARTBEAT_IVL, int(PING_S * 1000))
+    socket.setsockopt(zmq.HEARTBEAT_TIMEOUT, int(SILENCE_S * 1000))
+    socket.setsockopt(zmq.HEARTBEAT_TTL, int((PING_S + SILENCE_S) * 1000))
+    socket.setsockopt(zmq.HANDSHAKE_IVL, int(HANDSHAKE_S * 1000))

@@ -1,0 +1,388 @@
+"""A storm on SGLang's real tree: many requests, small pools, and a fate for each, all drawn from one seed.
+
+One engine is real (tree_story.py), the other one a peer with a real page server or lane.  The storm is SGLang's
+loop, on the test's thread: every turn it makes one iteration of SGLang's own work and moves some requests one
+step on, in an order by chance.  A request's two halves are generators: `yield` means "some other time".
+"""
+
+from __future__ import annotations
+
+import random
+import time
+from array import array
+from collections import deque
+from collections.abc import Iterator
+
+import torch
+from data_path_world import page_numbers
+from sglang.srt.managers.schedule_batch import Req
+from storm_forwarder import StormForwarder
+from tree_story import STEP_S, Engine, Peer, content
+
+from scheduler_svc.protocol import Outcome
+
+REQUESTS = 60
+AT_ONCE = 8
+MOST_PAGES = 9
+DOCUMENTS = 5
+"""Beginnings that prompts share."""
+CALM_S = 60.0
+"""Until everything that the storm left behind is gone."""
+FOREIGN = -1.0
+
+FATES = ("well",) * 5 + (
+    "ends early", "taken back", "never offered", "stalls", "never asked", "no plan", "late plan", "aborted",
+    "aborted", "aborted", "duplicate room", "stranger",
+)  # fmt: skip
+WEATHER = ("flush", "foreign writes", "pool full", "evict", "other work")
+"""What happens to the whole engine, now and then."""
+
+
+class Storm:
+    """`run` it once.  `wrong` says what was seen that must not be."""
+
+    def __init__(self, build, role: str, seed: int) -> None:
+        self.chance = random.Random(f"{role} {seed}")
+        pick = self.chance.choice
+        self.policy = pick(["wait_complete", "wait_complete", "timeout", "best_effort"])
+        StormForwarder.chance = random.Random(seed)
+        self.engine: Engine = build(
+            role,
+            policy=self.policy,
+            core=pick(["python", "rust"]),
+            page_tokens=pick([4, 16]),
+            eagle=pick([False, False, True]),
+            host_pages=pick([24, 40]),
+            device_pages=pick([24, 40]),
+            forwarder=StormForwarder,
+            settings=dict(plan_timeout_s=0.3, peer_timeout_s=1.0, lease_s=1.0, subscribe_timeout_s=0.5),
+            extra_config={"prefetch_timeout_base": pick([0.02, 0.1]), "prefetch_timeout_per_ki_token": 0.0},
+        )
+        self.peer = Peer(
+            self.engine,
+            pages=40,
+            forwarder=StormForwarder,
+            peer_timeout_s=1.0,
+            lease_s=1.0,
+            subscribe_timeout_s=0.5,
+        )
+        self.documents = [self._tokens(MOST_PAGES) for _ in range(DOCUMENTS)]
+        self.prompts: list[array] = []
+        self.requests: list[Request] = []
+        self.wrong: list[str] = []
+        self._foreign: list[tuple[torch.Tensor, int]] = []
+        """Host pages of somebody else, and the turn in which he gives them back."""
+        self._turn = 0
+        self._spoil_store()
+
+    # -- the weather ----------------------------------------------------------------------------
+
+    def _spoil_store(self) -> None:
+        """Reads of the store are slow, short, failing or raise."""
+        luck = random.Random(self.chance.random())
+
+        def before_read(_keys) -> None:
+            time.sleep(luck.choice([0, 0, 0.002, 0.01, 0.05]))
+            if luck.random() < 0.03:
+                raise OSError("the store's client broke")
+
+        self.engine.store.before_read = before_read
+        self.engine.store.fails = lambda _key: luck.random() < 0.01
+
+    def _weather(self) -> None:
+        kind = self.chance.choice(WEATHER)
+        if kind == "flush" and self.chance.random() < 0.2:
+            self._flush()
+        elif kind == "foreign writes":
+            free = self.engine.pool.available_size() // self.engine.page_tokens
+            self._take(self.chance.randint(0, free // 2))
+        elif kind == "pool full" and self.chance.random() < 0.3:
+            self._take(None)
+        elif kind == "evict":
+            self.engine.evict_host()
+        elif kind == "other work" and self.prompts:
+            self.engine.sglang.compute(tokens := self.chance.choice(self.prompts), self.engine.contents(tokens))
+
+    def _take(self, pages: int | None) -> None:
+        slots = self.engine.take_host_pages(pages)
+        if len(slots):
+            self._foreign.append((slots, self._turn + self.chance.randint(5, 60)))
+
+    def _give_back(self, everything: bool = False) -> None:
+        keep = []
+        for slots, until_turn in self._foreign:
+            if not everything and self._turn < until_turn:
+                keep.append((slots, until_turn))
+                continue
+            pages = self.engine.page_numbers(slots)
+            if not torch.all(self.engine.pool.kv_buffer[:, pages] == FOREIGN):
+                self.wrong.append("something was written into another one's pages")
+            self.engine.controller.mem_pool_host.free(slots)
+        self._foreign = keep
+
+    def _flush(self) -> None:
+        """As before a weight update: every request is aborted, then the cache is dropped."""
+        for request in self.requests:
+            request.abort()
+        self._give_back(everything=True)
+        if not self.engine.flush():
+            self.wrong.append("no flush: SGLang never counted as idle")
+
+    # -- the run --------------------------------------------------------------------------------
+
+    def run(self) -> None:
+        while len(self.requests) < REQUESTS or any(request.open for request in self.requests):
+            self._turn += 1
+            self.engine.step()
+            self._give_back()
+            if self.chance.random() < 0.08:
+                self._weather()
+            under_way = [request for request in self.requests if request.open]
+            if len(self.requests) < REQUESTS and len(under_way) < AT_ONCE and self.chance.random() < 0.5:
+                self._arrive(under_way)
+            for request in self.chance.sample(under_way, len(under_way)):
+                request.advance()
+            time.sleep(STEP_S)
+        self._give_back(everything=True)
+        self._end()
+
+    def _tokens(self, pages: int) -> array:
+        size = self.engine.page_tokens
+        return array("q", [self.chance.randrange(10, 50_000) for _ in range(pages * size)])
+
+    def _prompt(self) -> array:
+        size, document = self.engine.page_tokens, self.chance.choice(self.documents)
+        shared = self.chance.randint(1, MOST_PAGES)
+        own = self.chance.choice([0, 0, 1, 3])
+        return document[: shared * size] + self._tokens(own) + array("q", [1, 2])
+
+    def _arrive(self, under_way: list[Request]) -> None:
+        tokens = self._prompt()
+        self.prompts.append(tokens)
+        if self.chance.random() < 0.8:
+            self.engine.store_holds(tokens, self.chance.choice([None, None, 1, 4]))
+        fate = self.chance.choice(FATES)
+        twin = self.chance.choice(under_way) if fate == "duplicate room" and under_way else None
+        kind = OnPrefill if self.engine.sglang.role == "prefill" else OnDecode
+        self.requests.append(kind(self, tokens, fate, twin.req.bootstrap_room if twin else None))
+
+    def _end(self) -> None:
+        engine = self.engine
+        calm = engine.within(
+            CALM_S,
+            lambda: engine.held == 0 and not any(map(len, StormForwarder.late_writes)) and self._peer_is_idle(),
+        )
+        if not calm:
+            self.wrong.append(f"held is {engine.held}, the peer is idle: {self._peer_is_idle()}")
+        for request in self.requests:
+            request.check()
+        for tokens in self.prompts:
+            if not all(engine.in_tree(tokens)):
+                self.wrong.append("a page in the tree holds another one's bytes")
+        self._check_store()
+        if engine.unevictable() != (0, 0):
+            self.wrong.append(f"host and device pages that cannot be evicted: {engine.unevictable()}")
+        free = engine.page_numbers(engine.take_host_pages())
+        if sorted(free) != list(range(engine.pool.logical_size // engine.page_tokens)):
+            self.wrong.append("a host page is free twice, or never")
+        if not engine.runtime.store_lane.is_alive():
+            self.wrong.append("the store lane has ended")
+
+    def _peer_is_idle(self) -> bool:
+        if self.peer.server is not None:
+            return self.peer.server.open_rooms == 0
+        return not any(request.pull and request.pull.lanes_open for request in self.requests)
+
+    def _check_store(self) -> None:
+        """What write-through persisted is right, too: it outlives the engine."""
+        for tokens in self.prompts:
+            for page, keys in zip(self.engine.contents(tokens), self.engine.keys(tokens), strict=True):
+                for key, half in zip(keys, page):
+                    if self.engine.store.objects.get(key, half.numpy().tobytes()) != half.numpy().tobytes():
+                        self.wrong.append(f"the store's {key} holds another page's bytes")
+
+
+class Request:
+    """One request on the engine under test (`_here`) and what the peer does for it (`_there`)."""
+
+    def __init__(self, storm: Storm, tokens: array, fate: str, room: int | None) -> None:
+        self.storm, self.tokens, self.fate = storm, tokens, fate
+        self.pull = None
+        self.ended = self.aborted = False
+        self._patience = storm.chance.randint(1, 60)
+        """Turns until a client with the fate to leave leaves."""
+        self.req: Req = storm.engine.arrives(tokens, room)
+        self._halves = deque([self._here(), self._there()])
+
+    @property
+    def open(self) -> bool:
+        return bool(self._halves)
+
+    def advance(self) -> None:
+        chance = self.storm.chance
+        self._patience -= 1
+        if self.fate == "aborted" and self._patience <= 0:
+            self.abort()
+        for half in list(self._halves):
+            if chance.random() < 0.5:
+                continue
+            try:
+                next(half)
+            except StopIteration:
+                self._halves.remove(half)
+
+    def abort(self) -> None:
+        """The client leaves; both engines hear of it."""
+        if not self.ended:
+            self.ended = self.aborted = True
+            self.storm.engine.aborts(self.req)
+            if self.pull is not None:
+                self.pull.operation.mark_terminate()
+
+    def plan(self) -> None:
+        """The scheduler's plan; none where it would read nothing."""
+        storm, reports = self.storm, self.storm.engine.reports(self.req)
+        pages = len(storm.engine.hashes(self.tokens))
+        local = reports[0].local_pages if storm.engine.sglang.role == "prefill" else storm.chance.randint(0, 2)
+        hit = reports[0].hit_pages if storm.engine.sglang.role == "prefill" else pages
+        if hit is None or hit <= local:
+            return
+        self.split = storm.chance.randint(local + 1, hit)
+        self.local = local
+        storm.engine.planned(self.req, storm.peer, self.split, local)
+
+    def _here(self) -> Iterator[None]:
+        raise NotImplementedError
+
+    def _there(self) -> Iterator[None]:
+        raise NotImplementedError
+
+    def check(self) -> None:
+        engine = self.storm.engine
+        if self.fate == "duplicate room":
+            return
+        reports, dones = engine.reports(self.req), engine.dones(self.req)
+        if reports and len(dones) != len(reports):
+            self._wrong(f"{len(reports)} reports, {len(dones)} times done")
+        if dones and dones[0].outcome is Outcome.OK and dones[0].fallback_reason:
+            self._wrong(f"ok, and {dones[0].fallback_reason}")
+
+    def _wrong(self, what: str) -> None:
+        self.storm.wrong.append(f"{self.req.rid} ({self.fate}): {what}")
+
+
+class OnPrefill(Request):
+    """The peer is the decode engine: `_there` opens a room and publishes."""
+
+    split = 0
+
+    def _here(self) -> Iterator[None]:
+        engine, chance = self.storm.engine, self.storm.chance
+        while not engine.reports(self.req) and not self.ended:
+            yield
+        if self.fate == "late plan":
+            for _ in range(chance.randint(1, 300)):
+                yield
+        if self.fate != "no plan" and not self.ended:
+            self.plan()
+        while not self.ended:
+            yield
+            if not self.ended and engine.admitted(self.req):
+                self._run()
+
+    def _run(self) -> None:
+        """In a batch: what the tree holds of the prompt is used, the rest is computed."""
+        engine = self.storm.engine
+        if not all(engine.in_tree(self.tokens)):
+            self._wrong("admitted with a page that holds another one's bytes")
+        engine.sglang.compute(self.tokens, engine.contents(self.tokens))
+        self.ended = True
+        engine.finishes(self.req)
+
+    def _there(self) -> Iterator[None]:
+        chance, peer = self.storm.chance, self.storm.peer
+        while not self.split and self.open and not self.ended:
+            yield
+        if not self.split or self.fate in ("never offered", "duplicate room"):
+            return
+        for _ in range(chance.randint(0, 10)):
+            yield
+        peer.opens(self.req, self.local)
+        stop = self.split
+        if self.fate in ("ends early", "taken back", "stalls"):
+            stop = chance.randint(self.local, self.split - 1)
+        page = self.local
+        while page < stop:
+            end = min(stop, page + chance.randint(1, 3))
+            if not self._publish(page, end):
+                break
+            page = end
+            for _ in range(chance.choice([0, 0, 1, 5])):
+                yield
+        if self.fate == "taken back":
+            peer.server.close(self.req.bootstrap_room)
+        elif self.fate != "stalls":
+            peer.ends(self.req, None if page == self.split else "storage read fell short")
+
+    def _publish(self, first: int, end: int) -> bool:
+        rank, engine = self.storm.peer.rank, self.storm.engine
+        slots = rank.pool.alloc((end - first) * engine.page_tokens)
+        if slots is None:
+            return False
+        rank.fill(slots, engine.contents(self.tokens)[first:end])
+
+        def unpin() -> None:
+            # Whoever gets the pages next writes into them at once.
+            rank.pool.kv_buffer[:, page_numbers(slots, engine.page_tokens)] = float("nan")
+            rank.pool.free(slots)
+
+        self.storm.peer.server.publish(self.req.bootstrap_room, *rank.blocks(slots), unpin=unpin)
+        return True
+
+
+class OnDecode(Request):
+    """The peer is the prefill engine: `_there` pulls."""
+
+    split = 0
+
+    def _here(self) -> Iterator[None]:
+        engine, chance = self.storm.engine, self.storm.chance
+        if self.fate == "late plan":
+            for _ in range(chance.randint(1, 300)):
+                yield
+        if self.fate != "no plan" and not self.ended and engine.reports(self.req):
+            self.plan()
+        transfers = engine.sglang.scheduler.disagg_decode_transfer_queue
+        while not self.ended:
+            yield
+            if self.req.rid in transfers.ended and not self.ended:
+                self._run(transfers.ended[self.req.rid])
+
+    def _run(self, entry) -> None:
+        """Its prompt is whole on the device, and it has decoded."""
+        engine = self.storm.engine
+        if entry.hicache_restore_status.value == "failed":
+            self._wrong("a promise was not kept")
+        if not all(engine.in_tree(self.tokens)):
+            self._wrong("admitted with a page that holds another one's bytes")
+        engine.sglang.compute(self.tokens, engine.contents(self.tokens))
+        self.ended = True
+        engine.finishes(self.req)
+
+    def _there(self) -> Iterator[None]:
+        chance, peer, engine = self.storm.chance, self.storm.peer, self.storm.engine
+        while not self.split and self.open and not self.ended:
+            yield
+        if not self.split or self.fate in ("never asked", "duplicate room"):
+            return
+        for _ in range(chance.randint(0, 20)):
+            yield
+        pages = self.split - self.local
+        if peer.rank.pool.available_size() < pages * engine.page_tokens:
+            return
+        self.pull = peer.pulls(self.req.bootstrap_room, pages, self.local)
+        while self.pull.lanes_open:
+            yield
+        if peer.wrong(self.pull, self.tokens):
+            self._wrong("the prefill engine took pages that hold another one's bytes")
+        peer.rank.pool.free(self.pull.operation.host_indices)

@@ -1,0 +1,22 @@
+"""Grammars through the router: the answer obeys its schema and is the single server's.
+
+Named so that the cluster of the modules around it serves it.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+
+import pytest
+from grammars import REGEX, SCHEMA, ask, questions, told
+
+
+@pytest.mark.parametrize("name", ["schema", "tool", "regex", "json"])
+def test_an_answer_bound_by_a_grammar_obeys_it_and_is_the_single_servers(cluster, grammar_reference, name):
+    answer = told(ask(cluster.url, *questions()[name]))
+    if name == "regex":
+        assert re.fullmatch(REGEX, answer)
+    else:
+        assert set(json.loads(answer)) == set(SCHEMA["properties"])
+    assert answer == grammar_reference[name]

@@ -1,0 +1,139 @@
+"""`dualpath doctor`: what it finds on this machine, in cluster files and in SGLang's flags."""
+
+import json
+import os
+import re
+import shlex
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner
+
+from launch import doctor
+from launch.cli import app
+from launch.config import load
+from launch.doctor import FLAGS, MACHINE, Finding, Level
+from launch.flag_check import Judgement, judge
+from launch.tiny_model import TinyModel, build
+
+PROJECT = Path(__file__).parents[2]
+CLUSTERS = PROJECT / "launch" / "clusters"
+WIDTH = 80
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory) -> Path:
+    return build(TinyModel(), tmp_path_factory.mktemp("model"))
+
+
+def environment(**changes: str) -> dict[str, str]:
+    clean = {key: value for key, value in os.environ.items() if not key.startswith(("DUALPATH_", "MC_"))}
+    return clean | {"DUALPATH_ENABLED": "1", "DUALPATH_ENGINE_ID": "e", "PYTHONPATH": str(PROJECT)} | changes
+
+
+def readme_flags() -> list[str]:
+    """The flags of README's section on GPU clusters."""
+    section = (PROJECT / "README.md").read_text().split("## On a GPU cluster")[1].split("\n## ")[0]
+    (command,) = re.findall(r"-m launch\.engine \.\.\. (.*?)```", section, re.S)
+    return shlex.split(command.replace("\\\n", " "))
+
+
+@pytest.mark.case("readme_gpu_flags")
+@pytest.mark.parametrize("role", ["prefill", "decode"])
+def test_the_readme_s_flags_for_a_gpu_cluster_pass_without_a_warning(model, role):
+    flags = [role if word == "prefill" else word for word in readme_flags()]
+    if role == "decode":
+        flags.append("--disaggregation-decode-enable-radix-cache")
+    found = judge(["--model-path", str(model), "--device=cpu", *flags], environment())
+    assert found.problems == []
+    assert (found.resolved["page size"], found.resolved["prefetch policy"]) == (64, "wait_complete")
+
+
+def test_what_sglang_itself_refuses_is_said_in_its_words(model):
+    (problem,) = judge(["--model-path", str(model), "--no-such-flag"], environment()).problems
+    assert problem.refused and problem.why == "unrecognized arguments: --no-such-flag"
+
+
+def test_the_environment_of_an_engine_is_judged_with_its_flags(model):
+    flags = ["--model-path", str(model), "--device=cpu", *readme_flags()]
+    flags.append("--disaggregation-transfer-backend=mooncake_tcp")
+    wrong = environment(DUALPATH_PROTOCOL="rdma", http_proxy="http://127.0.0.1:9", no_proxy="")
+    settings = {problem.setting for problem in judge(flags, wrong).problems}
+    assert {"DUALPATH_PROTOCOL", "http_proxy"} <= settings
+    (problem,) = judge(flags, environment(DUALPATH_LEASE_S="soon")).problems
+    assert problem.refused and "DUALPATH_LEASE_S" in problem.why
+
+
+def test_what_cannot_work_is_named_with_its_engines_and_nothing_is_found_on_the_shipped_ones():
+    config = load(CLUSTERS / "cpu-1p1d.yaml")
+    group = config.decode.model_copy(update={"extra_args": ("--pp-size=2",)})
+    found = doctor.examine(config.model_copy(update={"decode": group}), (), os.environ)
+    of_engines = [finding for finding in found if finding.about != MACHINE and finding.level is not Level.OK]
+    assert {finding.about for finding in of_engines} == {f"decode engines of {config.name}"}
+    assert any("--pp-size is 2" in finding.text for finding in of_engines)
+    shipped = f"prefill engines of {config.name}"
+    assert [finding.level for finding in found if finding.about == shipped] == [Level.OK]
+
+
+def test_upstream_s_modes_have_nothing_to_check():
+    config = load(CLUSTERS / "cpu-1p1d.yaml").model_copy(update={"mode": "basic"})
+    found = doctor.examine(config, (), os.environ)
+    assert [finding.level for finding in found if finding.about == f"engines of {config.name}"] == [Level.OK]
+
+
+def test_the_command_fails_for_what_will_not_work_and_fits_on_a_screen(model):
+    arguments = ["doctor", "--", "--model-path", str(model), "--device=cpu", "--disaggregation-mode=prefill"]
+    shown = CliRunner().invoke(app, arguments, env={"COLUMNS": str(WIDTH), "DUALPATH_ENABLED": "0"})
+    assert shown.exit_code == 1
+    lines = shown.output.splitlines()
+    assert max(map(len, lines)) <= WIDTH and len(lines) < 50
+    assert "DUALPATH_ENABLED is unset" in shown.output and "->" in shown.output
+
+
+def test_as_json_the_findings_can_be_read_by_a_program():
+    shown = CliRunner().invoke(app, ["doctor", "--json"])
+    document = json.loads(shown.output)
+    assert document["works"] == (shown.exit_code == 0)
+    assert any(finding["text"].startswith("sglang 0.5.23: patches") for finding in document["findings"])
+
+
+def test_a_cluster_file_with_a_wrong_field_is_refused_as_by_the_launcher(tmp_path):
+    file = tmp_path / "c.yaml"
+    file.write_text("name: c\ndevice: tpu\n")
+    shown = CliRunner().invoke(app, ["doctor", "-c", str(file)])
+    assert shown.exit_code == 1 and "device: got 'tpu'" in shown.output
+
+
+GIB = 1024**3
+
+
+def sized(pool_gib: float, ranks: int = 1) -> Judgement:
+    return Judgement([], {"role": "prefill"}, int(pool_gib * GIB), ranks, 30 * GIB)
+
+
+@pytest.mark.parametrize(
+    ("judged", "store_gib", "level"),
+    [
+        ([(1, sized(8)), (1, sized(8))], 4, Level.OK),
+        ([(2, sized(8)), (1, sized(8))], 0, Level.WARNING),
+        ([(1, sized(8, ranks=4))], 0, Level.WARNING),
+        ([(1, sized(8)), (1, sized(8))], 5, Level.WARNING),
+        ([(1, sized(21))], 0, Level.REFUSED),
+    ],
+)
+def test_pools_are_held_against_free_memory_less_what_sglang_leaves_alone(judged, store_gib, level):
+    (finding,) = doctor._memory(judged, store_gib * GIB)
+    assert finding.level is level
+
+
+def test_pools_of_unknown_size_are_not_judged():
+    assert list(doctor._memory([(1, Judgement([], {"role": "prefill"}))], 0)) == []
+
+
+def test_a_warning_does_not_fail():
+    assert doctor.works([Finding(FLAGS, Level.WARNING, "x"), Finding(FLAGS, Level.OK, "y")])
+    assert not doctor.works([Finding(FLAGS, Level.REFUSED, "x")])
+
+
+def test_the_cpu_profile_s_torch_is_the_makefile_s():
+    assert f"TORCH := torch=={doctor.CPU_TORCH}+cpu" in (PROJECT / "Makefile").read_text()
