@@ -1,4 +1,4 @@
-"""Memory belongs to a forward until nothing can be written into it: failures, pauses and hangs in mid-read."""
+"""Memory belongs to a forward until nothing can be written into it, whatever happens in mid-read."""
 
 from __future__ import annotations
 

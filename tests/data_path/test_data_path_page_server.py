@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import logging
+import mmap
+import socket
 import time
 from collections.abc import Callable, Iterator
 
@@ -249,3 +251,26 @@ def test_calls_about_rooms_that_are_not_open_do_nothing(server):
     server.when_closed(room, lambda: called.append(1))
     server.publish(room, [(1, 2)], SIZES, unpin=lambda: called.append(2))
     assert called == [1, 2] and room not in server._rooms
+
+
+def resident_bytes() -> int:
+    with open("/proc/self/statm") as statm:
+        return int(statm.read().split()[1]) * mmap.PAGESIZE
+
+
+def test_a_message_that_never_ends_costs_bounded_memory(server, puller):
+    """ZeroMQ bounds each part of a message and keeps any number of them."""
+    address, port = server.endpoint.removeprefix("tcp://").split(":")
+    room, lane = opened(server), puller()
+    before = resident_bytes()
+    part = bytes([3]) + (1 << 20).to_bytes(8, "big") + bytes(1 << 20)  # long, and more to come
+    with socket.create_connection((address, int(port))) as stranger:
+        stranger.sendall(b"\xff" + bytes(8) + b"\x7f\x03\x00" + b"NULL".ljust(20, b"\0") + bytes(32))
+        ready = b"\x05READY\x0bSocket-Type\x00\x00\x00\x06DEALER"
+        stranger.sendall(bytes([4, len(ready)]) + ready)
+        with pytest.raises(OSError):
+            for _ in range(1000):
+                stranger.sendall(part)
+    assert resident_bytes() - before < 400 << 20
+    lane.says(pull(room))
+    assert isinstance(lane.hears(), Pages)
