@@ -36,6 +36,9 @@ GROWTH_BYTES = 16 * 2**20
 MOST_UNFINISHED_BYTES = 16 * 2**20
 """Of all connections together.  An empty part has two bytes on the wire and takes ZeroMQ 64."""
 
+# Plain numbers: pyzmq's own take as long as the call.
+_EVENTS, _POLLIN = int(zmq.EVENTS), int(zmq.POLLIN)
+
 _RECEIVED = struct.Struct("@Q")
 _RECEIVED_OFFSET = 128
 """`tcpi_bytes_received` in `struct tcp_info`."""
@@ -114,7 +117,7 @@ class Connections:
 
     def tick(self) -> None:
         """Call it after the messages that had come were taken; most calls do nothing."""
-        while self.monitor.getsockopt(zmq.EVENTS) & zmq.POLLIN:
+        while self.monitor.getsockopt(_EVENTS) & _POLLIN:
             self._follow(recv_monitor_message(self.monitor))
         now_s = self._now_s()
         if now_s - self._ticked_s < LOOK_S:
