@@ -24,6 +24,8 @@ from scheduler_svc.protocol import (
     encode,
 )
 
+SEND_TIMEOUT_S = 10.0
+
 
 class SchedulerError(RuntimeError):
     """The scheduler answered with an error, or with something that cannot be read."""
@@ -85,8 +87,14 @@ class SchedulerClient:
     def send(self, message: Wire) -> None:
         self.send_frames(encode(message))
 
-    def send_frames(self, *frames: bytes) -> None:
-        """Exactly these bytes, well-formed or not."""
+    def send_frames(self, *frames: bytes, timeout_s: float = SEND_TIMEOUT_S) -> None:
+        """Exactly these bytes, well-formed or not.
+
+        Raises TimeoutError when there is nobody to send them to: after a handshake between one side with
+        CURVE and one without, ZeroMQ does not connect again.
+        """
+        if not self._socket.poll(timeout_s * 1000, zmq.POLLOUT):
+            raise TimeoutError(f"no connection to the scheduler at {self._address} within {timeout_s:g} s")
         self._socket.send_multipart(frames)
 
     def receive(self, timeout_s: float) -> Reply:
@@ -99,8 +107,8 @@ class SchedulerClient:
         # What an earlier call that timed out left behind is not the answer to this one.
         while self._socket.poll(0):
             self._socket.recv()
-        self.send(request)
         deadline_s = time.monotonic() + timeout_s
+        self.send_frames(encode(request), timeout_s=timeout_s)
         while True:
             try:
                 reply = self.receive(max(0.0, deadline_s - time.monotonic()))

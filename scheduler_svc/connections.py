@@ -46,6 +46,7 @@ _RECEIVED_OFFSET = 128
 _RESET = struct.pack("ii", 1, 0)
 """`struct linger`: closing resets the connection."""
 
+# A key that is not authorized is `authenticator.PeerAuthenticator`'s to tell, which knows whose it is.
 _REFUSALS = {
     zmq.EVENT_HANDSHAKE_FAILED_PROTOCOL: (
         "protocol",

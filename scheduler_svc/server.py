@@ -282,9 +282,12 @@ class Server:
 
     def _meet(self, identity: bytes, frame: zmq.Frame) -> Peer:
         """What only a connection's frames tell, kept because asking each of them takes long."""
-        peer = self._peers[identity] = Peer(fd_of(frame), sender(frame))
-        if len(self._peers) > MAX_PEERS:
-            self._peers.popitem(last=False)
+        peer = Peer(fd_of(frame), sender(frame))
+        # An identity that a peer chose itself may come back with another key; ZeroMQ's own begin with 0.
+        if identity.startswith(b"\0"):
+            self._peers[identity] = peer
+            if len(self._peers) > MAX_PEERS:
+                self._peers.popitem(last=False)
         return peer
 
     def _handle(self, identity: bytes, peer: Peer, frame: bytes) -> None:
