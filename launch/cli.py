@@ -278,7 +278,7 @@ def _print_scheduler(found) -> None:
     for status_ in found.engines:
         engine, load_ = status_.engine, status_.load
         table.add_row(
-            engine.engine_id,
+            escape(engine.engine_id),
             str(engine.rank),
             f"{status_.age_s:.1f} s ago",
             str(load_.sequences),
@@ -289,7 +289,7 @@ def _print_scheduler(found) -> None:
         )
     console.print(table)
     paths = ", ".join(f"{path} {count}" for path, count in found.paths.items()) or "none yet"
-    fallbacks = ", ".join(f"{reason} {count}" for reason, count in found.fallbacks.items()) or "none"
+    fallbacks = ", ".join(f"{escape(reason)} {count}" for reason, count in found.fallbacks.items()) or "none"
     console.print(
         f"policy {found.policy} · up {found.uptime_s:.0f} s · rooms open {found.rooms_open}, closed "
         f"{found.rooms_closed} · paths: {paths} · fallbacks: {fallbacks} · errors {found.errors}"

@@ -52,6 +52,7 @@ INSTEAD = {
 """What holds for options that would be missed."""
 _FLAGS = {"server_cert_path": "tls-cert-path", "server_key_path": "tls-key-path"}
 """Where the option is not called like its field."""
+_UNKNOWN = object()
 
 
 def flag(name: str) -> str:
@@ -68,7 +69,7 @@ def refuse_others(args: RouterArgs) -> None:
     problems = []
     for field in dataclasses.fields(args):
         value = getattr(args, field.name)
-        if field.name in OBEYED or any(value == getattr(usual, field.name) for usual in defaults):
+        if field.name in OBEYED or any(value == usual.get(field.name, _UNKNOWN) for usual in defaults):
             continue
         instead = INSTEAD.get(field.name, "leave it out")
         problems.append(f"{flag(field.name)} does not work with --dualpath-scheduler: {instead}")
@@ -76,8 +77,8 @@ def refuse_others(args: RouterArgs) -> None:
         raise ValueError("; ".join(problems))
 
 
-def _defaults(args_type: type[RouterArgs]) -> tuple[Any, ...]:
+def _defaults(args_type: type[RouterArgs]) -> tuple[dict[str, Any], ...]:
     """An option that nobody gave is one of two values: the command line has defaults of its own."""
     from sglang_router.launch_router import parse_router_args
 
-    return args_type(), parse_router_args([])
+    return vars(args_type()), vars(parse_router_args([]))

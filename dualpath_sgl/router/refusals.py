@@ -20,15 +20,14 @@ import msgspec
 from dualpath_sgl.router.errors import BadRequest
 
 ONE_PER_PROMPT = (
-    *("rid", "return_logprob", "logprob_start_len", "top_logprobs_num", "return_sampling_mask"),
+    *("return_logprob", "logprob_start_len", "top_logprobs_num", "return_sampling_mask"),
     *("sampling_logprobs_mode", "return_hidden_states", "lora_path", "lora_id", "custom_logit_processor"),
 )
 """Fields that may be lists with a list of prompts, and only then."""
-
-_Scalar = bool | int | float | str | None
 NOT_OVER_HTTP = ("positional_embed_overrides", "token_indices_to_pool", "multi_item_delimiter_indices")
 """Fields of `/generate` for callers inside the engine's own process: SGLang checks none of them."""
-CUSTOM_PARAMS = dict[str, _Scalar | list[_Scalar] | dict[str, _Scalar]] | None
+_Scalar = bool | int | float | str | None
+CUSTOM_PARAMS = dict[str, _Scalar | list[_Scalar] | dict[str, _Scalar]]
 
 
 class _SessionParams(msgspec.Struct):
@@ -48,7 +47,7 @@ def check(path: str, body: Mapping[str, Any]) -> None:
     for parameters, name in _sampling_params(path, body):
         _check_samples(parameters, name)
         _check_type(parameters.get("custom_params"), CUSTOM_PARAMS, f"{name}custom_params")
-    _check_type(body.get("session_params"), _SessionParams | None, "session_params")
+    _check_type(body.get("session_params"), _SessionParams, "session_params")
     if not _is_batch(prompts):
         for name in ONE_PER_PROMPT:
             if isinstance(body.get(name), list):
@@ -117,6 +116,9 @@ def _sampling_params(path: str, body: Mapping[str, Any]) -> Iterator[tuple[Mappi
 
 
 def _check_type(value: Any, wanted: Any, name: str) -> None:
+    """Nothing (null) is always right."""
+    if value is None:
+        return
     try:
         msgspec.convert(value, wanted)
     except msgspec.ValidationError as error:

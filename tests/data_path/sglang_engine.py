@@ -150,12 +150,11 @@ class SglangEngine:
     def abort(self, req: Req) -> None:
         """The client has left: SGLang drops the request wherever it waits."""
         if self.role == "decode":
-            waiting = self.queue.queue
-            self.queue.queue = [entry for entry in waiting if entry.req is not req]
+            self.queue.queue = [entry for entry in self.queue.queue if entry.req is not req]
             self.scheduler.disagg_decode_transfer_queue.drop(req)
-        else:
-            waiting = self.scheduler.waiting_queue
-            self.scheduler.waiting_queue = [other for other in waiting if other is not req]
+            return
+        waiting = self.scheduler.waiting_queue
+        self.scheduler.waiting_queue = [other for other in waiting if other is not req]
         self.tree.finish(req.cache_request_handle, CacheRequestOutcome.ABORT)
 
     def finish(self, req: Req) -> None:

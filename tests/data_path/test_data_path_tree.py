@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pytest
-from tree_world import Peer, prompt
+from tree_story import Peer, prompt
 
 from scheduler_svc.protocol import Outcome
 
@@ -21,8 +21,8 @@ def test_a_prefill_engine_takes_a_planned_prompt_from_the_decode_engine(engine, 
     assert engine.in_tree(tokens) == [True] * 8
     assert engine.store.reads == [] and engine.dones(req)[0].outcome is Outcome.OK
     engine.finishes(req)
-    engine.until(lambda: engine.held == 0, "nothing is held")
-    assert engine.unevictable() == (0, 0) and peer.server.open_rooms == 0
+    engine.becomes_idle()
+    assert peer.server.open_rooms == 0
 
 
 @pytest.mark.parametrize("core", ["python", "rust"])
@@ -36,5 +36,4 @@ def test_a_decode_engine_reads_its_share_and_serves_it(engine, core):
     engine.until(lambda: engine.admitted(req) and not load.lanes_open, "read and served")
     assert load.prefix == 8 and peer.wrong(load, tokens) == 0
     assert engine.in_tree(tokens) == [True] * 8
-    engine.until(lambda: engine.held == 0, "nothing is held")
-    assert engine.unevictable() == (0, 0)
+    engine.becomes_idle()

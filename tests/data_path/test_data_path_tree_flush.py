@@ -6,7 +6,7 @@ import threading
 
 import pytest
 import torch
-from tree_world import Peer, prompt
+from tree_story import Peer, prompt
 
 from scheduler_svc.protocol import Outcome
 
@@ -31,8 +31,8 @@ def begin_reading(engine, tokens):
     return read
 
 
-def assert_pages_stay_ones_own(engine, read) -> None:
-    """Pages handed out now are neither written by `read` nor handed out again."""
+def pages_that_stay_ones_own(engine, read) -> int:
+    """All pages that can be had now; none of them is written by `read`, nor handed out twice."""
     slots = engine.take_host_pages(8)
     read.over.set()
     engine.until(lambda: engine.store.ended_reads == len(engine.store.reads), "the read is over")
@@ -40,8 +40,8 @@ def assert_pages_stay_ones_own(engine, read) -> None:
     pages = engine.page_numbers(slots)
     assert torch.all(engine.pool.kv_buffer[:, pages] == FOREIGN), "the old read wrote into a new request's pages"
     others = engine.page_numbers(engine.take_host_pages())
-    assert not set(others) & set(pages), "pages were handed out twice"
-    assert len(set(others)) == len(others) == engine.pool.logical_size // engine.page_tokens - 8
+    assert len({*others, *pages}) == len(others) + len(pages), "pages were handed out twice"
+    return len(others) + len(pages)
 
 
 @pytest.mark.case("flush_while_aborted_load_reads")
@@ -52,7 +52,7 @@ def test_a_flush_waits_for_the_read_of_an_aborted_request(engine, side, core):
     read = begin_reading(engine, prompt())
     threading.Timer(GOES_ON_S, read.over.set).start()
     assert engine.flush()
-    assert_pages_stay_ones_own(engine, read)
+    assert pages_that_stay_ones_own(engine, read) == engine.pool.logical_size // engine.page_tokens
 
 
 @pytest.mark.parametrize("role", ["prefill", "decode"])
@@ -62,19 +62,21 @@ def test_an_aborted_load_is_held_until_its_lane_has_let_go(engine, role):
     engine.goes_on(0.1)
     assert engine.held > 0
     read.over.set()
-    engine.until(lambda: engine.held == 0, "nothing is held")
-    assert engine.unevictable() == (0, 0)
+    engine.becomes_idle()
 
 
-@pytest.mark.parametrize("role", ["prefill", "decode"])
-def test_a_detach_waits_for_the_read_of_an_aborted_request(engine, role):
-    engine = engine(role)
+@pytest.mark.parametrize("side", ["prefill", "decode", "upstream"])
+def test_a_detach_waits_for_the_read_of_an_aborted_request(engine, side):
+    engine = engine("decode" if side == "decode" else "prefill", dualpath=side != "upstream")
     read = begin_reading(engine, prompt())
     threading.Timer(GOES_ON_S, read.over.set).start()
     engine.until(engine.sglang.scheduler.is_fully_idle, "SGLang counts as idle")
     detached, why = engine.detach()
     assert detached, why
-    assert_pages_stay_ones_own(engine, read)
+    # Fewer than all: SGLang itself forgets an aborted read's pages at a detach, until the next flush.
+    assert pages_that_stay_ones_own(engine, read)
+    assert engine.flush()
+    assert engine.pool.available_size() == engine.pool.logical_size
 
 
 def assert_serves(engine) -> None:
@@ -94,8 +96,7 @@ def assert_serves(engine) -> None:
     assert engine.in_tree(tokens) == [True] * 8
     assert [done.outcome for done in engine.dones(req)] == [Outcome.OK]
     engine.finishes(req)
-    engine.until(lambda: engine.held == 0, "nothing is held")
-    assert engine.unevictable() == (0, 0)
+    engine.becomes_idle()
 
 
 @pytest.mark.case("reattach_backend")

@@ -8,7 +8,7 @@ import pytest
 import torch
 from sglang.srt.mem_cache.pool_host.dsa import DSAIndexerPoolHost
 from sglang.srt.mem_cache.radix_cache import RadixKey
-from tree_world import Peer, prompt
+from tree_story import Peer, prompt
 
 from scheduler_svc.protocol import Outcome
 
@@ -76,8 +76,7 @@ def test_a_small_promise_is_kept(engine, page_tokens, core):
     assert entry.hicache_restore_status.value == "ready"
     engine.until(lambda: not load.lanes_open, "the pull ended")
     assert peer.wrong(load, tokens) == 0
-    engine.until(lambda: engine.held == 0, "nothing is held")
-    assert engine.unevictable() == (0, 0)
+    engine.becomes_idle()
 
 
 @pytest.mark.case("eagle_tree_reads_short")
@@ -163,8 +162,7 @@ def test_two_promises_of_one_room_leave_no_page_locked(engine):
     assert engine.held > 0
     for req in (first, second):
         engine.aborts(req)
-    engine.until(lambda: engine.held == 0, "nothing is held")
-    assert engine.unevictable() == (0, 0)
+    engine.becomes_idle()
 
 
 @pytest.mark.case("two_requests_one_room")
@@ -181,8 +179,7 @@ def test_two_queued_requests_of_one_room_exchange_no_page(engine):
     engine.until(lambda: not load.lanes_open, "the pull ended")
     assert peer.wrong(load, one) == 0
     assert all(engine.in_tree(one)) and all(engine.in_tree(other))
-    engine.until(lambda: engine.held == 0, "nothing is held")
-    assert engine.unevictable() == (0, 0)
+    engine.becomes_idle()
 
 
 @pytest.mark.case("two_requests_one_room")
@@ -200,8 +197,7 @@ def test_two_prompts_of_one_room_get_their_own_pages_on_the_prefill_engine(engin
     assert engine.in_tree(one) == engine.in_tree(other) == [True] * PAGES
     for req in (first, second):
         engine.finishes(req)
-    engine.until(lambda: engine.held == 0, "nothing is held")
-    assert engine.unevictable() == (0, 0)
+    engine.becomes_idle()
 
 
 @pytest.mark.case("two_requests_one_room")

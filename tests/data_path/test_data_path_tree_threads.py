@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pytest
-from tree_world import Peer, prompt
+from tree_story import Peer, prompt
 
 from dualpath_sgl.peer_lane import PeerLane
 from scheduler_svc.protocol import Outcome
@@ -40,7 +40,7 @@ def test_a_lane_that_cannot_start_costs_one_load_its_second_path(engine, thread,
     assert engine.in_tree(tokens) == [True] * PAGES
     engine.until(lambda: engine.dones(failed), "it was reported")
     assert engine.dones(failed)[0].outcome is Outcome.FALLBACK
-    assert "can't start new thread" in engine.dones(failed)[0].fallback_reason
+    assert engine.dones(failed)[0].fallback_reason == "peer lane did not start"
 
     tokens = prompt(PAGES)
     engine.store_holds(tokens)

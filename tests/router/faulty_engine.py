@@ -170,7 +170,7 @@ class FaultyEngine:
 
     def mend(self) -> None:
         self.behaviour, self.health, self.meta_info = answer, 200, {}
-        self.api_key = self.dp_rank = None
+        self.api_key = None
         self.seen.clear()
         self.calls.clear()
         self.peers.clear()

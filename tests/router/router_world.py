@@ -13,6 +13,7 @@ import time
 import urllib.error
 import urllib.request
 from collections import Counter, defaultdict
+from collections.abc import Mapping
 from contextlib import ExitStack
 from pathlib import Path
 from types import TracebackType
@@ -31,6 +32,8 @@ HEARTBEAT_S = 0.5
 START_TIMEOUT_S = 180.0
 """Of four routers at once; each imports SGLang."""
 STRICT_BODY_BYTES = 100_000
+# The exporter of spans speaks gRPC, which has a list of exceptions of its own.
+NO_WAY_OUT = {"http_proxy": "http://127.0.0.1:9", "no_proxy": "", "no_grpc_proxy": "127.0.0.1"}
 _ports = FreePorts("127.0.0.1")
 
 
@@ -148,6 +151,8 @@ class World:
 
     def mend(self) -> None:
         self.mend_engines()
+        for engine in self.engines.values():
+            engine.dp_rank = None
         self.registered = list(self.engines.values())
         if not self.scheduler.running:
             self.restart_scheduler()
@@ -179,7 +184,7 @@ class World:
 
     def strict_router(self) -> Router:
         """The same for `p0` and `d0`, while `p1` and `d1` may join, with a short time limit, no second
-        attempts and small bodies."""
+        attempts, small bodies, and a proxy in its environment that nobody can reach."""
         return self._up("strict")
 
     def upstream_router(self) -> Router:
@@ -217,6 +222,7 @@ class World:
                 f"--max-payload-size={STRICT_BODY_BYTES}",
                 f"--dualpath-engine-url-prefix={self.p1.url}",
                 f"--dualpath-engine-url-prefix={self.d1.url}",
+                environment=NO_WAY_OUT,
             ),
             "mini_lb": self._start_router(pair, "--mini-lb"),
             "rust": self._start_router(
@@ -267,7 +273,9 @@ class World:
             assert time.monotonic() < deadline_s, f"no {role} engine got a request"
             time.sleep(0.01)
 
-    def _start_router(self, engines: list[FaultyEngine], *options: str) -> Router:
+    def _start_router(
+        self, engines: list[FaultyEngine], *options: str, environment: Mapping[str, str] | None = None
+    ) -> Router:
         port = _ports.take()
         listed = []
         for engine in engines:
@@ -283,6 +291,7 @@ class World:
             "--host=127.0.0.1",
             f"--port={port}",
             *options,
+            environment=environment,
         )
         process.start()
         places = any(option.startswith("--dualpath-scheduler") for option in options)
@@ -303,9 +312,11 @@ class World:
                 pass
             time.sleep(0.05)
 
-    def _process(self, name: str, module: str, *arguments: str) -> ManagedProcess:
+    def _process(
+        self, name: str, module: str, *arguments: str, environment: Mapping[str, str] | None = None
+    ) -> ManagedProcess:
         argv = [sys.executable, "-m", module, *arguments]
-        process = ManagedProcess(name, argv, os.environ, self._folder / f"{name}.log")
+        process = ManagedProcess(name, argv, os.environ | (environment or {}), self._folder / f"{name}.log")
         self._processes.append(process)
         return process
 

@@ -59,5 +59,5 @@ def test_what_cannot_work_is_refused_with_the_remedy(arguments, words):
 
 def test_a_key_file_that_is_none_ends_the_router_with_the_remedy():
     keys = ("--dualpath-key-file=/nowhere/a", "--dualpath-scheduler-key-file=/nowhere/b")
-    with pytest.raises(SystemExit, match="copy the scheduler's .key file there"):
+    with pytest.raises(SystemExit, match="copy the .key file of its owner there"):
         serve(parse_router_args([*GOOD, *keys]))

@@ -21,6 +21,7 @@ import threading
 import time
 from array import array
 from collections.abc import Callable, Sequence
+from typing import Any
 
 os.environ.setdefault("SGLANG_USE_CPU_ENGINE", "1")
 os.environ.setdefault("MC_LOG_LEVEL", "ERROR")
@@ -71,14 +72,19 @@ def content(page_hash: str, page_tokens: int) -> torch.Tensor:
 class SchedulerChannel:
     """Stands in for ControlChannel: keeps what is sent, and brings plans on a thread of its own."""
 
-    def __init__(self, _address, engine, load, on_plan, *_args, **_kwargs) -> None:
+    faults = 0
+
+    def __init__(self, _address, engine, load, on_plan, _key_files=None, on_no_plan=None) -> None:
         self.described = engine
         """As the scheduler knows this engine."""
         self.connected = True
         self.faults = 0
         self.sent: list[Report | Done] = []
         self.load = load
-        self._on_plan = on_plan
+        self._on_plan, self._on_no_plan = on_plan, on_no_plan
+
+    def describe(self, engine) -> None:
+        self.described = engine
 
     def start(self) -> None: ...
 
@@ -89,15 +95,22 @@ class SchedulerChannel:
 
     def bring(self, plan: Plan) -> None:
         """Returns when the plan was handed over; a failure is logged, as by the real channel."""
-        thread = threading.Thread(target=self._bring, args=(plan,), name="dualpath-control")
+        self._call(self._on_plan, plan)
+
+    def bring_none(self, room: int) -> None:
+        """The scheduler will make no plan for the room."""
+        self._call(self._on_no_plan, room)
+
+    def _call(self, handler: Callable[[Any], None], argument: Any) -> None:
+        def call() -> None:
+            try:
+                handler(argument)
+            except Exception:
+                logger.exception("%r could not be used", argument)
+
+        thread = threading.Thread(target=call, name="dualpath-control")
         thread.start()
         thread.join(WAIT_S)
-
-    def _bring(self, plan: Plan) -> None:
-        try:
-            self._on_plan(plan)
-        except Exception:
-            logger.exception("the plan of room %d could not be used", plan.room)
 
 
 class Engine:
@@ -303,6 +316,13 @@ class Engine:
     def unevictable(self) -> tuple[int, int]:
         """Host and device pages that stay when everything that may be evicted was."""
         return unevictable_pages(self.tree, self.pool)
+
+    def becomes_idle(self) -> None:
+        """DualPath lets go of everything, and every page can be given back."""
+        self.until(lambda: self.held == 0, "nothing is held")
+        if not self.within(WAIT_S, lambda: self.unevictable() == (0, 0)):
+            host, device = self.unevictable()
+            raise AssertionError(f"{host} host pages and {device} device pages can never be evicted")
 
     # -- one request --------------------------------------------------------------------------------
 
