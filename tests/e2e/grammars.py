@@ -60,9 +60,7 @@ def told(answer: dict) -> str:
     """What an answer says, without what differs from run to run."""
     if "text" in answer:
         return answer["text"]
-    message = answer["choices"][0]["message"]
-    calls = message.get("tool_calls") or []
-    return calls[0]["function"]["arguments"] if calls else message["content"]
+    return answer["choices"][0]["message"]["content"]
 
 
 def ask_all(url: str) -> dict[str, str]:

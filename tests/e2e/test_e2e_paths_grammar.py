@@ -20,5 +20,8 @@ def test_an_answer_bound_by_a_grammar_obeys_it_and_is_the_single_servers(cluster
     if name in PATTERNS:
         assert re.fullmatch(PATTERNS[name], answer)
     else:
-        assert set(json.loads(answer)) == set(SCHEMA["properties"])
+        value = json.loads(answer)
+        # Without a parser of this model's own tool calls SGLang leaves them in the text.
+        person = value[0]["parameters"] if name == "tool" else value
+        assert set(person) == set(SCHEMA["properties"])
     assert answer == grammar_reference[name]
