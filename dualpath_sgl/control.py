@@ -56,8 +56,9 @@ otherwise report in step from then on, and plans wait behind their heartbeats.""
 RETRY_S = 1.0
 """Until a new socket, after a fault of ours or a refusal: ZeroMQ itself tries no more after one."""
 
-BROKEN_HANDSHAKES = 3
-"""In a row, until they count as a refusal; one happens when a scheduler is stopped."""
+BROKEN_HANDSHAKES = 2
+"""In a row, until they count as a refusal: a scheduler breaks off with keys it does not admit, so that they
+try again, but also when it is stopped."""
 
 _HANDSHAKE_FAILED = {
     zmq.EVENT_HANDSHAKE_FAILED_AUTH: (
@@ -69,8 +70,8 @@ _HANDSHAKE_FAILED = {
         "set DUALPATH_KEY_FILE and DUALPATH_SCHEDULER_KEY_FILE just when the scheduler has keys"
     ),
     zmq.EVENT_HANDSHAKE_FAILED_NO_DETAIL: (
-        "the handshake breaks off; DUALPATH_SCHEDULER must be the address of a scheduler, and "
-        "DUALPATH_SCHEDULER_KEY_FILE that scheduler's key"
+        "the handshake breaks off; the .key file of DUALPATH_KEY_FILE must be in the scheduler's directory of "
+        "authorized keys, and DUALPATH_SCHEDULER_KEY_FILE the key of the scheduler at this address"
     ),
 }
 """Why, and the remedy."""
@@ -206,7 +207,8 @@ class ControlChannel(threading.Thread):
                 self._broken_handshakes = 0
                 logger.info("DualPath scheduler %s: linked", self._address)
             elif event == zmq.EVENT_DISCONNECTED:
-                logger.info("DualPath scheduler %s: away, using the prefill path", self._address)
+                if not self._broken_handshakes:
+                    logger.info("DualPath scheduler %s: away, using the prefill path", self._address)
             elif event == zmq.EVENT_HANDSHAKE_FAILED_NO_DETAIL:
                 self._broken_handshakes += 1
                 if self._broken_handshakes >= BROKEN_HANDSHAKES:

@@ -279,7 +279,7 @@ class DecodeSide:
             return
         offers = plan.prefill_local_pages < plan.split_page
         if offers:
-            server.open(request.room, plan.prefill_local_pages)
+            server.open(request.room, plan.prefill_local_pages, request.prompt_hash)
             self._offer_held(queue, request, held, plan)
         if held_pages >= plan.split_page:
             server.end(request.room)

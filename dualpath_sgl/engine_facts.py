@@ -37,7 +37,7 @@ def of_choices(cfg: Any) -> Facts:
 
 
 def of_flags(cfg: Any) -> Facts:
-    """All facts of resolved flags and of this process's environment.  Raises ValueError as settings() does."""
+    """All facts of resolved flags and of this process's environment.  Raises what settings() raises."""
     return Facts(
         **_choices(cfg),
         layout=cfg.hicache_mem_layout,
@@ -186,6 +186,6 @@ def after_scheduler_init(_result: None, _scheduler: Any, *_args: Any, **_kwargs:
 
     if runtime.current() is None:
         raise RuntimeError(
-            "DUALPATH_ENABLED is 1, but SGLang built no HiCache storage backend for this model; run `dualpath "
-            "doctor` with the engine's flags, or unset DUALPATH_ENABLED to run it without DualPath"
+            "DUALPATH_ENABLED is 1, but SGLang built no HiCache storage backend for this model; run "
+            "`dualpath doctor` with the engine's flags, or unset DUALPATH_ENABLED to run it without DualPath"
         )

@@ -9,7 +9,6 @@ kind is not found.  Prefill and decode engines of the same kind compute the same
 from __future__ import annotations
 
 import hashlib
-import logging
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -19,8 +18,6 @@ from dualpath_sgl.layout import digest, geometry, short_dtype
 if TYPE_CHECKING:
     from sglang.srt.managers.cache_controller import HiCacheController
     from sglang.srt.mem_cache.hicache_storage import HiCacheStorageConfig
-
-logger = logging.getLogger(__name__)
 
 TAG = "extra_backend_tag"
 
@@ -61,7 +58,8 @@ def _model_facts() -> dict[str, Any]:
         "overrides": model.json_model_override_args,
         "quantization": model.quantization,
         "kv_scales": _content(model.quantization_param_path),
-        "draft": (draft.speculative_algorithm, Path(draft.speculative_draft_model_path or "").name),
+        # Not the algorithm: one without a draft model leaves KV as it is, and may be a decode engine's only.
+        "draft": Path(draft.speculative_draft_model_path or "").name,
         "draft_dtype": draft.speculative_draft_kv_cache_dtype,
     }
 

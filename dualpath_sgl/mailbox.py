@@ -13,6 +13,7 @@ class Mailbox(Generic[T]):
     """Any thread may `put`; the owner polls `fd` for reading and then iterates `drain()`."""
 
     def __init__(self) -> None:
+        """Raises OSError when the process has no descriptor left."""
         self._items: SimpleQueue[T] = SimpleQueue()
         self.fd = os.eventfd(0, os.EFD_NONBLOCK)
 
@@ -30,3 +31,11 @@ class Mailbox(Generic[T]):
                 yield self._items.get_nowait()
             except Empty:
                 return
+
+    @property
+    def empty(self) -> bool:
+        return self._items.empty()
+
+    def close(self) -> None:
+        """Nobody puts anything in any more."""
+        os.close(self.fd)

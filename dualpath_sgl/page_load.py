@@ -2,7 +2,8 @@
 
 SGLang counts a prefetch by its contiguous prefix, so pages may land in any order but only the
 prefix is acknowledged.  The final acknowledgement hands the pages to SGLang's scheduler thread;
-it is given only after every lane has let go of the operation's memory.
+it is given only after every lane has let go of the operation's memory, and without those pages
+into which a read that hangs may still write.
 """
 
 from __future__ import annotations
@@ -11,11 +12,12 @@ import threading
 import time
 from typing import TYPE_CHECKING, Callable
 
+import torch
+
 from dualpath_sgl import faults
 from scheduler_svc.protocol import LaneRecord
 
 if TYPE_CHECKING:
-    import torch
     from sglang.srt.mem_cache.hybrid_cache.hybrid_cache_controller import (
         HybridCacheController,
         PrefetchOperation,
@@ -90,12 +92,15 @@ class PageLoad:
         """Pages landed without a gap."""
         self.clocks: list[LaneClock] = []
         self._landed = bytearray(self.pages)
+        self._host_indices = operation.host_indices
+        self._withheld = bytearray(self.pages)
         self._open_parts = 1  # whoever submits parts closes this one after the last
         self._lock = threading.Lock()
         self._on_prefix = on_prefix
         self._on_lanes_done = on_lanes_done
         self._hold = hold
         self._stopped = False
+        self._acknowledged = False
         self._open_loads = open_loads
         open_loads.add(self)
 
@@ -114,7 +119,27 @@ class PageLoad:
 
     def host_indices(self, first: int, end: int) -> torch.Tensor:
         page_size = self.controller.page_size
-        return self.operation.host_indices[first * page_size : end * page_size]
+        return self._host_indices[first * page_size : end * page_size]
+
+    def withhold(self, first: int, end: int) -> Callable[[], None]:
+        """Pages `[first, end)` may still be written into: the load will end without them.
+
+        None of them may land.  SGLang gets them back when the result is called, on any thread, once;
+        until then this load is open (OpenLoads).
+        """
+        with self._lock:
+            self._withheld[first:end] = b"\x01" * (end - first)
+        return lambda: self._give_back(first, end)
+
+    def _give_back(self, first: int, end: int) -> None:
+        with self._lock:
+            self._withheld[first:end] = bytes(end - first)
+            if not self._acknowledged:
+                return  # the last acknowledgement gives them back with the others
+            over = not any(self._withheld)
+        self.controller.append_host_mem_release(self.host_indices(first, end))
+        if over:
+            self._open_loads.remove(self)
 
     def open_part(self, lane: str, first: int) -> LaneClock:
         with self._lock:
@@ -162,8 +187,16 @@ class PageLoad:
             self._hold(self._acknowledge)
 
     def _acknowledge(self) -> None:
+        with self._lock:
+            withheld = any(self._withheld)
+            if withheld:
+                # On its last word SGLang frees what did not land of these.
+                free = ~torch.tensor(list(self._withheld), dtype=torch.bool)
+                self.operation.host_indices = self._host_indices.reshape(self.pages, -1)[free].flatten()
+            self._acknowledged = True
         acknowledge(self.controller, self.operation, self.prefix)
-        self._open_loads.remove(self)
+        if not withheld:
+            self._open_loads.remove(self)
 
 
 def acknowledge(controller: HybridCacheController, operation: PrefetchOperation, pages: int) -> None:

@@ -15,9 +15,9 @@ from typing import Callable
 import zmq
 
 from scheduler_svc.authenticator import PeerAuthenticator, sender
-from scheduler_svc.authorized_keys import engine_name
+from scheduler_svc.engine_names import server_id
 from scheduler_svc.keys import PUBLIC, load_public, load_secret, secure_server
-from scheduler_svc.sparse_log import SparseLog
+from scheduler_svc.log_limit import LimitedLog
 
 logger = logging.getLogger(__name__)
 
@@ -34,7 +34,7 @@ class PeerKeys:
         # Of its own: ZeroMQ asks one authenticator a context, and SGLang uses the common one.
         self._context = zmq.Context()
         self._authenticator = PeerAuthenticator(directory, self._context)
-        self._log = SparseLog(logger)
+        self._log = LimitedLog(logger)
 
     def server_socket(self) -> zmq.Socket:
         """The page server's socket, not bound yet; its peers are authenticated until `stop`."""
@@ -51,12 +51,13 @@ class PeerKeys:
         """Whether the sender's key still lies in the directory; `frame` came with `copy=False`."""
         admitted = bool(self._authenticator.keys.names(sender(frame)))
         if not admitted:
-            self._log.warning("DualPath page server: ignored a peer whose key was taken away")
+            text = "DualPath page server: ignored a peer whose key was taken away"
+            self._log.log(logging.WARNING, text)
         return admitted
 
     def towards(self, engine_id: str) -> Secure:
         """How a lane to `engine_id` is made.  Raises KeyFileError: its key lies not in the directory."""
-        server = load_public(self._directory / (engine_name(engine_id) + PUBLIC))
+        server = load_public(self._directory / (server_id(engine_id) + PUBLIC))
         return partial(_secure_client, self._own, server)
 
 

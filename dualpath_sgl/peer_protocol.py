@@ -4,11 +4,15 @@
     DE -> Pages, ...      where the next pages lie, as soon as they are whole and pinned
     DE -> Waiting         still loading; the lane need not give up
     DE -> Ended           no page from `end_page` on will come
+    PE -> Reading         "I am on my way through what you offered; keep it"
     PE -> Release         "I have read what I need"
     DE -> Released        `valid` tells whether the pages were pinned all that time
 
 A page that was read counts only after `Released(valid=True)`: pages stay pinned until the DE
 handles the release, so everything read before it was read from pinned memory.
+
+Releases of DualPath work together as long as their `VERSION` is the same: a field that one side
+does not know is ignored.
 """
 
 from __future__ import annotations
@@ -20,7 +24,11 @@ from msgspec import Meta
 
 from scheduler_svc.protocol import Count, Name, Room, Wire, decode
 
+VERSION = 1
+"""Raised when a release cannot talk to the one before."""
 MAX_MESSAGE_BYTES = 8 * 1024 * 1024
+MOST_POINTERS = 4096
+"""In one Pages message, or those of one page: some 100 KB, whatever a DE offers."""
 Pointer = Annotated[int, Meta(ge=0, le=2**63 - 1)]
 """An address in user space."""
 
@@ -30,6 +38,14 @@ class Pull(Wire, tag="pull"):
     first_page: Count
     end_page: Count
     fingerprint: Name
+    prompt_hash: Annotated[str, Meta(max_length=256)] | None = None
+    """Of the prompt that the PE means by this room; None where it does not say."""
+    version: Count = 1
+    """Absent is the first one."""
+
+
+class Reading(Wire, tag="reading"):
+    room: Room
 
 
 class Release(Wire, tag="release"):
@@ -64,7 +80,7 @@ class Released(Wire, tag="released"):
     valid: bool
 
 
-ToServer = Pull | Release
+ToServer = Pull | Reading | Release
 ToLane = Pages | Waiting | Ended | Released
 
 _to_server = msgspec.json.Decoder(ToServer)

@@ -21,6 +21,7 @@ from dualpath_sgl import faults
 from dualpath_sgl.closing import close_room
 from dualpath_sgl.page_load import PageLoad
 from dualpath_sgl.peer_lane import PeerLane
+from dualpath_sgl.peer_lanes import PeerLanes
 from dualpath_sgl.prompt_hash import prompt_hash
 from dualpath_sgl.tracing import traceparent_of
 from scheduler_svc.protocol import Load, Outcome, Plan, Report, Role
@@ -64,7 +65,7 @@ class PrefillSide:
         self._by_room: dict[int, _Request] = {}
         self._waiting: dict[str, _Request] = {}
         """Those whose operation waits for a plan, by request id."""
-        self._lanes: dict[str, PeerLane] = {}
+        self._lanes = PeerLanes(self._new_lane)
         self._lock = threading.RLock()
 
     # -- SGLang's scheduler thread ------------------------------------------------------------
@@ -260,7 +261,10 @@ class PrefillSide:
         pages = min(max(0, plan.split_page - load.first_page), load.pages)
         if pages:
             try:
-                self._lane(plan).submit(load, request.room, pages)
+                endpoint = plan.decode_endpoints[self._runtime.rank]
+                self._lanes.submit(
+                    endpoint, plan.decode_id, load, request.room, pages, request.prompt_hash
+                )
             except Exception:
                 faults.record("room %d: its pages come from the store, no peer lane", request.room)
                 request.fallback_reason = "peer lane did not start"
@@ -285,34 +289,26 @@ class PrefillSide:
         if plan.split_page <= plan.prefill_local_pages or rank >= len(plan.decode_endpoints):
             return
         try:
-            self._lane(plan).let_go(plan.room)
+            self._lanes.let_go(plan.decode_endpoints[rank], plan.decode_id, plan.room)
         except Exception:
             # The DE stops waiting by itself (DUALPATH_SUBSCRIBE_TIMEOUT_S).
             faults.record("room %d: its decode engine was not told to let go", plan.room)
 
-    def _lane(self, plan: Plan) -> PeerLane:
+    def _new_lane(self, endpoint: str, decode_id: str) -> PeerLane:
         """Raises scheduler_svc.keys.KeyFileError when engines have keys and the DE's is not there."""
-        endpoint, keys = plan.decode_endpoints[self._runtime.rank], self._runtime.peer_keys
-        with self._lock:
-            lane = self._lanes.get(endpoint)
-            if lane is None:
-                lane = PeerLane(
-                    endpoint,
-                    self._runtime.forwarder,
-                    self._runtime.fingerprint,
-                    self._runtime.settings.peer_timeout_s,
-                    self._on_missing,
-                    keys.towards(plan.decode_id) if keys else None,
-                )
-                lane.start()
-                self._lanes[endpoint] = lane
-            return lane
+        keys = self._runtime.peer_keys
+        return PeerLane(
+            endpoint,
+            self._runtime.forwarder,
+            self._runtime.fingerprint,
+            self._runtime.settings.peer_timeout_s,
+            self._on_missing,
+            keys.towards(decode_id) if keys else None,
+        )
 
     def rename_layout(self, fingerprint: str) -> None:
         """Lanes ask for pages of this layout from now on."""
-        with self._lock:
-            for lane in self._lanes.values():
-                lane.fingerprint = fingerprint
+        self._lanes.rename_layout(fingerprint)
 
     def _on_missing(self, load: PageLoad, first: int, end: int, reason: str) -> None:
         """The DE did not deliver: the store does."""

@@ -209,7 +209,7 @@ def _decode_radix_cache(facts: Facts) -> Problem | None:
         return Problem(
             "--disaggregation-decode-enable-radix-cache",
             "not given",
-            "without it a decode engine keeps no pages that it could forward, and SGLang refuses HiCache there",
+            "without it a decode engine keeps no pages to forward, and SGLang refuses HiCache there",
             "give it",
         )
     return None
@@ -302,7 +302,7 @@ def _side_pool(facts: Facts) -> Problem | None:
         return Problem(
             "--tp-size",
             facts.tp_size,
-            f"the model has a host pool {facts.side_pool} beside its KV, which DualPath serves on one rank only",
+            f"the model has a host pool {facts.side_pool} beside its KV, which works on one rank only",
             f"give --tp-size 1, or {UPSTREAM}",
         )
     return None

@@ -8,24 +8,39 @@ Search -> JSON file.
 from __future__ import annotations
 
 import json
+import logging
+import math
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
-from evals.errors import EvalError
+from evals import otlp
+
+logger = logging.getLogger(__name__)
 
 _KINDS = {1: "internal", 2: "server", 3: "client", 4: "producer", 5: "consumer"}
 _STATUS_ERROR = 2
 
 
-def convert(spans_files: Iterable[Path], out: Path) -> int:
+def convert(spans_files: Iterable[Path], out: Path, skipped: list[str] | None = None) -> int:
     """Write the spans of `spans_files` (OTLP JSON lines) to `out` in Jaeger's form.
 
-    Returns the number of traces.  Raises EvalError when a line is no OTLP JSON.
+    Returns the number of traces.  Broken lines and spans are left out: one sentence each goes to
+    `skipped`, or a warning to the log.  Raises EvalError when a file cannot be read.
     """
-    document = {"data": traces(request for file in spans_files for request in read_lines(file))}
+    document = {"data": traces(request for file in spans_files for request in read_lines(file, skipped))}
     out.write_text(json.dumps(document, separators=(",", ":")) + "\n")
     return len(document["data"])
+
+
+def read_lines(spans_file: Path, skipped: list[str] | None = None) -> Iterator[dict[str, Any]]:
+    """Export requests of a file with what of them is whole; see `convert` for the rest."""
+    left_out: list[str] = []
+    yield from otlp.read_lines(spans_file, left_out)
+    if skipped is not None:
+        skipped += left_out
+    elif left_out:
+        logger.warning("%d broken lines or spans left out, the first: %s", len(left_out), left_out[0])
 
 
 def traces(requests: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -131,27 +146,22 @@ def _value(value: dict[str, Any]) -> tuple[str, Any]:
         case {"intValue": number}:
             return "int64", int(number)
         case {"doubleValue": number}:
-            return "float64", number
-        case {"arrayValue": array}:
-            return "string", json.dumps([_value(item)[1] for item in array.get("values", ())])
-        case {"kvlistValue": table}:
-            items = {item["key"]: _value(item.get("value", {}))[1] for item in table.get("values", ())}
-            return "string", json.dumps(items)
+            # JSON has no NaN and no infinity.
+            return ("float64", number) if math.isfinite(number) else ("string", str(number))
+        case {"arrayValue": _} | {"kvlistValue": _}:
+            return "string", json.dumps(_plain(value))
         case {"bytesValue": data}:
             return "binary", data
         case _:
             return "string", ""
 
 
-def read_lines(spans_file: Path) -> Iterator[dict[str, Any]]:
-    if not spans_file.exists():
-        raise EvalError(f"{spans_file}: no such file; was the cluster run with the trace collector?")
-    with spans_file.open(encoding="utf-8") as lines:
-        for number, line in enumerate(lines, start=1):
-            try:
-                yield json.loads(line)
-            except json.JSONDecodeError as error:
-                raise EvalError(
-                    f"{spans_file}: line {number} is not JSON ({error}); "
-                    "expected one OTLP export request a line, remove the line"
-                ) from None
+def _plain(value: dict[str, Any]) -> Any:
+    """An OTLP AnyValue as JSON has it, lists and tables within each other included."""
+    match value:
+        case {"arrayValue": array}:
+            return [_plain(item) for item in array.get("values", ())]
+        case {"kvlistValue": table}:
+            return {item["key"]: _plain(item.get("value", {})) for item in table.get("values", ())}
+        case _:
+            return _value(value)[1]

@@ -81,13 +81,30 @@ def evaluate(options: EvalOptions, console: Console) -> Summary:
         for mode in options.modes:
             results[mode], spans = _run_mode(mode, options, workload, expected, progress)
             span_files += [spans] if spans else []
-    traces = jaeger.convert(span_files, options.out / "traces.json") if span_files else 0
-
-    summary = Summary.of(info, results, traces)
-    (options.out / "summary.json").write_text(summary.model_dump_json(indent=2) + "\n")
-    (options.out / "report.md").write_text(report.markdown(summary))
+    # First what was measured: spans come from many processes, and a killed one leaves half of them.
+    _write(Summary.of(info, results, traces=0), options.out)
+    summary = Summary.of(info, results, _convert(span_files, options.out / "traces.json", console))
+    _write(summary, options.out)
     report.print_summary(summary, console)
     return summary
+
+
+def _write(summary: Summary, out: Path) -> None:
+    (out / "summary.json").write_text(summary.model_dump_json(indent=2) + "\n")
+    (out / "report.md").write_text(report.markdown(summary))
+
+
+def _convert(span_files: list[Path], out: Path, console: Console) -> int:
+    """Traces written to `out`; 0 with the reason on the console when spans cannot be read at all."""
+    skipped: list[str] = []
+    try:
+        traces = jaeger.convert(span_files, out, skipped) if span_files else 0
+    except (EvalError, OSError) as error:
+        console.print(f"no traces: {error}", markup=False)
+        return 0
+    if skipped:
+        console.print(f"{len(skipped)} broken span lines left out, the first: {skipped[0]}", markup=False)
+    return traces
 
 
 def cluster_config(base: ClusterConfig, mode: str) -> ClusterConfig:

@@ -11,13 +11,14 @@ Source of the format: callanjfox/kv-cache-tester (docs/trace_replay_tester.md).
 
 from __future__ import annotations
 
-import json
+import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Annotated, Any, NamedTuple
 
 from pydantic import BaseModel, ConfigDict, Field, StrictInt, StrictStr, ValidationError, model_validator
 
+from evals.documents import first_problem, read_json
 from evals.errors import EvalError
 
 Tokens = Annotated[StrictInt, Field(ge=0, le=2**31)]
@@ -34,7 +35,8 @@ class TraceRequest(BaseModel):
 class TraceSession(BaseModel):
     model_config = ConfigDict(frozen=True)
 
-    id: Annotated[StrictStr, Field(min_length=1, max_length=200)]
+    id: Annotated[StrictStr, Field(max_length=200, pattern=r"^[^\x00-\x1f\x7f]+$")]
+    """It goes into headers and logs: no control characters."""
     block_size: Annotated[StrictInt, Field(ge=1, le=65536)]
     requests: Annotated[tuple[TraceRequest, ...], Field(min_length=1)]
 
@@ -69,21 +71,57 @@ def shared_blocks(left: tuple[int, ...], right: tuple[int, ...]) -> int:
     return low
 
 
+class _Branch:
+    """A place where earlier prompts part or end: a node of their prefix tree."""
+
+    __slots__ = ("ids", "below", "latest", "ends")
+
+    def __init__(self, ids: tuple[int, ...], latest: int) -> None:
+        self.ids = ids
+        """From the branch above to this one."""
+        self.below: dict[int, _Branch] = {}
+        """By their first id."""
+        self.latest = latest
+        """Of the prompts that came through here."""
+        self.ends: dict[int, int] = {}
+        """Prompts that end here: tokens -> the latest of that length."""
+
+    def split(self, blocks: int) -> _Branch:
+        """A branch after the first `blocks` of the ids that lead here, with this one below it."""
+        upper = _Branch(self.ids[:blocks], self.latest)
+        self.ids = self.ids[blocks:]
+        upper.below[self.ids[0]] = self
+        return upper
+
+
 def sharings(session: TraceSession) -> list[Sharing | None]:
     """For every request, the earlier one it shares most with; None where it shares nothing.
 
     Among equals a prompt that is contained completely wins, then the latest.
     """
-    found: list[Sharing | None] = []
-    for index, request in enumerate(session.requests):
-        best: tuple[int, bool, int] = (0, False, -1)
-        for earlier, candidate in enumerate(session.requests[:index]):
-            blocks = shared_blocks(request.hash_ids, candidate.hash_ids)
-            extends = blocks == len(candidate.hash_ids) and request.prompt_tokens > candidate.prompt_tokens
-            best = max(best, (blocks, extends, earlier))
-        blocks, extends, parent = best
-        found.append(Sharing(parent, blocks, extends) if blocks else None)
-    return found
+    root = _Branch((), -1)
+    return [_enter(root, index, request) for index, request in enumerate(session.requests)]
+
+
+def _enter(root: _Branch, index: int, request: TraceRequest) -> Sharing | None:
+    """Add a prompt to the tree of the earlier ones; what it shares with them."""
+    ids, branch, blocks = request.hash_ids, root, 0
+    while True:
+        earlier, branch.latest = branch.latest, index
+        below = branch.below.get(ids[blocks]) if blocks < len(ids) else None
+        if below is None:
+            break
+        equal = shared_blocks(below.ids, ids[blocks : blocks + len(below.ids)])
+        if equal < len(below.ids):
+            branch.below[ids[blocks]] = below = below.split(equal)
+        branch, blocks = below, blocks + equal
+    contained = [latest for tokens, latest in branch.ends.items() if tokens < request.prompt_tokens]
+    if blocks < len(ids):
+        rest = branch.below[ids[blocks]] = _Branch(ids[blocks:], index)
+        rest.ends[request.prompt_tokens] = index
+    else:
+        branch.ends[request.prompt_tokens] = index
+    return Sharing(max(contained, default=earlier), blocks, bool(contained)) if blocks else None
 
 
 def theoretical_hit_rate(sessions: Sequence[TraceSession]) -> float:
@@ -98,12 +136,7 @@ def theoretical_hit_rate(sessions: Sequence[TraceSession]) -> float:
 
 def load_session(file: Path) -> TraceSession:
     """Read one trace file.  Raises EvalError."""
-    try:
-        document = json.loads(file.read_bytes())
-    except OSError as error:
-        raise EvalError(f"{file}: cannot be read: {error.strerror}; check the path") from None
-    except (UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise EvalError(f"{file}: not JSON ({error}); expected one claude-code-weka session") from None
+    document = read_json(file, "one claude-code-weka session")
     if not isinstance(document, dict):
         raise EvalError(
             f"{file}: the top level is a {type(document).__name__}; expected an object with id, "
@@ -114,12 +147,12 @@ def load_session(file: Path) -> TraceSession:
     try:
         return TraceSession.model_validate(document)
     except ValidationError as error:
-        raise EvalError(f"{file}: {_first_problem(error)}") from None
+        raise EvalError(f"{file}: {first_problem(error)}; correct it or leave the file out") from None
 
 
 def load_sessions(path: Path) -> list[TraceSession]:
     """Read one trace file, or every `*.json` of a directory in name order.  Raises EvalError."""
-    if not path.exists():
+    if not os.path.exists(path):
         raise EvalError(f"{path}: no such file or directory; give a trace file or a directory of them")
     files = sorted(path.glob("*.json")) if path.is_dir() else [path]
     if not files:
@@ -128,21 +161,21 @@ def load_sessions(path: Path) -> list[TraceSession]:
 
 
 def _flat(requests: list[Any]) -> Iterator[Any]:
-    for request in requests:
-        if isinstance(request, dict) and request.get("type") == "subagent":
-            nested = request.get("requests")
-            if isinstance(nested, list):
-                yield from _flat(nested)
-                continue
-        yield request
+    """The requests with those of sub-agents in their places, however deep."""
+    open_lists = [iter(requests)]
+    while open_lists:
+        request = next(open_lists[-1], _END)
+        if request is _END:
+            open_lists.pop()
+        elif isinstance(request, dict) and request.get("type") == "subagent" and _nested(request) is not None:
+            open_lists.append(iter(_nested(request)))
+        else:
+            yield request
 
 
-def _first_problem(error: ValidationError) -> str:
-    first = error.errors(include_url=False, include_context=False)[0]
-    field = ".".join(str(part) for part in first["loc"])
-    if not field:
-        return f"{first['msg']}; repair the file or leave it out"
-    if first["type"] == "missing":
-        return f"field {field} is missing; add it or leave the file out"
-    got = str(first["input"])[:80]
-    return f"field {field}: {first['msg']}, got {got!r}; correct the value or leave the file out"
+_END = object()
+
+
+def _nested(request: dict[str, Any]) -> list[Any] | None:
+    nested = request.get("requests")
+    return nested if isinstance(nested, list) else None

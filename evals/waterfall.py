@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 import difflib
-import json
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
+from pydantic import BaseModel, Field, ValidationError
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from evals.documents import first_problem, read_json
 from evals.errors import EvalError
 
+Microseconds = Annotated[int, Field(ge=0, lt=2**63)]
+MOST_INDENTED = 20
+"""Levels; deeper ones stand below each other."""
 BAR_WIDTH = 32
 NARROW_BAR_WIDTH = 12
 NARROW_CONSOLE = 120
@@ -36,24 +40,60 @@ _SHOWN = (
 _COLOURS = ("cyan", "green", "magenta", "yellow", "blue", "red")
 
 
+JAEGER_S_FORM = "Jaeger's form, as traces.json is (name one with --file)"
+
+
+class _Tag(BaseModel):
+    key: str
+    value: Any = None
+
+
+class _Reference(BaseModel):
+    spanID: str
+
+
+class _Span(BaseModel):
+    """Fields that are shown; others are ignored."""
+
+    spanID: str
+    operationName: str = ""
+    references: list[_Reference] = []
+    startTime: Microseconds
+    duration: Microseconds = 0
+    tags: list[_Tag] = []
+    processID: str = ""
+
+
+class _Process(BaseModel):
+    serviceName: str = "unknown"
+
+
+class _Trace(BaseModel):
+    traceID: str
+    spans: Annotated[list[_Span], Field(min_length=1)]
+    processes: dict[str, _Process] = {}
+
+
+class _Document(BaseModel):
+    data: list[_Trace]
+
+
 def read_traces(file: Path) -> list[dict[str, Any]]:
     """The traces of a Jaeger JSON file.  Raises EvalError."""
-    try:
-        document = json.loads(file.read_bytes())
-    except OSError as error:
-        raise EvalError(f"{file}: cannot be read: {error.strerror}; name a traces.json with --file") from None
-    except (UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise EvalError(f"{file}: not JSON ({error}); expected Jaeger's form, as traces.json is") from None
+    document = read_json(file, JAEGER_S_FORM)
     if not isinstance(document, dict) or not isinstance(document.get("data"), list):
-        raise EvalError(f"{file}: field data is missing; expected Jaeger's form, as traces.json is")
-    return document["data"]
+        raise EvalError(f"{file}: field data is missing; expected {JAEGER_S_FORM}")
+    try:
+        return _Document.model_validate(document).model_dump()["data"]
+    except ValidationError as error:
+        raise EvalError(f"{file}: {first_problem(error)}; expected {JAEGER_S_FORM}") from None
 
 
 def find(traces: list[dict[str, Any]], wanted: str) -> dict[str, Any]:
     """The trace whose id is `wanted` or the only one whose id begins so.  Raises EvalError."""
     wanted = wanted.lower()
     ids = [trace["traceID"] for trace in traces]
-    matches = [trace for trace in traces if wanted and trace["traceID"].startswith(wanted)]
+    matches = [trace for trace in traces if wanted and trace["traceID"].lower().startswith(wanted)]
     if len(matches) == 1:
         return matches[0]
     if matches:
@@ -71,7 +111,7 @@ def show(trace: dict[str, Any], console: Console) -> None:
     spans = trace["spans"]
     begin = min(span["startTime"] for span in spans)
     total = max(1, max(span["startTime"] + span["duration"] for span in spans) - begin)
-    services = sorted({process["serviceName"] for process in trace["processes"].values()})
+    services = sorted({_service(trace, span) for span in spans})
     colours = {service: _COLOURS[index % len(_COLOURS)] for index, service in enumerate(services)}
 
     console.print(f"trace {trace['traceID']}  {len(spans)} spans  {len(services)} services  {_ms(total)}")
@@ -84,10 +124,10 @@ def show(trace: dict[str, Any], console: Console) -> None:
     table.add_column("", no_wrap=True, width=bar_width)
     table.add_column("attributes", overflow="fold", ratio=1)
     for depth, span in _tree(spans):
-        service = trace["processes"][span["processID"]]["serviceName"]
+        service = _service(trace, span)
         offset = span["startTime"] - begin
         table.add_row(
-            Text("  " * depth + span["operationName"]),
+            Text("  " * min(depth, MOST_INDENTED) + span["operationName"]),
             Text(service, style=colours[service]),
             _ms(offset),
             _ms(span["duration"]),
@@ -106,7 +146,7 @@ def list_traces(traces: list[dict[str, Any]], console: Console) -> None:
         spans = trace["spans"]
         root = next(span for _, span in _tree(spans))
         end = max(span["startTime"] + span["duration"] for span in spans)
-        services = {process["serviceName"] for process in trace["processes"].values()}
+        services = {_service(trace, span) for span in spans}
         table.add_row(
             trace["traceID"],
             Text(root["operationName"]),
@@ -118,19 +158,31 @@ def list_traces(traces: list[dict[str, Any]], console: Console) -> None:
     console.print(table)
 
 
+def _service(trace: dict[str, Any], span: dict[str, Any]) -> str:
+    return trace["processes"].get(span["processID"], {}).get("serviceName", "unknown")
+
+
 def _tree(spans: list[dict[str, Any]]) -> Iterator[tuple[int, dict[str, Any]]]:
-    """Spans with their depth, parents before children, siblings by start."""
+    """Every span once with its depth, parents before children, siblings by start.
+
+    A span whose parent is elsewhere is a root.  Of spans that are each other's parents, the first one is.
+    """
+    ids = {span["spanID"] for span in spans}
     children: dict[str | None, list[dict[str, Any]]] = {}
-    for span in spans:
-        parent = span["references"][0]["spanID"] if span["references"] else None
-        children.setdefault(parent, []).append(span)
-    for siblings in children.values():
-        siblings.sort(key=lambda span: span["startTime"])
-    stack = [(0, span) for span in reversed(children.get(None, []))]
-    while stack:
-        depth, span = stack.pop()
-        yield depth, span
-        stack += [(depth + 1, child) for child in reversed(children.get(span["spanID"], []))]
+    ordered = sorted(spans, key=lambda span: span["startTime"])
+    for span in ordered:
+        parents = [found["spanID"] for found in span["references"] if found["spanID"] in ids]
+        children.setdefault(parents[0] if parents else None, []).append(span)
+    shown: set[int] = set()
+    for root in (*children.get(None, []), *ordered):
+        stack = [(0, root)]
+        while stack:
+            depth, span = stack.pop()
+            if id(span) in shown:
+                continue
+            shown.add(id(span))
+            yield depth, span
+            stack += [(depth + 1, child) for child in reversed(children.pop(span["spanID"], []))]
 
 
 def _attributes(span: dict[str, Any]) -> str:

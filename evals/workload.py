@@ -165,11 +165,12 @@ def build(
         raise EvalError(f"turns is {turns}; give at least 1")
     cut = [session.model_copy(update={"requests": session.requests[:turns]}) for session in sessions[:agents]]
     shares = [trace.sharings(session) for session in cut]
+    names = _names([session.id for session in cut], agents)
 
     def plan(agent: int, factor: float) -> SessionPlan:
         copy, source = divmod(agent, len(cut))
         return SessionPlan(
-            f"{cut[source].id}#{copy}" if copy else cut[source].id,
+            names[agent],
             scale_session(cut[source], shares[source], factor, prelude_tokens=page_size if copy else 0),
         )
 
@@ -194,6 +195,22 @@ def build(
             low, high = (middle, high) if longest(middle) <= max_context_tokens else (low, middle)
 
     return Workload(plans(low), low, page_size, trace.theoretical_hit_rate(cut))
+
+
+def _names(ids: Sequence[str], agents: int) -> list[str]:
+    """One for each agent, no two alike: answers are kept by them, and files may repeat an id."""
+    names: list[str] = []
+    taken: set[str] = set()
+    for agent in range(agents):
+        copy, source = divmod(agent, len(ids))
+        name = wanted = f"{ids[source]}#{copy}" if copy else ids[source]
+        number = 1
+        while name in taken:
+            number += 1
+            name = f"{wanted}~{number}"
+        taken.add(name)
+        names.append(name)
+    return names
 
 
 def _longest(turns: Sequence[Turn]) -> int:

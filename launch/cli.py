@@ -72,7 +72,9 @@ def up(
         _fail(str(error))
     begun_s = time.monotonic()
     try:
-        cluster.start(lambda text: console.print(f"[dim]{time.monotonic() - begun_s:6.1f} s[/]  {escape(text)}"))
+        cluster.start(
+            lambda text: console.print(f"[dim]{time.monotonic() - begun_s:6.1f} s[/]  {escape(text)}")
+        )
         for engine in cluster.engines:
             console.print(f"{engine.name}  {engine.url}")
         look = escape(f"dualpath status --run-dir {run_dir}")
@@ -119,11 +121,13 @@ def status(
         _fail(
             f"--run-dir {run_dir}: no cluster runs there; start one: dualpath up -c FILE --run-dir {run_dir}"
         )
-    table = Table("process", "pid", "state", "address", "log", title=escape(f"{state.name} · mode {state.mode}"))
+    title = escape(f"{state.name} · mode {state.mode}")
+    table = Table("process", "pid", "state", "address", "log", title=title)
     addresses = {**state.engines, "router": state.url, "scheduler": state.scheduler}
     alive = {name for name, process in state.processes.items() if process.alive}
     for name, process in state.processes.items():
-        cells = (name, str(process.pid), _condition(process, name in alive), addresses.get(name) or "", process.log)
+        condition = _condition(process, name in alive)
+        cells = (name, str(process.pid), condition, addresses.get(name) or "", process.log)
         table.add_row(*map(escape, cells))
     console.print(table)
     if state.scheduler is not None:
@@ -274,7 +278,7 @@ def _print_scheduler(found) -> None:
     for status_ in found.engines:
         engine, load_ = status_.engine, status_.load
         table.add_row(
-            engine.engine_id,
+            escape(engine.engine_id),
             str(engine.rank),
             f"{status_.age_s:.1f} s ago",
             str(load_.sequences),
@@ -285,7 +289,7 @@ def _print_scheduler(found) -> None:
         )
     console.print(table)
     paths = ", ".join(f"{path} {count}" for path, count in found.paths.items()) or "none yet"
-    fallbacks = ", ".join(f"{reason} {count}" for reason, count in found.fallbacks.items()) or "none"
+    fallbacks = ", ".join(f"{escape(reason)} {count}" for reason, count in found.fallbacks.items()) or "none"
     console.print(
         f"policy {found.policy} · up {found.uptime_s:.0f} s · rooms open {found.rooms_open}, closed "
         f"{found.rooms_closed} · paths: {paths} · fallbacks: {fallbacks} · errors {found.errors}"
@@ -303,7 +307,8 @@ def _condition(process: ProcessState, alive: bool) -> str:
     now = "ended" if not alive else "DOES NOT ANSWER" if process.silent else "running"
     if not process.last_end:
         return now
-    return f"{now}; started again {process.restarts} times, last: {process.last_end}"
+    times = "once" if process.restarts == 1 else f"{process.restarts} times"
+    return f"{now}; started again {times}, last: {process.last_end}"
 
 
 def _fail(message: str) -> NoReturn:

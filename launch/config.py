@@ -226,12 +226,6 @@ class ClusterConfig(_Section):
     security: Security | None = None
     """None: only on loopback, or on a shaped `network`, whose links exist on this machine only."""
 
-    @field_validator("host")
-    @classmethod
-    def _is_an_address(cls, host: str) -> str:
-        # Mooncake and SGLang compare addresses as they are written.
-        return "127.0.0.1" if host == "localhost" else host
-
     @model_validator(mode="after")
     def _same_layout_on_both_sides(self) -> ClusterConfig:
         if self.mode is Mode.DUALPATH and self.prefill.tp_size != self.decode.tp_size:

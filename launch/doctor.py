@@ -35,6 +35,7 @@ from launch.config import ClusterConfig, Mode
 from launch.flag_check import Judgement, judge
 from launch.patching import PatchError, State, Tree, stacks
 from launch.system_check import missing_libraries
+from scheduler_svc.reach import is_loopback
 
 REQUIREMENTS = Path(__file__).parent.parent / "requirements"
 CPU_TORCH = "2.13.0"
@@ -157,7 +158,7 @@ def _versions() -> Iterable[Finding]:
             yield Finding(MACHINE, Level.OK, f"{name} {installed}")
             continue
         level = Level.REFUSED if installed is None else Level.WARNING
-        remedy = f"install what was tested: requirements/{profile}.txt" + (f", {name}=={pinned}" if pinned else "")
+        remedy = f"install what was tested: requirements/{profile}.txt"
         yield Finding(MACHINE, level, f"{name} {installed or 'is not installed'}, tested is {pinned}", remedy)
 
 
@@ -200,10 +201,12 @@ def _reachable() -> Finding:
         address.address
         for of_interface in psutil.net_if_addrs().values()
         for address in of_interface
-        if address.family == socket.AF_INET and not address.address.startswith("127.")
+        if address.family in (socket.AF_INET, socket.AF_INET6)
+        and not is_loopback(address.address)
+        and "%" not in address.address  # link-local
     )
     if not addresses:
-        return Finding(MACHINE, Level.OK, "no address but loopback: Mooncake's open ports stay on this machine")
+        return Finding(MACHINE, Level.OK, "no address but loopback: nobody else reaches Mooncake")
     return Finding(
         MACHINE,
         Level.WARNING,

@@ -23,8 +23,6 @@ def checked(host: str) -> str:
         if not _NAME.fullmatch(host) or host.rsplit(".", 1)[-1].isdigit():
             raise ValueError(f"is neither an address nor a name; {EXAMPLE}") from None
         return host
-    if address.is_unspecified:
-        raise ValueError(f"is every address at once, and nothing can be reached there; {EXAMPLE}")
     if address.is_multicast or getattr(address, "scope_id", None):
         raise ValueError(f"cannot stand in a URL for one machine; {EXAMPLE}")
     return host

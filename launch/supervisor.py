@@ -164,8 +164,8 @@ class Supervisor:
         if not comeback.alarming:
             return text
         return (
-            f"error: {text}; it died {comeback.deaths_in_a_row} times in a row: put right what its last lines "
-            f"name\n{process.tail()}"
+            f"error: {text}; it died {comeback.deaths_in_a_row} times in a row: put right what its last "
+            f"lines name\n{process.tail()}"
         )
 
     def kill(self, name: str, signal_number: int = signal.SIGKILL) -> None:
@@ -328,7 +328,7 @@ class Cluster(Supervisor):
         for name in silent - self._silent:
             self._on_event(
                 f"error: {name} runs, but has not answered for {SILENT_AFTER_S:g} s; requests for it fail. "
-                f"If it does not come back, stop the cluster and start it again (log {self.processes[name].log_path})"
+                f"If it does not come back, start the cluster again (log {self.processes[name].log_path})"
             )
         for name in self._silent - silent:
             self._on_event(f"{name} answers again")
@@ -388,8 +388,8 @@ class Cluster(Supervisor):
         begun_s = time.monotonic()
         if left_out := foreign(os.environ):
             self._on_event(
-                f"left out of the cluster's environment: {', '.join(left_out)}; if one is meant, give it in the "
-                "cluster file: prefill.env, decode.env"
+                f"left out of the cluster's environment: {', '.join(left_out)}; if one is meant, give it in "
+                "the cluster file: prefill.env, decode.env"
             )
         if self.config.network is not None:
             self._build_network(self.config.network)
@@ -478,18 +478,18 @@ class Cluster(Supervisor):
             scheduler=self.scheduler_address if "scheduler" in self.processes else None,
             scheduler_keys=self._operator_keys,
             engines={engine.name: engine.url for engine in self.engines},
-            processes={name: self._state_of(process) for name, process in self.processes.items()},
+            processes={name: self._state_of(name, process) for name, process in self.processes.items()},
         ).write(self.run_dir)
 
-    def _state_of(self, process: ManagedProcess) -> ProcessState:
-        comeback = self._comebacks.get(process.name, Comeback())
+    def _state_of(self, name: str, process: ManagedProcess) -> ProcessState:
+        comeback = self._comebacks.get(name, Comeback())
         return ProcessState(
             pid=process.pid,
             started_s=0.0 if process.pid is None else psutil.Process(process.pid).create_time(),
             log=str(process.log_path),
             restarts=comeback.restarts,
-            last_end=self._last_ends.get(process.name, ""),
-            silent=process.name in self._silent,
+            last_end=self._last_ends.get(name, ""),
+            silent=name in self._silent,
         )
 
 

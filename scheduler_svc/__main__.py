@@ -74,7 +74,8 @@ def serve(
         authorized_keys = None
         try:
             if authorized_keys_dir is not None:
-                admitting = PeerAuthenticator(authorized_keys_dir, context, metrics.refused_connections.inc)
+                count_refused = metrics.refused_connections.labels("auth").inc
+                admitting = PeerAuthenticator(authorized_keys_dir, context, count_refused)
                 authorized_keys = running.enter_context(admitting).keys
             server = Server(
                 bind,

@@ -17,7 +17,7 @@ import zmq
 from zmq.utils import z85
 
 from scheduler_svc.authorized_keys import AuthorizedKeys
-from scheduler_svc.sparse_log import SparseLog
+from scheduler_svc.log_limit import LimitedLog
 
 REREAD_S = 1.0
 STOP_MS = 100
@@ -43,7 +43,7 @@ class PeerAuthenticator:
         self._directory = authorized_keys_dir
         self._context = context
         self._on_refused = on_refused
-        self._log = SparseLog(logger)  # refused peers try again several times a second
+        self._log = LimitedLog(logger)
         self._stopping = threading.Event()
         self._thread = threading.Thread(target=self._run, name="dualpath-authenticator", daemon=True)
 
@@ -76,6 +76,7 @@ class PeerAuthenticator:
                     if time.monotonic() >= reread_s:
                         reread_s = time.monotonic() + REREAD_S
                         self.keys.read()
+                        self._log.tick()
                 except Exception:
                     if self._socket.closed or self._context.closed:
                         return
@@ -94,7 +95,8 @@ class PeerAuthenticator:
         if not admitted:
             self._on_refused()
             text = "refused a connection from %s: its key %r is not in %s"
-            self._log.warning(text, address.decode(errors="replace"), key.decode(), self._directory)
+            arguments = address.decode(errors="replace"), key.decode(), self._directory
+            self._log.log(logging.WARNING, text, *arguments)
 
 
 def sender(frame: zmq.Frame) -> bytes:

@@ -1,7 +1,7 @@
 """The directory of authorized keys as it is now, and in whose name each key may speak.
 
-A file NAME.key admits the holder of its key and lets it speak for the engine NAME and its parts
-(`NAME/dp1`); a key that lies there under several names speaks for all of them.  What any admitted
+A file NAME.key admits the holder of its key and lets it speak for the server NAME and its DP ranks
+(`scheduler_svc.engine_names`); a key that lies there under several names speaks for all of them.  What any admitted
 peer may do (ask for a placement or the status, ping) is nobody's name.
 
 One thread calls `read` again and again, others ask; what they see is replaced, never changed.
@@ -13,6 +13,7 @@ import logging
 import os
 from pathlib import Path
 
+from scheduler_svc.engine_names import server_id
 from scheduler_svc.keys import PUBLIC, KeyFileError, load_public
 from scheduler_svc.protocol import Heartbeat, Wire
 
@@ -72,18 +73,12 @@ def refusal(names: frozenset[str], message: Wire) -> str | None:
     """Why a peer of these names may not say `message`; None: it may."""
     spoken_for = message.engine if isinstance(message, Heartbeat) else message
     engine_id = getattr(spoken_for, "engine_id", None)
-    if engine_id is None or engine_name(engine_id) in names:
+    if engine_id is None or (server := server_id(engine_id)) in names:
         return None
     return (
         f"engine_id {engine_id} is not this key's: it speaks for {', '.join(sorted(names))}; use the key of "
-        f"{engine_name(engine_id)}, or put this one into the directory of authorized keys as "
-        f"{engine_name(engine_id)}{PUBLIC} too"
+        f"{server}, or put this one into the directory of authorized keys as {server}{PUBLIC} too"
     )
-
-
-def engine_name(engine_id: str) -> str:
-    """The engine that an id belongs to: `decode-0/dp1` is a part of `decode-0`."""
-    return engine_id.partition("/")[0]
 
 
 def _stamp(path: Path) -> Stamp:

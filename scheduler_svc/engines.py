@@ -8,20 +8,30 @@ state of a restarted engine.
 
 from __future__ import annotations
 
-from collections import OrderedDict
+from collections import Counter, OrderedDict
 from collections.abc import Iterable
+from contextlib import suppress
 from dataclasses import dataclass, field
+from itertools import islice
 from typing import NamedTuple, Protocol
 
+from scheduler_svc.faults import Faults
 from scheduler_svc.kept_pages import KeptPages
 from scheduler_svc.placed_work import PlacedWork
-from scheduler_svc.protocol import Engine, EngineStatus, Load, Role
+from scheduler_svc.protocol import MAX_COUNT, MAX_RATE, Engine, EngineStatus, Load, Role
 from scheduler_svc.token_rate import TokenRate
 
 ENGINE_EXPIRY_S = 5.0
 """Five missed heartbeats."""
 
 MAX_ENGINES = 16_384
+MAX_RANKS = 65_536
+"""Of all engines together."""
+CANDIDATES = 64
+"""Ranks looked at when one has to make room: those that heartbeat longest ago."""
+
+STATUS_ENGINES = 48
+"""In one page of a status.  However long their names are, it fits into a message (a test sees to it)."""
 
 LEADER_RANK = 0
 """The rank that speaks for its engine's compute (paper section 6: only the leader talks)."""
@@ -43,6 +53,8 @@ class RankState:
     heartbeat_s: float
     versions: tuple[int, int] = (1, 1)
     """Newest and oldest protocol version that it speaks."""
+    sender: bytes = b""
+    """Who heartbeats for it: a key, or a connection."""
     planned_bytes: int = 0
     """Storage reads planned for this rank and not yet reported done."""
 
@@ -79,6 +91,10 @@ class EngineState:
     engine_id: str
     role: Role
     totals: Totals
+    serial: int = 0
+    """Grows from engine to engine."""
+    is_announced: bool = False
+    """The watcher knows it."""
     ranks: dict[int, RankState] = field(default_factory=dict)
     placed: PlacedWork = field(default_factory=PlacedWork)
     token_rate: TokenRate = field(default_factory=TokenRate, repr=False)
@@ -172,19 +188,25 @@ class EngineState:
     @property
     def load(self) -> Load:
         """As last reported, for people: queues and rates add up, the fullest rank limits."""
-        ranks = self.ranks.values()
+        loads = [rank.load for rank in self.ranks.values()]
         return Load(
-            sequences=max(rank.load.sequences for rank in ranks),
-            tokens=max(rank.load.tokens for rank in ranks),
-            read_queue_bytes=self.read_queue_bytes,
-            read_rate_bytes_per_s=self.read_rate_bytes_per_s,
-            host_free_pages=min(rank.load.host_free_pages for rank in ranks),
-            device_free_tokens=min(rank.load.device_free_tokens for rank in ranks),
-            unplanned_read_bytes=sum(rank.load.unplanned_read_bytes for rank in ranks),
-            held=sum(rank.load.held for rank in ranks),
-            pool_checks=min(rank.load.pool_checks for rank in ranks),
-            kept_pages=sum(rank.load.kept_pages for rank in ranks),
+            sequences=max(load.sequences for load in loads),
+            tokens=max(load.tokens for load in loads),
+            read_queue_bytes=min(self.read_queue_bytes, MAX_COUNT),
+            read_rate_bytes_per_s=min(self.read_rate_bytes_per_s, MAX_RATE),
+            host_free_pages=min(load.host_free_pages for load in loads),
+            device_free_tokens=min(load.device_free_tokens for load in loads),
+            unplanned_read_bytes=_sum(load.unplanned_read_bytes for load in loads),
+            held=_sum(load.held for load in loads),
+            pool_checks=min(load.pool_checks for load in loads),
+            kept_pages=_sum(load.kept_pages for load in loads),
+            faults=_sum(load.faults for load in loads),
         )
+
+
+def _sum(counts: Iterable[int]) -> int:
+    """As much of it as may travel."""
+    return min(sum(counts), MAX_COUNT)
 
 
 class EngineWatcher(Protocol):
@@ -203,43 +225,59 @@ class EngineWatcher(Protocol):
 class EngineTable:
     """Every live engine.  `expire` must be called before any question that depends on the time."""
 
-    def __init__(self, expiry_s: float = ENGINE_EXPIRY_S, max_engines: int = MAX_ENGINES) -> None:
+    def __init__(
+        self,
+        expiry_s: float = ENGINE_EXPIRY_S,
+        max_engines: int = MAX_ENGINES,
+        max_ranks: int = MAX_RANKS,
+    ) -> None:
         self._expiry_s = expiry_s
         self._max_engines = max_engines
+        self._max_ranks = max_ranks
         self._live: dict[str, EngineState] = {}
+        """In the order of their serial numbers."""
+        self._serial = 0
         self._by_age: OrderedDict[RankKey, RankState] = OrderedDict()
         """Oldest heartbeat first."""
+        self._held: Counter[bytes] = Counter()
+        """Ranks by sender."""
+        self._gone: list[RankKey] = []
+        """Since `expire` said it last."""
         self._retired: OrderedDict[str, Totals] = OrderedDict()
         """Totals of expired engines, for their return."""
         self._watcher: EngineWatcher | None = None
+        self._faults = Faults()
 
-    def watch(self, watcher: EngineWatcher) -> None:
+    def watch(self, watcher: EngineWatcher, faults: Faults) -> None:
         """Tell `watcher` about every engine from now on; call it while the table is empty."""
-        self._watcher = watcher
+        self._watcher, self._faults = watcher, faults
 
     def heartbeat(
-        self, engine: Engine, load: Load, now_s: float, versions: tuple[int, int] = (1, 1)
+        self,
+        engine: Engine,
+        load: Load,
+        now_s: float,
+        versions: tuple[int, int] = (1, 1),
+        sender: bytes = b"",
     ) -> None:
         """Register or refresh one rank.  Raises EngineConflict and changes nothing."""
         state = self._live.get(engine.engine_id)
-        if state is None:
-            if len(self._live) >= self._max_engines:
-                raise EngineConflict(
-                    f"engine {engine.engine_id}: {self._max_engines} engines are registered already"
-                )
-            self._check(engine, others=())
-            totals = self._retired.pop(engine.engine_id, None) or Totals()
-            state = self._live[engine.engine_id] = EngineState(engine.engine_id, engine.role, totals)
-        rank = state.ranks.get(engine.rank)
-        if state.ranks and (rank is None or rank.engine != engine):
-            self._check(engine, others=state.ranks.values())
-        was_complete = state.is_complete
+        rank = None if state is None else state.ranks.get(engine.rank)
+        if rank is None or rank.engine != engine:
+            self._check(engine, others=() if state is None else state.ranks.values())
         if rank is None:
-            rank = state.ranks[engine.rank] = RankState(engine, load, now_s, versions)
+            self._make_room(engine.engine_id, sender, is_new_engine=state is None)
+            state = self._live.get(engine.engine_id) or self._enter(engine)
+            rank = state.ranks[engine.rank] = RankState(engine, load, now_s, versions, sender)
+            self._held[sender] += 1
             state.reshape()
         elif rank.engine != engine or rank.versions != versions:
             rank.engine, rank.versions = engine, versions
             state.reshape()
+        if rank.sender != sender:
+            self._held[sender] += 1
+            self._let_go(rank.sender)
+            rank.sender = sender
         rank.load, rank.heartbeat_s = load, now_s
         key = RankKey(engine.engine_id, engine.rank)
         self._by_age[key] = rank
@@ -257,8 +295,38 @@ class EngineTable:
             state.reported_free_tokens = min([one.device_free_tokens for one in loads])
         state.count_work()
         state.count_reads()
-        if self._watcher and state.is_complete:
-            (self._watcher.lowered if was_complete else self._watcher.joined)(state)
+        if state.is_complete:
+            self._announce(state)
+
+    def _enter(self, engine: Engine) -> EngineState:
+        totals = self._retired.pop(engine.engine_id, None) or Totals()
+        self._serial += 1
+        state = EngineState(engine.engine_id, engine.role, totals, self._serial)
+        self._live[engine.engine_id] = state
+        return state
+
+    def _let_go(self, sender: bytes) -> None:
+        self._held[sender] -= 1
+        if not self._held[sender]:
+            del self._held[sender]
+
+    def _make_room(self, engine_id: str, sender: bytes, *, is_new_engine: bool) -> None:
+        """For one more rank, spoken for by `sender`: at the cost of whoever has most.  Raises EngineConflict.
+
+        So one peer that invents engines can fill the table, but keeps nobody else out.
+        """
+        is_full = is_new_engine and len(self._live) >= self._max_engines
+        if not is_full and len(self._by_age) < self._max_ranks:
+            return
+        oldest = islice(self._by_age.items(), CANDIDATES)
+        key, rank = max(oldest, key=lambda item: self._held[item[1].sender])
+        if self._held[rank.sender] <= self._held[sender] + 1:
+            raise EngineConflict(
+                f"{len(self._live)} engines with {len(self._by_age)} ranks are registered already; use another "
+                f"scheduler for engine {engine_id}"
+            )
+        for rank_number in list(self._live[key.engine_id].ranks):
+            self.forget(RankKey(key.engine_id, rank_number))
 
     def _check(self, engine: Engine, others: Iterable[RankState]) -> None:
         if engine.rank >= engine.tp_size:
@@ -279,50 +347,116 @@ class EngineTable:
                     )
 
     def expire(self, now_s: float) -> list[RankKey]:
-        """Forget ranks without a recent heartbeat, and engines without ranks."""
-        gone = []
+        """Forget ranks without a recent heartbeat, and engines without ranks; returns all that went since."""
         while self._by_age:
             key, rank = next(iter(self._by_age.items()))
             if now_s - rank.heartbeat_s <= self._expiry_s:
                 break
-            del self._by_age[key]
-            state = self._live[key.engine_id]
-            was_complete = state.is_complete
-            del state.ranks[key.rank]
-            if state.ranks:
-                state.reshape()
-                state.count_reads()
-            else:
-                del self._live[key.engine_id]
-                self._retired[key.engine_id] = state.totals
-                if len(self._retired) > self._max_engines:
-                    self._retired.popitem(last=False)
-            if self._watcher and was_complete:
-                self._watcher.left(state)
-            gone.append(key)
+            self.forget(key)
+        gone, self._gone = self._gone, []
         return gone
+
+    def forget(self, key: RankKey) -> None:
+        """The rank is gone, with what was planned for it."""
+        rank = self._by_age.pop(key, None)
+        if rank is None:
+            return
+        self._gone.append(key)
+        self._let_go(rank.sender)
+        state = self._live[key.engine_id]
+        del state.ranks[key.rank]
+        if state.ranks:
+            state.reshape()
+            state.count_reads()
+        else:
+            del self._live[key.engine_id]
+            self._retired[key.engine_id] = state.totals
+            if len(self._retired) > self._max_engines:
+                self._retired.popitem(last=False)
+        if state.is_announced:
+            self._withdraw(state)
+
+    def keys_of(self, engine_id: str) -> list[RankKey]:
+        """Its live ranks."""
+        state = self._live.get(engine_id)
+        return [] if state is None else [RankKey(engine_id, rank) for rank in state.ranks]
+
+    def repeats_unversioned(self, engine: Engine) -> bool:
+        """Whether this is what a live rank without versions says of itself."""
+        state = self._live.get(engine.engine_id)
+        rank = None if state is None else state.ranks.get(engine.rank)
+        return rank is not None and rank.versions == (1, 1) and rank.engine == engine
+
+    def restarted(self, engine: Engine, gone: Iterable[RankKey]) -> None:
+        """A rank came back over a new connection, and those of the ranks `gone` are closed.
+
+        If it describes itself as before, it is the same process and nothing is forgotten.
+        """
+        state = self._live.get(engine.engine_id)
+        rank = None if state is None else state.ranks.get(engine.rank)
+        if rank is not None and rank.engine != engine:
+            for key in gone:
+                self.forget(key)
+
+    def _announce(self, state: EngineState) -> None:
+        """To the watcher; a fault in it costs the engine its placements until its next heartbeat."""
+        if state.is_announced or self._watcher is None:
+            self.lowered(state)
+            return
+        try:
+            state.is_announced = True
+            self._watcher.joined(state)
+        except Exception:
+            self._unannounced(state)
+
+    def _unannounced(self, state: EngineState) -> None:
+        self._faults.record("placement", "an engine is not placed upon until its next heartbeat")
+        state.is_announced = False
+        with suppress(Exception):  # the watcher may know half of the engine
+            self._watcher.left(state)
+
+    def _withdraw(self, state: EngineState) -> None:
+        state.is_announced = False
+        try:
+            self._watcher.left(state)
+        except Exception:
+            self._faults.record("placement", "an engine that left may still be chosen")
 
     def get(self, engine_id: str) -> EngineState | None:
         return self._live.get(engine_id)
 
     def lowered(self, engine: EngineState) -> None:
         """Tell the watcher that `engine` may have less to do, if it is one it knows."""
-        if self._watcher and engine.is_complete and self._live.get(engine.engine_id) is engine:
-            self._watcher.lowered(engine)
+        if engine.is_announced:
+            try:
+                self._watcher.lowered(engine)
+            except Exception:
+                self._unannounced(engine)
 
-    def status(self, now_s: float) -> tuple[EngineStatus, ...]:
-        """One entry per live engine: its lowest rank with the load over all ranks."""
-        return tuple(self._engine_status(state, now_s) for state in self._live.values())
+    def status(self, now_s: float, after: int = 0) -> tuple[EngineStatus, ...]:
+        """A page of live engines: of each its lowest rank with the load over all ranks."""
+        return tuple(self._engine_status(state, now_s) for state in self._page(after))
+
+    def next_page(self, after: int) -> int | None:
+        """What comes after the page `after`; None when that is the last one."""
+        page = self._page(after)
+        return page[-1].serial if page and page[-1].serial != self._newest() else None
+
+    def _page(self, after: int) -> list[EngineState]:
+        return list(islice((state for state in self._live.values() if state.serial > after), STATUS_ENGINES))
+
+    def _newest(self) -> int:
+        return self._live[next(reversed(self._live))].serial
 
     @staticmethod
     def _engine_status(state: EngineState, now_s: float) -> EngineStatus:
         lowest = state.ranks[min(state.ranks)]
-        load = state.load
+        load, totals = state.load, state.totals
         return EngineStatus(
             engine=lowest.engine,
             load=load,
             age_s=max(0.0, now_s - lowest.heartbeat_s),
-            store_read_bytes=state.totals.store_read_bytes + load.unplanned_read_bytes,
-            forwarded_bytes=state.totals.forwarded_bytes,
-            loaded_pages=state.totals.loaded_pages,
+            store_read_bytes=_sum((totals.store_read_bytes, load.unplanned_read_bytes)),
+            forwarded_bytes=_sum((totals.forwarded_bytes,)),
+            loaded_pages=_sum((totals.loaded_pages,)),
         )

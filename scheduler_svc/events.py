@@ -59,6 +59,13 @@ class RankDone(NamedTuple):
     """Pages newly found to have been read by both sides."""
 
 
+class RankFaults(NamedTuple):
+    """A rank says that so many more exceptions happened in DualPath's code."""
+
+    engine_id: str
+    faults: int
+
+
 class ReadEnded(NamedTuple):
     """A rank's planned storage read went as planned: how good was the plan's expectation?"""
 
@@ -76,4 +83,4 @@ class ReadEnded(NamedTuple):
         return self.actual_s - self.expected_s
 
 
-Event = PlanDecided | PlaceDecided | FallbackSeen | RankDone | ReadEnded
+Event = PlanDecided | PlaceDecided | FallbackSeen | RankDone | RankFaults | ReadEnded

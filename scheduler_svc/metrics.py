@@ -6,7 +6,15 @@ from collections.abc import Callable
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, start_http_server
 
-from scheduler_svc.events import Event, FallbackSeen, PlaceDecided, PlanDecided, RankDone, ReadEnded
+from scheduler_svc.events import (
+    Event,
+    FallbackSeen,
+    PlaceDecided,
+    PlanDecided,
+    RankDone,
+    RankFaults,
+    ReadEnded,
+)
 from scheduler_svc.tally import CounterTally, HistogramTally
 
 PLAN_BUCKETS_S = (0.0005, 0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0, 2.0)
@@ -31,8 +39,18 @@ class Metrics:
         )
         self.refused_connections = Counter(
             "dualpath_scheduler_refused_connections",
-            "Connections whose CURVE key is not authorized.",
+            "Connections that were refused (auth, protocol, no_detail, accept) or cut (endless).",
+            ["reason"],
             registry=registry,
+        )
+        self.faults = Counter(
+            "dualpath_scheduler_faults",
+            "Exceptions in the scheduler's own code, by step.",
+            ["step"],
+            registry=registry,
+        )
+        self._engine_faults = CounterTally(
+            registry, "dualpath_engine_faults", "Exceptions in DualPath's code on engines.", ["engine"]
         )
         self.rooms_open = Gauge("dualpath_rooms_open", "Rooms not closed yet.", registry=registry)
         self._placements = CounterTally(
@@ -93,6 +111,7 @@ class Metrics:
             PlaceDecided: self._place,
             PlanDecided: self._plan,
             RankDone: self._done,
+            RankFaults: self._rank_faults,
             ReadEnded: self._read,
             FallbackSeen: self._fallback,
         }
@@ -111,6 +130,9 @@ class Metrics:
             self._forwarded_bytes.add(event.forwarded_bytes, event.engine_id)
         if event.duplicate_store_pages:
             self._duplicate_store_pages.add(event.duplicate_store_pages)
+
+    def _rank_faults(self, event: RankFaults) -> None:
+        self._engine_faults.add(event.faults, event.engine_id)
 
     def _read(self, event: ReadEnded) -> None:
         role, error_s = event.role, event.error_s

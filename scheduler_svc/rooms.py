@@ -6,6 +6,9 @@
 A closed room lingers so that a late rank still gets its plan and a repeated Done is not counted
 again.  A Done alone opens a room too: after a restart it is all the scheduler hears of it.
 
+Rooms are bounded in number and in what they hold together, whatever the number of ranks and lanes:
+closed ones go first, then the oldest open one.
+
 There are up to a hundred thousand of them: their classes have slots, and the messages they keep
 (plans and dones) are structs that take no more room than a tuple.
 """
@@ -22,6 +25,8 @@ from scheduler_svc.intervals import Range, intersection, union
 from scheduler_svc.protocol import Done, Plan, Role
 
 MAX_ROOMS = 100_000
+MAX_RECORDS = 2_000_000
+"""Reports, charges, dones and their lanes in all rooms; each takes 100 to 300 bytes."""
 ROOM_TTL_S = 300.0
 """Longer than any load takes; bounds how long a lost Done keeps its planned bytes."""
 CLOSED_LINGER_S = 10.0
@@ -89,7 +94,10 @@ class Side:
         return True
 
     def charge(self, pages: int) -> None:
-        """Put `pages` of every rank on its read queue.  Ranks that are done already read nothing more."""
+        """Put `pages` of every rank on its read queue.  Ranks that are done already read nothing more.
+
+        Count the new `charges` with `RoomTable.grew`.
+        """
         if pages:
             for rank, state in self.engine.ranks.items():
                 if rank not in self.done:
@@ -118,6 +126,8 @@ class Room:
     plan: Plan | None = None
     fallbacks: tuple[str, ...] = ()
     duplicate_pages: int = 0
+    records: int = 0
+    """`MAX_RECORDS` bounds their sum over all rooms."""
 
     def read_twice(self) -> list[Range]:
         """Pages that a PE rank and the same DE rank both read from the store."""
@@ -144,12 +154,18 @@ class Room:
 
 
 class RoomTable:
-    """Open and lingering rooms, both bounded in number and in age."""
+    """Open and lingering rooms, both bounded in number, in age and in what they hold."""
 
     def __init__(
-        self, max_rooms: int = MAX_ROOMS, ttl_s: float = ROOM_TTL_S, linger_s: float = CLOSED_LINGER_S
+        self,
+        max_rooms: int = MAX_ROOMS,
+        ttl_s: float = ROOM_TTL_S,
+        linger_s: float = CLOSED_LINGER_S,
+        max_records: int = MAX_RECORDS,
     ) -> None:
         self._max_rooms = max_rooms
+        self._max_records = max_records
+        self._records = 0
         self._ttl_s = ttl_s
         self._linger_s = linger_s
         self._open: OrderedDict[int, Room] = OrderedDict()
@@ -178,6 +194,18 @@ class RoomTable:
             found = self._open[room] = Room(room, opened_s=now_s)
         return found
 
+    def grew(self, room: Room, records: int) -> None:
+        """`room` holds so many more; others are forgotten when that is too much."""
+        room.records += records
+        self._records += records
+        while self._records > self._max_records:
+            if self._closed and next(iter(self._closed.values())) is not room:
+                self._drop_oldest(self._closed)
+            elif self._open and next(iter(self._open.values())) is not room:
+                self._forget_oldest()
+            else:
+                break
+
     def close(self, room: Room, now_s: float) -> None:
         room.release_all()
         room.closed_s = now_s
@@ -197,7 +225,7 @@ class RoomTable:
         self._drop_oldest(self._open)
         self.forgotten_count += 1
 
-    @staticmethod
-    def _drop_oldest(rooms: OrderedDict[int, Room]) -> None:
+    def _drop_oldest(self, rooms: OrderedDict[int, Room]) -> None:
         _, room = rooms.popitem(last=False)
+        self._records -= room.records
         room.release_all()

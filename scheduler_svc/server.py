@@ -1,7 +1,11 @@
 """The ROUTER loop: frames in, `Cluster.handle`, frames out.  One thread owns socket and state.
 
-Requests come from engine ranks, routers and tools (`scheduler_svc.protocol`); plans go to the
-socket identity each rank used last, so that a restarted peer gets them under its new one.
+Requests come from engine ranks, routers and tools (`scheduler_svc.protocol`).  A rank belongs to the
+connection that speaks for it, and plans go there: nobody else may speak for it until that
+connection is closed or its heartbeats have stopped.  A restarted rank's old connection is closed, so
+the new one is taken at once.
+
+Nothing that happens in one step ends the loop: it is logged, counted and costs that step.
 """
 
 from __future__ import annotations
@@ -9,23 +13,31 @@ from __future__ import annotations
 import logging
 import threading
 import time
+from collections import OrderedDict
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from pathlib import Path
+from typing import NamedTuple
 
 import zmq
 
 from scheduler_svc.authenticator import sender
 from scheduler_svc.authorized_keys import AuthorizedKeys
+from scheduler_svc.connections import LOOK_S, Connections, fd_of
 from scheduler_svc.engines import RankKey
 from scheduler_svc.events import Event
 from scheduler_svc.keys import secure_server
+from scheduler_svc.liveness import notice_dead_peers
+from scheduler_svc.log_limit import LimitedLog
 from scheduler_svc.metrics import Metrics
 from scheduler_svc.protocol import (
     MAX_MESSAGE_BYTES,
+    Done,
     Error,
     ErrorCode,
     Heartbeat,
     Malformed,
+    Pong,
     Report,
     Request,
     decode_request,
@@ -33,7 +45,6 @@ from scheduler_svc.protocol import (
     printable,
 )
 from scheduler_svc.reach import is_loopback
-from scheduler_svc.sparse_log import SparseLog
 from scheduler_svc.state import Cluster, Result
 
 TICK_S = 0.1
@@ -46,6 +57,17 @@ waits no longer than this for the messages after its own."""
 
 MAX_FRAME_BYTES = 4 * MAX_MESSAGE_BYTES
 """Beyond this the socket drops the peer's connection unread; up to it the peer gets an error."""
+
+MOST_BYTES = 2 * MAX_FRAME_BYTES
+"""Beyond this without an end of the message the connection is cut (`Connections`)."""
+
+MAX_PEERS = 65_536
+"""Connections remembered; for one that was forgotten its next message is looked at more closely again."""
+
+FAULT_PAUSE_S = 0.05
+"""After a fault in the loop itself: what raises at once would otherwise fill a core and the log."""
+
+PONG_FRAME = encode(Pong())
 
 # Plain numbers: combining pyzmq's flags anew for each frame takes as long as sending it.
 _AT_ONCE = int(zmq.DONTWAIT)
@@ -77,6 +99,15 @@ def check_bind(address: str, *, secured: bool = False, insecure: bool = False) -
         )
 
 
+class Peer(NamedTuple):
+    """Who is at the other end of a connection."""
+
+    fd: int
+    """Of the connection; -1 where there is none."""
+    key: bytes
+    """Public key (Z85); empty without CURVE."""
+
+
 class Server:
     """Binds at once; `run` serves until `stop`."""
 
@@ -104,28 +135,36 @@ class Server:
         self._observers = (metrics, *observers)
         self._now_s = now_s
         self._authorized_keys = authorized_keys
-        self._forbidden = SparseLog(logger)
-        self._identities: dict[RankKey, bytes] = {}
+        self._faults = cluster.faults
+        self._faults.on_fault = lambda step: metrics.faults.labels(step).inc()
+        self._log = LimitedLog(logger)
+        self._peers: OrderedDict[bytes, Peer] = OrderedDict()
+        """By socket identity, which is that of one connection."""
+        self._owners: dict[RankKey, bytes] = {}
+        """Socket identity of each live rank."""
         self._outbox: list[tuple[bytes, bytes]] = []
         """Receivers and frames of the burst under way."""
         self._events: list[Event] = []
+        self._looked_s = -TICK_S
         self._stopping = threading.Event()
         self._socket = (context or zmq.Context.instance()).socket(zmq.ROUTER)
         self._socket.setsockopt(zmq.LINGER, 200)
         self._socket.setsockopt(zmq.MAXMSGSIZE, MAX_FRAME_BYTES)
         self._socket.setsockopt(zmq.ROUTER_MANDATORY, 1)
-        # A peer that restarts under an explicit identity takes over from its dead connection.
-        self._socket.setsockopt(zmq.ROUTER_HANDOVER, 1)
         self._socket.setsockopt(zmq.IPV6, int("[" in bind))
+        notice_dead_peers(self._socket)
+        self._connections = Connections(
+            self._socket, MOST_BYTES, lambda reason: metrics.refused_connections.labels(reason).inc()
+        )
         try:
             if curve_server_key_file is not None:
                 secure_server(self._socket, curve_server_key_file)
             self._socket.bind(bind)
         except ValueError:
-            self._socket.close()
+            self._close()
             raise
         except zmq.ZMQError as error:
-            self._socket.close()
+            self._close()
             raise BindRefused(
                 f"cannot bind {bind}: {error.strerror}; is another scheduler running there?"
             ) from None
@@ -139,81 +178,190 @@ class Server:
         """Serve, then close the socket."""
         poller = zmq.Poller()
         poller.register(self._socket, zmq.POLLIN)
-        looked_s = -TICK_S
+        poller.register(self._connections.monitor, zmq.POLLIN)
         try:
             while not self._stopping.is_set():
-                if not self._take_burst():
-                    poller.poll(TICK_S * 1000)
-                if self._now_s() - looked_s < TICK_S:
-                    continue
-                looked_s = self._now_s()
-                for key in self._cluster.expire(self._now_s()):
-                    logger.warning("engine %s rank %d expired: no heartbeat", *key)
-                    self._identities.pop(key, None)
-                self._metrics.rooms_open.set(self._cluster.rooms.open_count)
+                try:
+                    if not self._take_burst():
+                        poller.poll(LOOK_S * 1000)
+                    self._tick()
+                except zmq.ContextTerminated:
+                    return
+                except Exception:
+                    self._faults.record("the loop", "it goes on")
+                    self._skip_message()
+                    time.sleep(FAULT_PAUSE_S)
         finally:
-            self._socket.close()
+            self._close()
+
+    def _skip_message(self) -> None:
+        """What is left of the one that the fault came in: its parts must not be taken for others."""
+        with suppress(zmq.ZMQError):
+            while self._socket.getsockopt(_MORE_PARTS):
+                self._socket.recv(_AT_ONCE)
+
+    def _close(self) -> None:
+        self._connections.close()
+        self._socket.close()
+
+    def _tick(self) -> None:
+        """What has to be done now and then."""
+        self._guarded(self._connections.tick, "looking at connections")
+        now_s = self._now_s()
+        if now_s - self._looked_s < TICK_S:
+            return
+        self._looked_s = now_s
+        self._guarded(self._expire, "expiry")
+        self._guarded(lambda: self._metrics.rooms_open.set(self._cluster.rooms.open_count), "metrics")
+        self._guarded(self._log.tick, "logging")
+        self._guarded(self._faults.tick, "logging")
+
+    def _guarded(self, step: Callable[[], None], name: str) -> None:
+        try:
+            step()
+        except Exception:
+            self._faults.record(name, "it is tried again")
+
+    def _expire(self) -> None:
+        for key in self._cluster.expire(self._now_s()):
+            self._owners.pop(key, None)
+            self._log.log(logging.WARNING, "engine %s rank %d is gone: no heartbeat", *key)
+
+    # In
 
     def _take_burst(self) -> bool:
         """Handle what has come, for `BURST_S`, and send what follows; False when nothing has come."""
-        socket, received = self._socket, False
+        received = False
         begun_s = now_s = time.monotonic()
         try:
             while now_s - begun_s < BURST_S:
-                identity = socket.recv(_AT_ONCE)
-                frame = socket.recv(copy=self._authorized_keys is None)
-                key, frames = (b"", [frame]) if isinstance(frame, bytes) else (sender(frame), [frame.bytes])
-                # Parts of a message come together.
-                while socket.getsockopt(_MORE_PARTS):
-                    frames.append(socket.recv())
+                self._take_one()
                 received = True
-                try:
-                    self._handle(identity, frames, key)
-                except Exception:
-                    logger.exception("fault while handling a message")
-                    self._refuse(
-                        identity, ErrorCode.INTERNAL, "fault in the scheduler, see its log; do not repeat"
-                    )
                 now_s = time.monotonic()
         except zmq.Again:
             pass
         for identity, frame in self._outbox:
-            self._send(identity, frame)
+            try:
+                self._send(identity, frame)
+            except Exception:
+                self._faults.record("sending", "one message is not delivered")
         self._outbox.clear()
         self._observe()
         return received
 
-    def _handle(self, identity: bytes, frames: list[bytes], key: bytes) -> None:
-        if len(frames) != 1:
+    def _take_one(self) -> None:
+        """Raises zmq.Again when nothing has come."""
+        socket = self._socket
+        identity = socket.recv(_AT_ONCE)
+        peer = self._peers.get(identity)
+        if peer is None:
+            first = socket.recv(copy=False)
+            peer, frame = self._meet(identity, first), first.bytes
+        else:
+            frame = socket.recv()
+        parts = 1
+        while socket.getsockopt(_MORE_PARTS):  # they come together; they are not wanted, nor kept
+            socket.recv()
+            parts += 1
+        self._connections.heard(peer.fd)
+        try:
+            if parts == 1:
+                self._handle(identity, peer, frame)
+            else:
+                self._refuse(
+                    identity,
+                    peer,
+                    ErrorCode.MALFORMED,
+                    f"{parts} frames; send one frame per message on a DEALER socket",
+                )
+        except Exception:
+            self._faults.record("handling a message", "it is refused")
+            self._refuse(
+                identity, peer, ErrorCode.INTERNAL, "fault in the scheduler, see its log; do not repeat"
+            )
+
+    def _meet(self, identity: bytes, frame: zmq.Frame) -> Peer:
+        """What only a connection's frames tell, kept because asking each of them takes long."""
+        peer = Peer(fd_of(frame), sender(frame))
+        # An identity that a peer chose itself may come back with another key; ZeroMQ's own begin with 0.
+        if identity.startswith(b"\0"):
+            self._peers[identity] = peer
+            if len(self._peers) > MAX_PEERS:
+                self._peers.popitem(last=False)
+        return peer
+
+    def _handle(self, identity: bytes, peer: Peer, frame: bytes) -> None:
+        try:
+            message = decode_request(frame)
+        except Malformed as error:
+            self._refuse(identity, peer, ErrorCode.MALFORMED, str(error), error.room, error.request_id)
+            return
+        if self._authorized_keys is not None and (why := self._authorized_keys.refusal(peer.key, message)):
+            room, request_id = getattr(message, "room", None), getattr(message, "request_id", None)
+            self._refuse(identity, peer, ErrorCode.FORBIDDEN, why, room, request_id)
+            return
+        key = _speaks_for(message)
+        is_another = key is not None and self._owners.get(key, identity) != identity
+        if is_another and not self._may_speak(key, message):
             self._refuse(
                 identity,
-                ErrorCode.MALFORMED,
-                f"{len(frames)} frames; send one frame per message on a DEALER socket",
+                peer,
+                ErrorCode.CONFLICT,
+                f"engine {key.engine_id} rank {key.rank} has another live connection; give every engine an "
+                "engine_id of its own, or stop the other one",
+                getattr(message, "room", None),
             )
             return
         try:
-            message = decode_request(frames[0])
-        except Malformed as error:
-            self._refuse(identity, ErrorCode.MALFORMED, str(error), error.room, error.request_id)
+            result = self._cluster.handle(message, self._now_s(), peer.key or identity)
+        except Exception:
+            self._faults.record("handling a message", "it is refused")
+            self._refuse(
+                identity,
+                peer,
+                ErrorCode.INTERNAL,
+                "fault in the scheduler, see its log; do not repeat",
+                getattr(message, "room", None),
+                getattr(message, "request_id", None),
+            )
             return
-        if self._authorized_keys is not None and (why := self._authorized_keys.refusal(key, message)):
-            self._forbidden.warning("refused %s: %s", type(message).__name__, why)
-            self._refuse(identity, ErrorCode.FORBIDDEN, why)
-            return
-        result = self._cluster.handle(message, self._now_s())
         if isinstance(result.reply, Error):
             self._metrics.errors.labels(result.reply.code.value).inc()
-            logger.info("refused %s: %s", type(message).__name__, result.reply.message)
-        else:
-            self._learn(identity, message)
+            self._log_refusal(peer, result.reply)
+        elif key is not None:
+            self._owners[key] = identity
         self._post(identity, result)
         self._events += result.events
 
-    def _learn(self, identity: bytes, message: Request) -> None:
+    def _may_speak(self, key: RankKey, message: Request) -> bool:
+        """Whether another connection than the last one may speak for the rank: that one is closed.
+
+        Ranks from before versions do not repeat what was refused: there, whoever says the same counts.
+        """
+        if self._is_connected(self._owners[key]):
+            engines = self._cluster.engines
+            return isinstance(message, Heartbeat) and engines.repeats_unversioned(message.engine)
         if isinstance(message, Heartbeat):
-            self._identities[RankKey(message.engine.engine_id, message.engine.rank)] = identity
-        elif isinstance(message, Report):
-            self._identities[RankKey(message.engine_id, message.rank)] = identity
+            # Its process may be another one by now, and then those of the engine's other ranks are gone too.
+            engines = self._cluster.engines
+            gone = [one for one in engines.keys_of(key.engine_id) if not self._has_owner(one)]
+            engines.restarted(message.engine, gone)
+        return True
+
+    def _has_owner(self, key: RankKey) -> bool:
+        owner = self._owners.get(key)
+        return owner is not None and self._is_connected(owner)
+
+    def _is_connected(self, identity: bytes) -> bool:
+        """Asked of the socket itself, with a message that every peer ignores."""
+        try:
+            self._socket.send(identity, _AT_ONCE_MORE)
+            self._socket.send(PONG_FRAME, _AT_ONCE)
+        except zmq.ZMQError as error:
+            return error.errno != zmq.EHOSTUNREACH
+        return True
+
+    # Out
 
     def _post(self, identity: bytes, result: Result) -> None:
         if result.reply is not None:
@@ -222,7 +370,7 @@ class Server:
         for key, pushed in result.pushes:
             if pushed is not plan:  # every rank gets the same plan
                 plan, frame = pushed, encode(pushed)
-            receiver = self._identities.get(key)
+            receiver = self._owners.get(key)
             if receiver is not None:
                 self._outbox.append((receiver, frame))
 
@@ -235,11 +383,12 @@ class Server:
             if error.errno not in (zmq.EHOSTUNREACH, zmq.EAGAIN):
                 raise
             self._metrics.undelivered.inc()
-            logger.info("undelivered %.40s...: %s", frame.decode(), error.strerror)
+            self._log.log(logging.INFO, "undelivered %.40s...: %s", frame.decode(), error.strerror)
 
     def _refuse(
         self,
         identity: bytes,
+        peer: Peer,
         code: ErrorCode,
         text: str,
         room: int | None = None,
@@ -248,7 +397,17 @@ class Server:
         self._cluster.errors += 1
         self._metrics.errors.labels(code.value).inc()
         error = Error(code=code, message=printable(text), room=room, request_id=request_id)
+        self._log_refusal(peer, error)
         self._outbox.append((identity, encode(error)))
+
+    def _log_refusal(self, peer: Peer, error: Error) -> None:
+        self._log.log(
+            logging.INFO,
+            "refused a message of %s: %s: %s",
+            self._connections.address(peer.fd),
+            error.code,
+            error.message,
+        )
 
     def _observe(self) -> None:
         for observer in self._observers:
@@ -256,5 +415,14 @@ class Server:
                 try:
                     observer(event)
                 except Exception:
-                    logger.exception("observer %r failed", observer)
+                    self._faults.record("observing", "one event is missing in metrics or spans")
         self._events.clear()
+
+
+def _speaks_for(message: Request) -> RankKey | None:
+    """The rank in whose name a message is said."""
+    if isinstance(message, Heartbeat):
+        return RankKey(message.engine.engine_id, message.engine.rank)
+    if isinstance(message, Report | Done):
+        return RankKey(message.engine_id, message.rank)
+    return None

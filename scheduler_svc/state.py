@@ -15,20 +15,32 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 from scheduler_svc.engines import LEADER_RANK, EngineConflict, EngineState, EngineTable, RankKey
-from scheduler_svc.events import Event, FallbackSeen, PlaceDecided, PlanDecided, RankDone, ReadEnded
+from scheduler_svc.events import (
+    Event,
+    FallbackSeen,
+    PlaceDecided,
+    PlanDecided,
+    RankDone,
+    RankFaults,
+    ReadEnded,
+)
+from scheduler_svc.faults import Faults
 from scheduler_svc.intervals import pages
 from scheduler_svc.placement import NoEngine, PlacementPolicy
 from scheduler_svc.placement_rules import expected_wait_s
 from scheduler_svc.planning import Decision, decide, forward_obstacle, late_obstacle, prompt_obstacle
 from scheduler_svc.policies import PathPolicy
 from scheduler_svc.protocol import (
+    MAX_COUNT,
     OLDEST_VERSION,
     PROTOCOL_VERSION,
     Accepted,
     Done,
+    Engine,
     Error,
     ErrorCode,
     Heartbeat,
+    Load,
     Outcome,
     Path,
     Ping,
@@ -94,7 +106,8 @@ class Cluster:
         self._started_s = started_s
         self._rng = rng or random.SystemRandom()
         self.engines = engines or EngineTable()
-        self.engines.watch(placement_policy)
+        self.faults = Faults()
+        self.engines.watch(placement_policy, self.faults)
         self.rooms = rooms or RoomTable()
         self.paths: Counter[Path] = Counter()
         self.fallbacks: Counter[str] = Counter()
@@ -102,6 +115,7 @@ class Cluster:
         self.errors = 0
         self._next_expiry_s = started_s
         self._expired: list[RankKey] = []
+        self._sender = b""
         self._handlers: dict[type[Request], Callable[[Request, float], Result]] = {
             Heartbeat: self._heartbeat,
             Place: self._place,
@@ -111,8 +125,10 @@ class Cluster:
             Ping: lambda message, now_s: PONG,
         }
 
-    def handle(self, message: Request, now_s: float) -> Result:
-        """Act on one message.  A refusal is an `Error` reply; this raises only on a fault of ours."""
+    def handle(self, message: Request, now_s: float, sender: bytes = b"") -> Result:
+        """Act on one message of `sender` (a key or a connection).  A refusal is an `Error` reply; this raises
+        only on a fault of ours."""
+        self._sender = sender
         if now_s >= self._next_expiry_s:
             self._expire(now_s)
         try:
@@ -136,20 +152,37 @@ class Cluster:
 
     def _expire(self, now_s: float) -> None:
         self._next_expiry_s = now_s + EXPIRY_PERIOD_S
-        self.rooms.expire(now_s)
-        self._expired += self.engines.expire(now_s)
+        try:
+            self.rooms.expire(now_s)
+        except Exception:
+            self.faults.record("expiry of rooms", "rooms stay until the next look")
+        try:
+            self._expired += self.engines.expire(now_s)
+        except Exception:
+            self.faults.record("expiry of engines", "engines stay until the next look")
 
     # Heartbeat and status
 
     def _heartbeat(self, message: Heartbeat, now_s: float) -> Result:
         version = self._check_version(message)
+        engine, load = message.engine, message.load
+        faults = self._new_faults(engine, load)
         try:
             self.engines.heartbeat(
-                message.engine, message.load, now_s, versions=(message.version, message.oldest_version)
+                engine, load, now_s, (message.version, message.oldest_version), self._sender
             )
         except EngineConflict as conflict:
             raise Refused(ErrorCode.CONFLICT, str(conflict)) from None
-        return Result(Accepted(version)) if message.hello else NOTHING
+        events = (RankFaults(engine.engine_id, faults),) if faults else ()
+        return Result(Accepted(version) if message.hello else None, events=events)
+
+    def _new_faults(self, engine: Engine, load: Load) -> int:
+        """Since the rank's last heartbeat; all of them when it is new here."""
+        if not load.faults:
+            return 0
+        state = self.engines.get(engine.engine_id)
+        rank = None if state is None else state.ranks.get(engine.rank)
+        return load.faults if rank is None else max(0, load.faults - rank.load.faults)
 
     @staticmethod
     def _check_version(peer: Heartbeat | Place) -> int:
@@ -171,13 +204,14 @@ class Cluster:
             Status(
                 policy=self._path_policy.name,
                 uptime_s=max(0.0, now_s - self._started_s),
-                engines=self.engines.status(now_s),
+                engines=self.engines.status(now_s, message.after),
                 rooms_open=self.rooms.open_count,
                 rooms_closed=self.rooms.closed_count,
                 paths=dict(self.paths),
                 fallbacks=dict(self.fallbacks),
-                duplicate_store_pages=self.duplicate_store_pages,
+                duplicate_store_pages=min(self.duplicate_store_pages, MAX_COUNT),
                 errors=self.errors,
+                next=self.engines.next_page(message.after),
             )
         )
 
@@ -235,7 +269,7 @@ class Cluster:
             if mine.claim is not None:
                 self._check_agrees(report, claim, mine)
         if room is not None and room.plan is not None:
-            self._count_report(mine, report, now_s)
+            self._count_report(room, mine, report, now_s)
             return Result(pushes=((RankKey(report.engine_id, report.rank), room.plan),))
 
         mine = mine or Side(engine)
@@ -246,12 +280,13 @@ class Cluster:
         room.sides[report.role] = mine
         if mine.claim is None:
             mine.claim, mine.reported_s, mine.traceparent = claim, now_s, report.traceparent
-        self._count_report(mine, report, now_s)
+        self._count_report(room, mine, report, now_s)
         return NOTHING if decision is None else self._commit(room, decision, now_s)
 
-    def _count_report(self, side: Side, report: Report, now_s: float) -> None:
+    def _count_report(self, room: Room, side: Side, report: Report, now_s: float) -> None:
         if report.rank in side.reported:
             return
+        self.rooms.grew(room, 1)
         side.reported += (report.rank,)
         if report.rank == LEADER_RANK:
             side.engine.arrive(report.room, report.prompt_tokens, report.local_pages, now_s)
@@ -328,6 +363,7 @@ class Cluster:
         self.paths[plan.path] += 1
         prefill.charge(max(0, plan.hit_pages - max(plan.split_page, plan.prefill_local_pages)))
         decode.charge(max(0, plan.split_page - plan.decode_local_pages))
+        self.rooms.grew(room, len(prefill.charges) + len(decode.charges))
         prefill.expected_end_s, decode.expected_end_s = lanes.prefill_end_s, lanes.decode_end_s
         event = PlanDecided(
             plan,
@@ -378,6 +414,7 @@ class Cluster:
         if side is None:
             side = room.sides[done.role] = Side(engine)
         side.done[done.rank] = done
+        self.rooms.grew(room, 1 + len(done.lanes))
         side.release(done.rank)
         self.engines.lowered(side.engine)
 

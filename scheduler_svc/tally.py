@@ -15,6 +15,12 @@ from prometheus_client import CollectorRegistry
 from prometheus_client.core import CounterMetricFamily, HistogramMetricFamily
 
 
+MAX_SERIES = 20_000
+"""Of one counter; engines come and go under new names for months."""
+OTHER = "other"
+"""Label of what is counted beyond that."""
+
+
 class CounterTally:
     """A Prometheus counter; `add` must be called from one thread only."""
 
@@ -27,7 +33,9 @@ class CounterTally:
         try:
             self._values[labels] += amount
         except KeyError:
-            self._values[labels] = amount
+            if len(self._values) >= MAX_SERIES:
+                labels = (OTHER,) * len(labels)
+            self._values[labels] = self._values.get(labels, 0) + amount
 
     def collect(self) -> Iterator[CounterMetricFamily]:
         family = CounterMetricFamily(self._name, self._text, labels=self._labels)

@@ -26,6 +26,9 @@ EXPORT_DELAY_MS = 200
 EXPORT_TIMEOUT_S = 2.0
 """Bounds what an absent collector can cost at shutdown."""
 
+MAX_ATTRIBUTE = 2**63 - 1
+"""OTLP's integers have 64 bits; one that is longer would cost every span exported with it."""
+
 _propagator = TraceContextTextMapPropagator()
 _providers: list[TracerProvider] = []
 
@@ -103,7 +106,11 @@ class DecisionSpans:
             name,
             context=context_from(traceparent),
             start_time=end_ns - int(lasted_s * 1e9),
-            attributes={f"dualpath.{key}": value for key, value in attributes.items() if value is not None},
+            attributes={
+                f"dualpath.{key}": min(value, MAX_ATTRIBUTE) if isinstance(value, int) else value
+                for key, value in attributes.items()
+                if value is not None
+            },
         ).end(end_ns)
 
     def _plan(self, event: PlanDecided) -> None:

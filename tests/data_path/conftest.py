@@ -1,4 +1,4 @@
-"""Engines over SGLang's real tree (tree_world.py)."""
+"""Engines over SGLang's real tree (tree_story.py)."""
 
 import pytest
 
@@ -6,6 +6,6 @@ import pytest
 @pytest.fixture
 def engine(own_process):
     """Builds the test's one engine, in a process of the test's own: `engine("decode", policy="timeout")`."""
-    from tree_world import Engine
+    from tree_story import Engine
 
     return Engine

@@ -109,6 +109,7 @@ class Controller:
     _page_transfer_kv_batch = HiCacheController._page_transfer_kv_batch
     page_get_func = HiCacheController._page_get_zero_copy
     _page_transfer_sidecar = HybridCacheController._page_transfer_sidecar
+    append_host_mem_release = HiCacheController.append_host_mem_release
 
     def __init__(self, pool: MHATokenToKVPoolHost) -> None:
         self.page_size = pool.page_size
@@ -118,6 +119,7 @@ class Controller:
         )
         self.storage_backend = RamStore(pool)
         self.prefetch_sync_queue: Queue[PrefetchAck] = Queue()
+        self.host_mem_release_queue: Queue[torch.Tensor] = Queue()
 
 
 class Rank:
@@ -182,6 +184,16 @@ def acknowledgements(controller: Controller) -> list[PrefetchAck]:
             acks.append(controller.prefetch_sync_queue.get_nowait())
         except Empty:
             return acks
+
+
+def given_back(controller: Controller) -> list[int]:
+    """Numbers of the host pages that SGLang was told to free so far, in that order."""
+    pages = []
+    while True:
+        try:
+            pages += page_numbers(controller.host_mem_release_queue.get_nowait(), controller.page_size)
+        except Empty:
+            return pages
 
 
 def until_acknowledged(load: PageLoad) -> list[PrefetchAck]:

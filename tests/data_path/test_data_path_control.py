@@ -85,9 +85,9 @@ class Peer:
 
 
 @contextmanager
-def scheduler(bind: str = "tcp://127.0.0.1:0") -> Iterator[tuple[subprocess.Popen, str]]:
+def scheduler(bind: str = "tcp://127.0.0.1:0", *options) -> Iterator[tuple[subprocess.Popen, str]]:
     process = subprocess.Popen(
-        [sys.executable, "-m", "scheduler_svc", "--policy", "decode", "--bind", bind],
+        [sys.executable, "-m", "scheduler_svc", "--policy", "decode", "--bind", bind, *options],
         stdout=subprocess.PIPE,
         text=True,
     )

@@ -16,6 +16,7 @@ from sglang.srt.mem_cache.pool_host.mha import MHATokenToKVPoolHost
 from sglang.srt.server_args import ServerArgs, set_global_server_args_for_scheduler
 
 from dualpath_sgl import weights
+from dualpath_sgl.dp_rank import dp_place
 from dualpath_sgl.key_tag import TAG, after_generate_storage_config
 from dualpath_sgl.layout import fingerprint, page_blocks
 from dualpath_sgl.limited_store import LimitedStore
@@ -101,10 +102,14 @@ def test_whatever_changes_bytes_changes_the_tag():
         {"revision": "v2"},
         {"json_model_override_args": '{"rope_theta": 500000}'},
         {"quantization": "fp8"},
+        {"kv_scales": "1.0"},
     ],
 )
-def test_another_model_under_the_same_name_changes_the_tag(flags):
+def test_another_model_under_the_same_name_changes_the_tag(flags, tmp_path):
     before = tag_of()
+    if "kv_scales" in flags:
+        (scales := tmp_path / "scales.json").write_text(flags["kv_scales"])
+        flags = {"quantization_param_path": str(scales)}
     try:
         use_model_flags(**flags)
         assert tag_of() != before
@@ -254,3 +259,15 @@ def test_a_page_server_serves_no_page_under_the_name_of_earlier_weights():
     lane.fingerprint = server.fingerprint
     pull()
     assert len(missing) == 1
+
+
+@pytest.mark.case("dp_ranks_share_engine_id")
+def test_every_kind_of_data_parallelism_has_its_place():
+    from sglang.srt.runtime_context import get_parallel
+
+    dp_attention = dict(tp_size=2, moe_tp_size=2, attn_dp_size=2, attn_tp_size=1)
+    assert dp_place() == (None, 1)
+    with get_parallel().override(tp_rank=1, attn_dp_rank=1, attn_tp_rank=0, **dp_attention):
+        assert dp_place() == (1, 2)
+    with get_parallel().override(dp_size=3, dp_rank=2):
+        assert dp_place() == (2, 3)

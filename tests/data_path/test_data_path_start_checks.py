@@ -69,12 +69,12 @@ REFUSED = (
     ({"pp_size": 2}, "--pp-size is 2"),
     ({"attn_cp_size": 4}, "--attn-cp-size is 4"),
     ({"dcp_size": 2}, "--dcp-size is 2"),
-    ({"devices": ("mlx5_9",)}, "DUALPATH_DEVICE is mlx5_9: no such RDMA device, this host has mlx5_0, mlx5_1"),
+    ({"devices": ("mlx5_9",)}, "DUALPATH_DEVICE is mlx5_9: no such RDMA device, this host has mlx5_0"),
     ({"devices": (), "host_devices": frozenset()}, "DUALPATH_PROTOCOL is rdma"),
     ({"force_tcp": True}, "DUALPATH_PROTOCOL is rdma: MC_FORCE_TCP"),
     ({"protocol": "tcp", "devices": (), "force_tcp": True, "store_protocol": "rdma"}, "MOONCAKE_PROTOCOL"),
     ({"http_proxy": "http://127.0.0.1:9"}, "http_proxy is http://127.0.0.1:9"),
-    ({"http_proxy": "http://p:9", "no_proxy": "127.0.0.1,10.1.0.0/16"}, "no_proxy=127.0.0.1,localhost,10.0.0.1"),
+    ({"http_proxy": "http://p:9", "no_proxy": "10.1.0.0/16"}, "no_proxy=127.0.0.1,localhost,10.0.0.1"),
     ({"otlp_protocol": "http/json"}, "OTEL_EXPORTER_OTLP_TRACES_PROTOCOL is http/json"),
 )
 WARNED = (
@@ -156,9 +156,28 @@ def test_a_rank_of_decode_context_parallelism_is_refused_before_it_has_pages():
 
 
 @pytest.mark.parametrize("changes", [{"pp_size": 2}, {"attn_cp_size": 2}, {"extra_config": None}])
-def test_a_backend_that_is_attached_at_run_time_is_judged_as_at_start(changes):
+def test_a_rank_is_judged_by_what_its_backend_is_told(changes):
     with pytest.raises(Refused):
         require(engine_facts.of_backend(storage_config(**changes)))
+
+
+@pytest.mark.parametrize("role", ["prefill", "decode"])
+def test_a_rank_of_a_pipeline_does_not_start(engine, role):
+    with pytest.raises(ValueError, match="--pp-size is 2"):
+        engine(role, parallel={"pp_size": 2})
+
+
+def test_what_cannot_be_served_is_not_attached_at_run_time_and_the_engine_goes_on(engine):
+    engine = engine("prefill")
+    assert engine.detach()[0]
+    right, engine.extra_config = engine.extra_config, engine.extra_config | {"interface_v1": 0}
+    attached, said = engine.attach()
+    assert not attached and "interface_v1" in said
+    engine.extra_config = right
+    attached, said = engine.attach()
+    assert attached, said
+    for policy in ("best_effort", "timeout", "wait_complete"):
+        assert engine.attach(policy)[0]
 
 
 @pytest.mark.case("logical_host_pool_at_start")

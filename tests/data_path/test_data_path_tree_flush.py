@@ -6,7 +6,7 @@ import threading
 
 import pytest
 import torch
-from tree_world import Peer, prompt
+from tree_story import Peer, prompt
 
 from scheduler_svc.protocol import Outcome
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import threading
 
 import pytest
-from tree_world import Peer, prompt
+from tree_story import Peer, prompt
 
 from dualpath_sgl import store_lane
 from dualpath_sgl.forward import Forwarder

@@ -8,7 +8,7 @@ import pytest
 import torch
 from sglang.srt.mem_cache.pool_host.dsa import DSAIndexerPoolHost
 from sglang.srt.mem_cache.radix_cache import RadixKey
-from tree_world import Peer, prompt
+from tree_story import Peer, prompt
 
 from scheduler_svc.protocol import Outcome
 

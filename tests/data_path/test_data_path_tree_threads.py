@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pytest
-from tree_world import Peer, prompt
+from tree_story import Peer, prompt
 
 from dualpath_sgl.peer_lane import PeerLane
 from scheduler_svc.protocol import Outcome

@@ -1,6 +1,6 @@
 """A storm on SGLang's real tree: many requests, small pools, and a fate for each, all drawn from one seed.
 
-One engine is real (tree_world.py), the other one a peer with a real page server or lane.  The storm is SGLang's
+One engine is real (tree_story.py), the other one a peer with a real page server or lane.  The storm is SGLang's
 loop, on the test's thread: every turn it makes one iteration of SGLang's own work and moves some requests one
 step on, in an order by chance.  A request's two halves are generators: `yield` means "some other time".
 """
@@ -18,7 +18,7 @@ import torch
 from data_path_world import page_numbers
 from sglang.srt.managers.schedule_batch import Req
 from storm_forwarder import StormForwarder
-from tree_world import STEP_S, Engine, Peer, content
+from tree_story import STEP_S, Engine, Peer, content
 
 from dualpath_sgl.page_load import PageLoad
 from scheduler_svc.protocol import Outcome

@@ -12,6 +12,7 @@ import time
 import urllib.request
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
+from pathlib import Path as FilePath
 
 from launch.supervisor import Cluster
 from scheduler_svc.protocol import Load, Path, Status
@@ -180,6 +181,16 @@ def forget_caches(cluster: Cluster, *roles: str) -> None:
     for engine in cluster.engines:
         if not roles or engine.role.value in roles:
             flush(engine.url)
+
+
+def update_weights(url: str, directory: FilePath, version: str | None = None) -> None:
+    """Give a server the weights of another model of the same dimensions; raises OSError when it refuses."""
+    post(f"{url}/update_weights_from_disk", {"model_path": str(directory), "weight_version": version})
+
+
+def post(url: str, body: dict) -> None:
+    request = urllib.request.Request(url, json.dumps(body).encode(), {"Content-Type": "application/json"})
+    urllib.request.urlopen(request, timeout=REQUEST_TIMEOUT_S).close()
 
 
 def flush(url: str) -> None:

@@ -15,7 +15,7 @@ import pytest
 
 sys.path.insert(0, str(Path(__file__).parent))
 
-from agents import TURNS, Session, assert_nothing_is_held  # noqa: E402
+from agents import TURNS, Session, assert_nothing_is_held, update_weights  # noqa: E402
 from grammars import ask_all  # noqa: E402
 
 from launch.config import ClusterConfig, Mode, load  # noqa: E402
@@ -75,26 +75,45 @@ def config() -> ClusterConfig:
     return load(CLUSTERS / "gqa-1p1d.yaml")
 
 
+Answers = dict[str, list[list[int]]]
+"""Session name -> generated token ids of each turn."""
+
+
 @dataclass(frozen=True)
 class RightAnswers:
-    sessions: dict[str, list[list[int]]]
-    """Session name -> generated token ids of each turn."""
+    """What one plain SGLang server answers."""
+
+    sessions: Answers
     grammars: dict[str, str]
+    other_sessions: Answers
+    """The same sessions, after an update to the other weights."""
 
 
 @pytest.fixture(scope="session")
-def right_answers(config: ClusterConfig, one_cluster: OneCluster) -> RightAnswers:
-    """Answers of one plain SGLang server."""
-    sessions = [Session(name) for name in SESSIONS]
+def other_weights(config: ClusterConfig) -> Path:
+    """A model that differs from the cluster's in its weights only."""
+    return config.model.model_copy(update={"seed": config.model.seed + 1}).directory()
+
+
+@pytest.fixture(scope="session")
+def right_answers(config: ClusterConfig, other_weights: Path, one_cluster: OneCluster) -> RightAnswers:
     with one_cluster.single_server(config) as server:
-        for session in sessions:
-            for turn in range(TURNS):
-                session.play(server.url, turn)
-        return RightAnswers({session.name: session.answers for session in sessions}, ask_all(server.url))
+        sessions, grammars = _answers(server.url), ask_all(server.url)
+        update_weights(server.url, other_weights)
+        return RightAnswers(sessions, grammars, _answers(server.url))
+
+
+def _answers(url: str) -> Answers:
+    sessions = [Session(name) for name in SESSIONS]
+    for session in sessions:
+        for turn in range(TURNS):
+            session.play(url, turn)
+    return {session.name: session.answers for session in sessions}
 
 
 @pytest.fixture(scope="session")
-def reference(right_answers: RightAnswers) -> dict[str, list[list[int]]]:
+def reference(right_answers: RightAnswers) -> Answers:
+    """The single server's answers with the cluster's own weights."""
     return right_answers.sessions
 
 

@@ -63,10 +63,13 @@ def test_a_span_that_was_exported_twice_counts_once():
     assert len(trace["spans"]) == 3
 
 
-def test_a_broken_line_and_a_missing_file_are_named(tmp_path):
+def test_a_broken_line_is_left_out_and_named_and_a_missing_file_is_refused(tmp_path):
     lines = tmp_path / "spans.jsonl"
-    lines.write_text(json.dumps(REQUESTS[0]) + "\n{broken\n")
-    with pytest.raises(EvalError, match="line 2 is not JSON"):
-        jaeger.convert([lines], tmp_path / "out.json")
+    lines.write_text(json.dumps(REQUESTS[0]) + "\n{broken\n" + json.dumps(REQUESTS[1]) + "\n")
+    skipped = []
+    assert jaeger.convert([lines], tmp_path / "out.json", skipped) == 1
+    assert len(skipped) == 1 and skipped[0].startswith(f"{lines}: line 2: not JSON")
+    (trace,) = json.loads((tmp_path / "out.json").read_text())["data"]
+    assert len(trace["spans"]) == 3
     with pytest.raises(EvalError, match="no such file"):
         jaeger.convert([tmp_path / "absent"], tmp_path / "out.json")

@@ -79,7 +79,8 @@ def test_up_refuses_a_directory_in_use_and_leaves_its_files_alone(tmp_path):
     result = dualpath("up", "-c", str(file), "--run-dir", str(run_dir))
     claim.release()
     assert result.returncode == 1
-    assert f"a cluster runs there (process {os.getpid()})" in result.stderr and "Traceback" not in result.stderr
+    assert f"a cluster runs there (process {os.getpid()})" in result.stderr
+    assert "Traceback" not in result.stderr
     assert read_state(run_dir) == state(this_process())
     assert log.read_text() == "the first one's"
 
@@ -115,14 +116,7 @@ def test_status_shows_no_traceback_for_a_broken_state(tmp_path):
 
 
 def test_status_takes_brackets_in_names_as_they_are(tmp_path):
-    ClusterState(
-        name="[/bold]",
-        mode="basic",
-        url="[/]",
-        scheduler=None,
-        engines={},
-        processes={"router": ProcessState(pid=os.getpid(), started_s=psutil.Process().create_time(), log="[/x]")},
-    ).write(tmp_path)
+    state(this_process()).model_copy(update={"name": "[/bold]", "url": "[/]"}).write(tmp_path)
     result = dualpath("status", "--run-dir", str(tmp_path))
     assert result.returncode == 0, result.stderr
     assert "[/bold]" in result.stdout

@@ -35,7 +35,7 @@ from scheduler_svc.reach import is_private
 
 PORTS = Ports(master=1, master_metrics=2, scheduler=3, collector=4, router=5, router_metrics=6)
 LOOPBACK = ("127.0.0.1", "127.0.0.2", "127.8.9.1", "::1", "localhost")
-ELSEWHERE = ("192.168.1.5", "10.1.2.3", "0.0.0.0", "::", "fd00::7", "8.8.8.8", "node-1")
+ELSEWHERE = ("192.168.1.5", "10.1.2.3", "fd00::7", "8.8.8.8", "node-1")
 WAIT_S = 30.0
 
 
@@ -247,7 +247,7 @@ def test_status_of_a_run_directory_finds_the_keys_by_itself(tmp_path, keys, monk
 class _This:
     """This process, as the launcher knows a child."""
 
-    pid, log_path = os.getpid(), Path("x.log")
+    name, pid, log_path = "scheduler", os.getpid(), Path("x.log")
 
 
 def test_there_are_no_keys_to_find_without_a_security_section(tmp_path):

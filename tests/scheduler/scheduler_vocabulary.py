@@ -31,13 +31,14 @@ IDLE = Load()
 def engine(engine_id: str, *, rank: int = 0, tp_size: int = 1, **changes) -> Engine:
     """A PE when the name begins with `p`, else a DE with a page server."""
     role = Role.PREFILL if engine_id.startswith("p") else Role.DECODE
+    host = engine_id.strip("/").replace("/", "-")
     fields = {
         "engine_id": engine_id,
         "role": role,
         "rank": rank,
         "tp_size": tp_size,
         "url": f"http://127.0.0.1:{30_000 + int(re.sub('[^0-9]', '', engine_id) or 0) % 10_000}",
-        "page_endpoint": f"tcp://{engine_id}:{1000 + rank}" if role is Role.DECODE else None,
+        "page_endpoint": f"tcp://{host}:{1000 + rank}" if role is Role.DECODE else None,
         "fingerprint": "layout-1",
         "page_size": PAGE_TOKENS,
         "page_bytes": PAGE_BYTES,

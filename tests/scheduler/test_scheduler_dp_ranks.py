@@ -54,7 +54,7 @@ def test_a_plan_names_the_page_server_of_the_dp_rank_that_has_the_request(dp_ran
     state, mine = two_servers(), f"d0/dp{dp_rank}"
     state.handle(decode_report(1, 0, by=mine), 1.0)
     result = state.handle(prefill_report(1, 0, 9, by="p0/dp1"), 1.1)
-    assert plan_of(result).decode_endpoints == (f"tcp://{mine}/0",)
+    assert plan_of(result).decode_endpoints == (f"tcp://d0-dp{dp_rank}:1000",)
     assert receivers(result) == [("p0/dp1", 0), (mine, 0)]
     assert planned_bytes(state, mine) > 0
     assert planned_bytes(state, f"d0/dp{1 - dp_rank}") == 0
