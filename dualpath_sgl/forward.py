@@ -11,6 +11,7 @@ block is a transfer of its own here, few are under way at a time, and each is fo
 from __future__ import annotations
 
 import math
+import os
 import time
 from collections import deque
 from typing import TYPE_CHECKING, Iterator, Sequence
@@ -32,7 +33,18 @@ POLL_S = 0.0002
 """Sleeping between looks leaves the core to Mooncake's own thread, which does the copying: on two cores a
 read of 256 blocks of 64 KiB takes 10 ms instead of the 17 ms of Mooncake's spinning wait."""
 
+PROGRESS_S = 10
+"""A connection on which nothing has moved for so long is dropped."""
+
 ARRIVED, FAILED = 1, -1
+
+
+def bound_mooncakes_patience() -> None:
+    """Once, before there are other threads: what Mooncake, left to itself, would wait 30 s for, lasts 10.
+
+    Until then memory that a hung peer may still write into is nobody's, and a flush waits for it.
+    """
+    os.environ.setdefault("MC_TCP_PROGRESS_TIMEOUT_SEC", str(PROGRESS_S))
 
 
 class StillWriting(Exception):

@@ -22,8 +22,10 @@ from dualpath_sgl import faults, peer_protocol
 from dualpath_sgl.mailbox import Mailbox
 from dualpath_sgl.peer_keys import PeerKeys
 from dualpath_sgl.peer_protocol import Ended, Pages, Pull, Reading, Release, Released, Waiting
+from scheduler_svc.connections import Connections, fd_of
+from scheduler_svc.liveness import notice_dead_peers
+from scheduler_svc.log_limit import LimitedLog
 from scheduler_svc.protocol import Wire, encode
-from scheduler_svc.sparse_log import SparseLog
 
 logger = logging.getLogger(__name__)
 
@@ -35,6 +37,8 @@ CLOSED_REMEMBERED = 4096
 """Rooms.  A PE that asks for one of them is told so at once and need not wait for a plan to arrive."""
 EARLY_PULLS = 1024
 """Pulls for rooms that are not open (yet); the oldest goes when there are more."""
+MOST_UNFINISHED_BYTES = 2 * peer_protocol.MAX_MESSAGE_BYTES
+"""Beyond this without an end of the message a connection is cut."""
 MESSAGES_AT_A_TIME = 256
 """Then pages are sent and leases looked after, however many messages wait."""
 LEASES_WHILE_READING = 10
@@ -104,11 +108,13 @@ class PageServer(threading.Thread):
         """By room; the server's own thread."""
         self._wake: Mailbox[int] = Mailbox()
         """Rooms of which there is news."""
-        self._noise = SparseLog(logger)
+        self._noise = LimitedLog(logger)
         self._keys = keys
         self._socket = keys.server_socket() if keys else zmq.Context.instance().socket(zmq.ROUTER)
         self._socket.setsockopt(zmq.LINGER, 0)
         self._socket.setsockopt(zmq.MAXMSGSIZE, peer_protocol.MAX_MESSAGE_BYTES)
+        notice_dead_peers(self._socket)
+        self._connections = Connections(self._socket, MOST_UNFINISHED_BYTES)
         # A lane keeps its name when its connection breaks, and is itself again on the next one.
         self._socket.setsockopt(zmq.ROUTER_HANDOVER, 1)
         self._socket.setsockopt(zmq.IPV6, int(":" in host))
@@ -212,12 +218,15 @@ class PageServer(threading.Thread):
         poller = zmq.Poller()
         poller.register(self._socket, zmq.POLLIN)
         poller.register(self._wake.fd, zmq.POLLIN)
+        poller.register(self._connections.monitor, zmq.POLLIN)
         look_s = 0.0
         while True:
             try:
                 poller.poll(POLL_MS)
                 news = set(self._wake.drain())
                 news.update(self._receive_some())
+                self._connections.tick()
+                self._noise.tick()
                 self._expire()
                 if time.monotonic() >= look_s:
                     news.update(self._pullers)
@@ -237,13 +246,14 @@ class PageServer(threading.Thread):
             if not self._socket.poll(0):
                 break
             sender, *frames = self._socket.recv_multipart(copy=False)
+            self._connections.heard(fd_of(sender))
             if self._keys is not None and not self._keys.admits(sender):
                 continue
             identity = sender.bytes
             try:
                 message = peer_protocol.decode_to_server(b"".join(frame.bytes for frame in frames))
             except ValueError as error:
-                self._noise.warning("DualPath page server: ignored a malformed message: %s", error)
+                self._warn("DualPath page server: ignored a malformed message: %s", error)
                 continue
             if isinstance(message, Pull):
                 self._pull(identity, message)
@@ -314,7 +324,7 @@ class PageServer(threading.Thread):
                 or (not state.subscribed and now_s > state.subscribe_until_s)
             ]
         for room in over:
-            self._noise.warning("DualPath: lease of room %d ended before its pages were released", room)
+            self._warn("DualPath: lease of room %d ended before its pages were released", room)
             self.close(room)
 
     def _push(self, room: int) -> None:
@@ -379,6 +389,9 @@ class PageServer(threading.Thread):
             missing = None if end == pull.end_page else state.reason or "fewer pages than planned"
             return Ended(room=pull.room, end_page=max(end, pull.first_page), reason=missing)
         return None
+
+    def _warn(self, text: str, *arguments: object) -> None:
+        self._noise.log(logging.WARNING, text, *arguments)
 
     def _send(self, identity: bytes, message: Wire) -> None:
         self._socket.send_multipart([identity, encode(message)])

@@ -30,8 +30,9 @@ from dualpath_sgl.mailbox import Mailbox
 from dualpath_sgl.page_load import LaneClock, PageLoad
 from dualpath_sgl.peer_keys import Secure
 from dualpath_sgl.peer_protocol import Ended, Pages, Pull, Reading, Release, Released
+from scheduler_svc.liveness import notice_dead_peers
+from scheduler_svc.log_limit import LimitedLog
 from scheduler_svc.protocol import Wire, encode
-from scheduler_svc.sparse_log import SparseLog
 
 logger = logging.getLogger(__name__)
 
@@ -135,11 +136,12 @@ class PeerLane(threading.Thread):
         self._greeting: str | None = None
         self._unfinished: _Unfinished | None = None
         self._wave_bytes = FIRST_WAVE_BYTES
-        self._noise = SparseLog(logger)
+        self._noise = LimitedLog(logger)
         self._socket = zmq.Context.instance().socket(zmq.DEALER)
         self._socket.setsockopt(zmq.LINGER, 0)
         self._socket.setsockopt(zmq.MAXMSGSIZE, peer_protocol.MAX_MESSAGE_BYTES)
         self._socket.setsockopt(zmq.IPV6, int("[" in self._endpoint))
+        notice_dead_peers(self._socket)
         # Who pulled may release, nobody else; and it is the same one when a connection was lost.
         self._socket.setsockopt(zmq.IDENTITY, b"lane" + uuid.uuid4().bytes)
         if secure is not None:
@@ -198,6 +200,7 @@ class PeerLane(threading.Thread):
             self._try(self._listen)
             self._try(self._give_up_overdue)
             self._try(self._ask_after_unfinished)
+            self._noise.tick()
         self.close()
 
     def _try(self, step: Callable[..., Any], *arguments: Any) -> None:
@@ -269,7 +272,7 @@ class PeerLane(threading.Thread):
         try:
             message = peer_protocol.decode_to_lane(frame)
         except ValueError as error:
-            self._noise.warning("DualPath: page server %s sent nonsense: %s", self._endpoint, error)
+            self._warn("DualPath: page server %s sent nonsense: %s", error)
             return
         pull = self._pulls.get(message.room)
         if pull is not None:
@@ -364,8 +367,8 @@ class PeerLane(threading.Thread):
             if local_sizes != sizes:
                 self._release(pull, "peer offered pages that do not fit")
                 return
-            remote = offer.pointers[(first - offer_first) * blocks_a_page : (end - offer_first) * blocks_a_page]
-            blocks = merge_runs(local, remote, sizes)
+            begin = (first - offer_first) * blocks_a_page
+            blocks = merge_runs(local, offer.pointers[begin : begin + len(sizes)], sizes)
             pull.clock.begin()
             begun_s = time.monotonic()
             try:
@@ -470,8 +473,11 @@ class PeerLane(threading.Thread):
             elif now_s > pull.waits_until_s:
                 self._try_for(pull, self._give_up, "peer offers nothing")
 
+    def _warn(self, text: str, *arguments: object) -> None:
+        self._noise.log(logging.WARNING, text, self._endpoint, *arguments)
+
     def _send(self, message: Wire) -> None:
         try:
             self._socket.send(encode(message), zmq.NOBLOCK)
         except zmq.Again:
-            self._noise.warning("DualPath: page server %s takes no messages", self._endpoint)
+            self._warn("DualPath: page server %s takes no messages")

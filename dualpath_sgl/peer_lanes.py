@@ -1,4 +1,4 @@
-"""The peer lanes of one PE rank: one for each page server, made when there is work, gone when there is none."""
+"""The peer lanes of one PE rank: one for each page server, there as long as there is work for it."""
 
 from __future__ import annotations
 

@@ -12,7 +12,9 @@ def activate() -> None:
 
     if settings().enabled:
         from dualpath_sgl import engine_facts, hooks
+        from dualpath_sgl.forward import bound_mooncakes_patience
 
+        bound_mooncakes_patience()
         engine_facts.register_checks()
         hooks.register(traced=settings().otlp_endpoint is not None)
     activated = True

@@ -307,7 +307,8 @@ def _condition(process: ProcessState, alive: bool) -> str:
     now = "ended" if not alive else "DOES NOT ANSWER" if process.silent else "running"
     if not process.last_end:
         return now
-    return f"{now}; started again {process.restarts} times, last: {process.last_end}"
+    times = "once" if process.restarts == 1 else f"{process.restarts} times"
+    return f"{now}; started again {times}, last: {process.last_end}"
 
 
 def _fail(message: str) -> NoReturn:

@@ -9,6 +9,10 @@ from __future__ import annotations
 
 import ipaddress
 import re
+from functools import lru_cache
+
+MOST_REMEMBERED = 16_384
+"""Addresses that were found good; they come with every heartbeat and plan."""
 
 _LABEL = r"[A-Za-z0-9_](?:[A-Za-z0-9_-]{0,61}[A-Za-z0-9_])?"
 _HOST = rf"\[[0-9A-Fa-f:.]+\]|{_LABEL}(?:\.{_LABEL})*\.?"
@@ -16,6 +20,7 @@ _ADDRESS = re.compile(rf"(?P<scheme>[a-z]+)://(?P<host>{_HOST})(?::(?P<port>[0-9
 _NUMERIC = re.compile(r"[0-9]+|0[xX][0-9A-Fa-f]*")
 
 
+@lru_cache(MOST_REMEMBERED)
 def check_http_url(url: str) -> None:
     """Raise ValueError unless `url` is `http://HOST[:PORT]` or `https://HOST[:PORT]`."""
     if not _is_address(url, ("http", "https"), needs_port=False):
@@ -25,6 +30,7 @@ def check_http_url(url: str) -> None:
         )
 
 
+@lru_cache(MOST_REMEMBERED)
 def check_endpoint(endpoint: str) -> None:
     """Raise ValueError unless `endpoint` is `tcp://HOST:PORT`."""
     if not _is_address(endpoint, ("tcp",), needs_port=True):

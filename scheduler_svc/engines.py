@@ -322,8 +322,8 @@ class EngineTable:
         key, rank = max(oldest, key=lambda item: self._held[item[1].sender])
         if self._held[rank.sender] <= self._held[sender] + 1:
             raise EngineConflict(
-                f"{len(self._live)} engines with {len(self._by_age)} ranks are registered already; use another "
-                f"scheduler for engine {engine_id}"
+                f"{len(self._live)} engines with {len(self._by_age)} ranks are registered already; "
+                f"use another scheduler for engine {engine_id}"
             )
         for rank_number in list(self._live[key.engine_id].ranks):
             self.forget(RankKey(key.engine_id, rank_number))
@@ -399,20 +399,21 @@ class EngineTable:
                 self.forget(key)
 
     def _announce(self, state: EngineState) -> None:
-        """A fault in the watcher costs the engine its placements until its next heartbeat."""
-        if self._watcher is None:
+        """To the watcher; a fault in it costs the engine its placements until its next heartbeat."""
+        if state.is_announced or self._watcher is None:
+            self.lowered(state)
             return
         try:
-            if state.is_announced:
-                self._watcher.lowered(state)
-            else:
-                state.is_announced = True
-                self._watcher.joined(state)
+            state.is_announced = True
+            self._watcher.joined(state)
         except Exception:
-            self._faults.record("placement", "an engine is not placed upon until its next heartbeat")
-            state.is_announced = False
-            with suppress(Exception):  # it may know half of the engine
-                self._watcher.left(state)
+            self._unannounced(state)
+
+    def _unannounced(self, state: EngineState) -> None:
+        self._faults.record("placement", "an engine is not placed upon until its next heartbeat")
+        state.is_announced = False
+        with suppress(Exception):  # the watcher may know half of the engine
+            self._watcher.left(state)
 
     def _withdraw(self, state: EngineState) -> None:
         state.is_announced = False
@@ -427,7 +428,10 @@ class EngineTable:
     def lowered(self, engine: EngineState) -> None:
         """Tell the watcher that `engine` may have less to do, if it is one it knows."""
         if engine.is_announced:
-            self._announce(engine)
+            try:
+                self._watcher.lowered(engine)
+            except Exception:
+                self._unannounced(engine)
 
     def status(self, now_s: float, after: int = 0) -> tuple[EngineStatus, ...]:
         """A page of live engines: of each its lowest rank with the load over all ranks."""

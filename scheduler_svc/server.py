@@ -301,7 +301,8 @@ class Server:
             self._refuse(identity, peer, ErrorCode.FORBIDDEN, why, room, request_id)
             return
         key = _speaks_for(message)
-        if key is not None and not self._may_speak(identity, key, message):
+        is_another = key is not None and self._owners.get(key, identity) != identity
+        if is_another and not self._may_speak(key, message):
             self._refuse(
                 identity,
                 peer,
@@ -332,15 +333,12 @@ class Server:
         self._post(identity, result)
         self._events += result.events
 
-    def _may_speak(self, identity: bytes, key: RankKey, message: Request) -> bool:
-        """Whether no other live connection speaks for the rank.
+    def _may_speak(self, key: RankKey, message: Request) -> bool:
+        """Whether another connection than the last one may speak for the rank: that one is closed.
 
         Ranks from before versions do not repeat what was refused: there, whoever says the same counts.
         """
-        owner = self._owners.get(key)
-        if owner is None or owner == identity:
-            return True
-        if self._is_connected(owner):
+        if self._is_connected(self._owners[key]):
             engines = self._cluster.engines
             return isinstance(message, Heartbeat) and engines.repeats_unversioned(message.engine)
         if isinstance(message, Heartbeat):

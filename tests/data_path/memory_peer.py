@@ -1,4 +1,4 @@
-"""The other end of a forward: a process with registered memory that can be stopped, refilled and continued."""
+"""The other end of a forward: a process whose memory others may read, that can stop and go on."""
 
 from __future__ import annotations
 

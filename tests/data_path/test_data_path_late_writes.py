@@ -1,4 +1,4 @@
-"""Memory belongs to a forward until nothing can be written into it: failures, pauses and hangs in mid-read."""
+"""Memory belongs to a forward until nothing can be written into it, whatever happens in mid-read."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ from data_path_world import (
 from memory_peer import NEW, OLD, MemoryPeer, memory_peer
 
 from dualpath_sgl import peer_lane, peer_protocol
-from dualpath_sgl.forward import Forwarder, StillWriting
+from dualpath_sgl.forward import Forwarder, StillWriting, bound_mooncakes_patience
 from dualpath_sgl.page_load import PageLoad
 from dualpath_sgl.peer_lane import PeerLane
 from dualpath_sgl.peer_protocol import Ended, Pages, Pull, Release, Released
@@ -479,3 +479,11 @@ def test_a_forward_over_a_link_that_needs_many_leases_arrives_and_stays(slow_lin
         decode.wait()
         decode.stdin.close()
         decode.stdout.close()
+
+
+def test_mooncake_waits_ten_seconds_for_progress_unless_told_otherwise(monkeypatch):
+    bound_mooncakes_patience()
+    assert os.environ["MC_TCP_PROGRESS_TIMEOUT_SEC"] == "2", "what somebody chose stands"
+    monkeypatch.delenv("MC_TCP_PROGRESS_TIMEOUT_SEC")
+    bound_mooncakes_patience()
+    assert os.environ["MC_TCP_PROGRESS_TIMEOUT_SEC"] == "10"

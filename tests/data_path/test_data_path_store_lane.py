@@ -17,6 +17,8 @@ from data_path_world import (
     Rank,
     acknowledgements,
     eventually,
+    given_back,
+    page_numbers,
     rooms,
     until_acknowledged,
 )
@@ -220,3 +222,76 @@ def test_waiting_for_a_peer_delays_no_store_part(rank, lane):
         assert load.prefix == 0 and not missing
     finally:
         socket.close()
+
+
+# -- a store that hangs --------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def hanging_store(rank, monkeypatch):
+    """Reads of the store begin and do not end before the event is set; `(event, reads under way)`."""
+    monkeypatch.setattr(store_lane, "HANG_S", 0.2)
+    gate, entered = threading.Event(), []
+
+    def wait(hashes):
+        entered.append(hashes)
+        assert gate.wait(WAIT_S)
+
+    rank.controller.storage_backend.before_read = wait
+    yield gate, entered
+    gate.set()
+
+
+def test_a_read_that_hangs_ends_its_load_and_keeps_its_pages_until_it_is_over(rank, hanging_store):
+    gate, _ = hanging_store
+    lane = StoreLane()
+    lane.start()
+    load, _ = stored(rank)
+    read_alone(lane, load)
+    until_acknowledged(load)
+    assert load.prefix == 0 and lane.queue_bytes == 0 and len(rank.open_loads) == 1
+    held = page_numbers(load.host_indices(0, PAGES))
+    assert page_numbers(load.operation.host_indices) == held[3:], "SGLang gets what nobody writes into"
+    gate.set()
+    eventually(lambda: not len(rank.open_loads), "the read is over")
+    assert given_back(rank.controller) == held[:3] and load.prefix == 0
+
+
+def test_behind_a_read_that_hangs_other_loads_are_read(rank, hanging_store):
+    gate, entered = hanging_store
+    lane = StoreLane()
+    lane.start()
+    hung, _ = stored(rank)
+    read_alone(lane, hung)
+    until_acknowledged(hung)
+    rank.controller.storage_backend.before_read = lambda hashes: None
+    load, content = stored(rank)
+    read_alone(lane, load)
+    until_acknowledged(load)
+    assert torch.equal(rank.landed(load), content) and not gate.is_set()
+
+
+def test_a_store_in_which_many_reads_hang_is_not_asked_until_one_ends(rank, hanging_store):
+    gate, entered = hanging_store
+    lane = StoreLane()
+    lane.start()
+    for _ in range(store_lane.MOST_HANGING + 2):
+        load, _ = stored(rank)
+        read_alone(lane, load)
+        until_acknowledged(load)
+        assert load.prefix == 0
+    assert len(entered) == store_lane.MOST_HANGING
+    gate.set()
+    eventually(lambda: not len(rank.open_loads), "they are over")
+    load, content = stored(rank)
+    read_alone(lane, load)
+    until_acknowledged(load)
+    assert torch.equal(rank.landed(load), content)
+
+
+def test_a_read_from_a_slow_store_is_no_longer_than_a_second_at_its_rate(rank, monkeypatch):
+    monkeypatch.setattr(store_lane, "LEAST_BATCH_BYTES", 100 * rank.page_bytes)
+    monkeypatch.setattr(store_lane, "MOST_BATCH_BYTES", 200 * rank.page_bytes)
+    lane = StoreLane()  # not started: it has only this rate
+    lane._recent_bytes, lane._recent_s = 5 * rank.page_bytes, 1.0
+    assert lane.batch_bytes == 5 * rank.page_bytes
