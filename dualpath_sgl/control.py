@@ -70,8 +70,8 @@ _HANDSHAKE_FAILED = {
         "set DUALPATH_KEY_FILE and DUALPATH_SCHEDULER_KEY_FILE just when the scheduler has keys"
     ),
     zmq.EVENT_HANDSHAKE_FAILED_NO_DETAIL: (
-        "the handshake breaks off; the .key file of DUALPATH_KEY_FILE must be in the scheduler's directory of "
-        "authorized keys, and DUALPATH_SCHEDULER_KEY_FILE the key of the scheduler at this address"
+        "the handshake breaks off; the .key file of DUALPATH_KEY_FILE must be in the scheduler's directory "
+        "of authorized keys, and DUALPATH_SCHEDULER_KEY_FILE the key of the scheduler at this address"
     ),
 }
 """Why, and the remedy."""

@@ -37,15 +37,11 @@ class PeerKeys:
         self._log = LimitedLog(logger)
 
     def server_socket(self) -> zmq.Socket:
-        """The page server's socket, not bound yet; its peers are authenticated until `stop`."""
+        """The page server's socket, not bound yet; its peers are authenticated from now on."""
         self._authenticator.start()
         socket = self._context.socket(zmq.ROUTER)
         secure_server(socket, self._key_file)
         return socket
-
-    def stop(self) -> None:
-        """Once the page server's socket is closed.  Idempotent, also without a page server."""
-        self._authenticator.stop()
 
     def admits(self, frame: zmq.Frame) -> bool:
         """Whether the sender's key still lies in the directory; `frame` came with `copy=False`."""

@@ -122,11 +122,13 @@ def failures_explained() -> Iterator[None]:
     from evals.topology.network import NetworkError
     from launch.process import ProcessDied
     from launch.readiness import NotReady
+    from launch.run_dir import RunDirError
     from launch.supervisor import StartTimeout
 
+    explained = (EvalError, ConfigError, NotReady, NetworkError, ProcessDied, RunDirError, StartTimeout)
     try:
         yield
-    except (EvalError, ConfigError, NotReady, NetworkError, ProcessDied, StartTimeout) as error:
+    except explained as error:
         errors.print(f"[red]error:[/] {escape(str(error))}")
         raise typer.Exit(USAGE_ERROR) from None
 

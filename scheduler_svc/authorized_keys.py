@@ -1,8 +1,8 @@
 """The directory of authorized keys as it is now, and in whose name each key may speak.
 
 A file NAME.key admits the holder of its key and lets it speak for the server NAME and its DP ranks
-(`scheduler_svc.engine_names`); a key that lies there under several names speaks for all of them.  What any admitted
-peer may do (ask for a placement or the status, ping) is nobody's name.
+(`scheduler_svc.engine_names`); a key that lies there under several names speaks for all of them.
+What any admitted peer may do (ask for a placement or the status, ping) is nobody's name.
 
 One thread calls `read` again and again, others ask; what they see is replaced, never changed.
 """

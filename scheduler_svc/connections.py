@@ -136,8 +136,7 @@ class Connections:
         kind, value = event["event"], int(event["value"])
         if kind == zmq.EVENT_ACCEPTED:
             with suppress(OSError), _borrowed(value) as connection:  # it may be gone already
-                host, port = connection.getpeername()[:2]
-                self._by_fd[value] = _Connection(f"{host}:{port}")
+                self._by_fd[value] = _Connection(_address(connection))
         elif kind == zmq.EVENT_ACCEPT_FAILED:
             self._on_refused("accept")
             self._log.log(
@@ -179,8 +178,7 @@ class Connections:
     def _cut(self, fd: int, size: int) -> None:
         address = self.address(fd)
         with suppress(OSError), _borrowed(fd) as connection:
-            host, port = connection.getpeername()[:2]
-            if f"{host}:{port}" != address:  # another connection got the number meanwhile
+            if _address(connection) != address:  # another connection got the number meanwhile
                 return
             # ZeroMQ reads the end and closes; the peer is told at once, whatever it still sends.
             connection.setsockopt(tcp.SOL_SOCKET, tcp.SO_LINGER, _RESET)
@@ -205,11 +203,20 @@ def fd_of(frame: zmq.Frame) -> int:
 @contextmanager
 def _borrowed(fd: int) -> Iterator[tcp.socket]:
     """ZeroMQ's own descriptor, which stays open.  Raises OSError when it is no open socket."""
-    connection = tcp.socket(tcp.AF_INET, tcp.SOCK_STREAM, 0, fd)
+    connection = tcp.socket(fileno=fd)
     try:
         yield connection
     finally:
         connection.detach()
+
+
+def _address(connection: tcp.socket) -> str:
+    """Raises OSError when it is not connected, or no TCP."""
+    try:
+        host, port, *_ = connection.getpeername()
+    except ValueError:
+        raise OSError("no TCP") from None
+    return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
 
 
 def _received_bytes(connection: tcp.socket) -> int:

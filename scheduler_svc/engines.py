@@ -322,8 +322,8 @@ class EngineTable:
         key, rank = max(oldest, key=lambda item: self._held[item[1].sender])
         if self._held[rank.sender] <= self._held[sender] + 1:
             raise EngineConflict(
-                f"{len(self._live)} engines with {len(self._by_age)} ranks are registered already; use another "
-                f"scheduler for engine {engine_id}"
+                f"{len(self._live)} engines with {len(self._by_age)} ranks are registered already; "
+                f"use another scheduler for engine {engine_id}"
             )
         for rank_number in list(self._live[key.engine_id].ranks):
             self.forget(RankKey(key.engine_id, rank_number))

@@ -182,8 +182,7 @@ class SglangEngine:
             rows = slots[number * self.page_tokens : (number + 1) * self.page_tokens]
             for layer in range(LAYERS):
                 self.kv.k_buffer[layer][rows], self.kv.v_buffer[layer][rows] = page[0, layer], page[1, layer]
-        inserted = self.tree.insert(InsertParams(key=key, value=slots))
-        self.allocator.free(slots[: inserted.prefix_len])
+        self.tree.insert(InsertParams(key=key, value=slots))  # gives back what the tree holds already
         return True
 
 

@@ -36,14 +36,15 @@ from dualpath_sgl.forward import Forwarder
 from dualpath_sgl.page_server import PageServer
 from dualpath_sgl.peer_keys import PeerKeys
 from scheduler_svc.protocol import Engine, Load, Report, Role
-scheduler, keys, count, block, fingerprint = sys.argv[1], Path(sys.argv[2]), *map(int, sys.argv[3:5]), sys.argv[5]
+scheduler, keys, fingerprint = sys.argv[1], Path(sys.argv[2]), sys.argv[5]
+count, block = map(int, sys.argv[3:5])
 own = keys / "peers/decode-0.key_secret"
 memory = torch.full((count * 2 * block,), 7, dtype=torch.uint8)
 forwarder = Forwarder("127.0.0.1", "tcp", "", [memory])
 server = PageServer("127.0.0.1", forwarder.session, fingerprint, 60.0, 60.0, PeerKeys(own, keys / "peers"))
 server.start()
-engine = Engine(engine_id="decode-0", role=Role.DECODE, url="http://127.0.0.1:1", page_endpoint=server.endpoint,
-                fingerprint=fingerprint, page_size=4, page_bytes=2 * block)
+engine = Engine(engine_id="decode-0", role=Role.DECODE, url="http://127.0.0.1:1",
+                page_endpoint=server.endpoint, fingerprint=fingerprint, page_size=4, page_bytes=2 * block)
 channel = ControlChannel(scheduler, engine, Load, lambda plan: None, (own, keys / "scheduler.key"))
 channel.start()
 print(server.endpoint, flush=True)
@@ -51,9 +52,10 @@ first = memory.data_ptr()
 for line in sys.stdin:
     room = int(line)
     server.open(room, 0)
-    server.publish(room, [(first + 2 * page * block, first + (2 * page + 1) * block) for page in range(count)],
-                   (block, block))
-    channel.send(Report(room=room, engine_id="decode-0", role=Role.DECODE, prompt_tokens=4 * count, local_pages=count))
+    pages = [(first + 2 * page * block, first + (2 * page + 1) * block) for page in range(count)]
+    server.publish(room, pages, (block, block))
+    channel.send(Report(room=room, engine_id="decode-0", role=Role.DECODE, prompt_tokens=4 * count,
+                        local_pages=count))
     print("open", flush=True)
 """
 

@@ -13,4 +13,5 @@ from tree_storm import Storm
 def test_after_a_storm_bytes_are_right_and_nothing_is_held(engine, role, storm_seed):
     storm = Storm(engine, role, storm_seed)
     storm.run()
+    print(storm.summary())
     assert storm.wrong == []

@@ -7,10 +7,11 @@ step on, in an order by chance.  A request's two halves are generators: `yield` 
 
 from __future__ import annotations
 
+import itertools
 import random
 import time
 from array import array
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Iterator
 
 import torch
@@ -19,6 +20,7 @@ from sglang.srt.managers.schedule_batch import Req
 from storm_forwarder import StormForwarder
 from tree_story import STEP_S, Engine, Peer, content
 
+from dualpath_sgl.page_load import PageLoad
 from scheduler_svc.protocol import Outcome
 
 REQUESTS = 60
@@ -26,8 +28,8 @@ AT_ONCE = 8
 MOST_PAGES = 9
 DOCUMENTS = 5
 """Beginnings that prompts share."""
-CALM_S = 60.0
-"""Until everything that the storm left behind is gone."""
+CALM_S = 30.0
+"""A storm in which nothing has ended for so long is stuck; what it leaves behind is gone by then."""
 FOREIGN = -1.0
 
 FATES = ("well",) * 5 + (
@@ -72,7 +74,8 @@ class Storm:
         self.wrong: list[str] = []
         self._foreign: list[tuple[torch.Tensor, int]] = []
         """Host pages of somebody else, and the turn in which he gives them back."""
-        self._turn = 0
+        self._turn = self._flushes = 0
+        self._seen, self._since_s = (0, 0), time.monotonic()
         self._spoil_store()
 
     # -- the weather ----------------------------------------------------------------------------
@@ -122,6 +125,7 @@ class Storm:
 
     def _flush(self) -> None:
         """As before a weight update: every request is aborted, then the cache is dropped."""
+        self._flushes += 1
         for request in self.requests:
             request.abort()
         self._give_back(everything=True)
@@ -132,6 +136,8 @@ class Storm:
 
     def run(self) -> None:
         while len(self.requests) < REQUESTS or any(request.open for request in self.requests):
+            if self._is_stuck():
+                break
             self._turn += 1
             self.engine.step()
             self._give_back()
@@ -145,6 +151,14 @@ class Storm:
             time.sleep(STEP_S)
         self._give_back(everything=True)
         self._end()
+
+    def _is_stuck(self) -> bool:
+        under_way = [request for request in self.requests if request.open]
+        if (len(self.requests), len(under_way)) != self._seen:
+            self._seen, self._since_s = (len(self.requests), len(under_way)), time.monotonic()
+        stuck = time.monotonic() > self._since_s + CALM_S
+        self.wrong += [f"stuck: {request}" for request in under_way if stuck]
+        return stuck
 
     def _tokens(self, pages: int) -> array:
         size = self.engine.page_tokens
@@ -180,13 +194,27 @@ class Storm:
             if not all(engine.in_tree(tokens)):
                 self.wrong.append("a page in the tree holds another one's bytes")
         self._check_store()
-        if engine.unevictable() != (0, 0):
+        if not engine.within(CALM_S, lambda: engine.unevictable() == (0, 0)):
             self.wrong.append(f"host and device pages that cannot be evicted: {engine.unevictable()}")
         free = engine.page_numbers(engine.take_host_pages())
         if sorted(free) != list(range(engine.pool.logical_size // engine.page_tokens)):
             self.wrong.append("a host page is free twice, or never")
         if not engine.runtime.store_lane.is_alive():
             self.wrong.append("the store lane has ended")
+
+    def summary(self) -> str:
+        """What the storm was made of, for a reader who wonders whether it was one."""
+        dones = [done for request in self.requests for done in self.engine.dones(request.req)]
+        lanes = Counter()
+        for lane in itertools.chain.from_iterable(done.lanes for done in dones):
+            lanes[lane.lane] += lane.end_page - lane.first_page
+        pulled = sum(request.pull.prefix for request in self.requests if request.pull)
+        outcomes = Counter(done.fallback_reason or done.outcome.value for done in dones)
+        return (
+            f"{self.engine.sglang.role}, {self.policy}, {len(self.requests)} requests, {self._turn} turns, "
+            f"{self._flushes} flushes, {len(StormForwarder.late_writes)} late writes, pages {dict(lanes)}, "
+            f"{pulled} pulled; {dict(outcomes)}"
+        )
 
     def _peer_is_idle(self) -> bool:
         if self.peer.server is not None:
@@ -207,7 +235,10 @@ class Request:
 
     def __init__(self, storm: Storm, tokens: array, fate: str, room: int | None) -> None:
         self.storm, self.tokens, self.fate = storm, tokens, fate
-        self.pull = None
+        self.pull: PageLoad | None = None
+        self.split = 0
+        """Planned: pages `[local, split)` come from the decode engine; 0 without a plan."""
+        self.local = 0
         self.ended = self.aborted = False
         self._patience = storm.chance.randint(1, 60)
         """Turns until a client with the fate to leave leaves."""
@@ -247,8 +278,7 @@ class Request:
         hit = reports[0].hit_pages if storm.engine.sglang.role == "prefill" else pages
         if hit is None or hit <= local:
             return
-        self.split = storm.chance.randint(local + 1, hit)
-        self.local = local
+        self.local, self.split = local, storm.chance.randint(local + 1, hit)
         storm.engine.planned(self.req, storm.peer, self.split, local)
 
     def _here(self) -> Iterator[None]:
@@ -268,13 +298,16 @@ class Request:
             self._wrong(f"ok, and {dones[0].fallback_reason}")
 
     def _wrong(self, what: str) -> None:
-        self.storm.wrong.append(f"{self.req.rid} ({self.fate}): {what}")
+        self.storm.wrong.append(f"{self}: {what}")
+
+    def __str__(self) -> str:
+        pull = f", pulled {self.pull.prefix} of {self.pull.pages}" if self.pull is not None else ""
+        halves = ", ".join(half.__name__ for half in self._halves)
+        return f"{self.req.rid} in room {self.req.bootstrap_room} ({self.fate}{pull}) waits in {halves or 'nothing'}"
 
 
 class OnPrefill(Request):
     """The peer is the decode engine: `_there` opens a room and publishes."""
-
-    split = 0
 
     def _here(self) -> Iterator[None]:
         engine, chance = self.storm.engine, self.storm.chance
@@ -343,8 +376,6 @@ class OnPrefill(Request):
 class OnDecode(Request):
     """The peer is the prefill engine: `_there` pulls."""
 
-    split = 0
-
     def _here(self) -> Iterator[None]:
         engine, chance = self.storm.engine, self.storm.chance
         if self.fate == "late plan":
@@ -383,6 +414,6 @@ class OnDecode(Request):
         self.pull = peer.pulls(self.req.bootstrap_room, pages, self.local)
         while self.pull.lanes_open:
             yield
-        if peer.wrong(self.pull, self.tokens):
-            self._wrong("the prefill engine took pages that hold another one's bytes")
+        for page in peer.wrong_pages(self.pull, self.tokens):
+            self._wrong(f"the prefill engine took a page that holds another one's bytes: {page}")
         peer.rank.pool.free(self.pull.operation.host_indices)

@@ -470,10 +470,16 @@ class Peer:
         load.close_part()
         return load
 
-    def wrong(self, load: PageLoad, tokens: Sequence[int]) -> int:
-        """How many of the pages that it took for whole hold something else than the prompt's."""
+    def wrong_pages(self, load: PageLoad, tokens: Sequence[int]) -> list[torch.Tensor]:
+        """Of the pages that it took for whole those that hold something else than the prompt's."""
         names = self._engine.hashes(tokens)[load.first_page :]
-        return sum(
-            not torch.equal(page, content(name, self._engine.page_tokens))
-            for page, name in zip(self.rank.landed(load, 0, load.prefix), names)
-        )
+        landed = self.rank.landed(load, 0, load.prefix)
+        return [
+            page
+            for page, name in zip(landed, names)
+            if not torch.equal(page, content(name, self._engine.page_tokens))
+        ]
+
+    def wrong(self, load: PageLoad, tokens: Sequence[int]) -> int:
+        """How many."""
+        return len(self.wrong_pages(load, tokens))

@@ -43,9 +43,9 @@ def test_after_an_update_prompts_get_the_new_weights_tokens_on_the_decode_path(
     earlier = reads(cluster)
     assert played_from_store(cluster, after) == after
     counted = reads(cluster)
-    assert counted.paths[Path.DECODE] >= len(after) * (TURNS - 1)
-    assert counted.forwarded_bytes - earlier.forwarded_bytes > 0
-    assert counted.fallbacks == 0
+    assert counted.paths[Path.DECODE] - earlier.paths.get(Path.DECODE, 0) >= len(after) * (TURNS - 1)
+    assert counted.forwarded_bytes > earlier.forwarded_bytes
+    assert counted.fallbacks == earlier.fallbacks
 
     # Back again, each engine on its own: without a version they share nothing, and are still right.
     update_all(cluster, config.model.directory(), None)
@@ -54,7 +54,7 @@ def test_after_an_update_prompts_get_the_new_weights_tokens_on_the_decode_path(
     counted = reads(cluster)
     assert counted.forwarded_bytes == earlier.forwarded_bytes
     assert counted.decode_store_bytes == earlier.decode_store_bytes
-    assert counted.fallbacks > 0, "the scheduler knows that the two are not alike"
+    assert counted.fallbacks > earlier.fallbacks, "the scheduler knows that the two are not alike"
 
     # As soon as both are known by one name, they share.
     for engine in cluster.engines:

@@ -219,7 +219,8 @@ def status(*arguments: str, **environment: str):
 def test_status_takes_keys_as_options_or_from_the_environment(keys):
     files = keys / "peers/operator.key_secret", keys / "scheduler.key"
     with secured_scheduler(keys) as address:
-        asked = status("--scheduler", address, "--key-file", str(files[0]), "--scheduler-key-file", str(files[1]))
+        given = "--key-file", str(files[0]), "--scheduler-key-file", str(files[1])
+        asked = status("--scheduler", address, *given)
         assert asked.exit_code == 0 and "rooms open 0" in asked.output
         names = ("DUALPATH_KEY_FILE", "DUALPATH_SCHEDULER_KEY_FILE")
         asked = status("--scheduler", address, **dict(zip(names, map(str, files))))

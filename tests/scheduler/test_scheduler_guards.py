@@ -55,7 +55,8 @@ from scheduler_svc.state import MAX_FALLBACK_REASONS, Cluster
 WRONG_URLS = (
     "http://[", "http://", "h:1", "file:///etc/passwd", "ftp://h:1", "http://h:0", "http://h:65536",
     "http://h:1/", "http://h:1/secret", "http://h:1?x=/generate", "http://h:1#x", "http://user@h:1",
-    "http://user:key@h:1", "http://h :1", "http://h:1 ", "http://h:1\r\nX: y", "http://h:1\n", "http://127.1:1",
+    "http://user:key@h:1", "http://h :1", "http://h:1 ", "http://h:1\r\nX: y", "http://h:1\n",
+    "http://127.1:1",
     "http://0x7f000001:1", "http://2130706433:1", "http://[::1", "http://::1:1", "http://[fe80::1%eth0]:1",
     "http://h\u00e9:1", "http://a..b:1", "HTTP://h:1", "not a url",
 )  # fmt: skip
@@ -249,7 +250,10 @@ def test_a_fault_in_any_step_of_the_loop_is_counted_and_the_next_message_is_serv
                 except TimeoutError:
                     break
         settled(decode)
-        steps = ("expiry", "expiry of rooms", "expiry of engines", "sending", "the loop", "looking at connections", "metrics", "handling a message")
+        steps = (
+            "expiry", "expiry of rooms", "expiry of engines", "sending", "the loop", "looking at connections",
+            "metrics", "handling a message",
+        )  # fmt: skip
         counts = {step: scheduler.metric("dualpath_scheduler_faults_total", step=step) for step in steps}
         assert all(counts.values()), counts
 
@@ -484,19 +488,24 @@ def test_a_peer_that_cannot_even_shake_hands_is_counted_and_named_in_the_log(cap
                 break
             time.sleep(0.01)
         assert scheduler.metric(refused, reason="protocol") == 1
-        lines = [record.getMessage() for record in caplog.records if "refused a connection" in record.message]
-        assert len(lines) == 1 and whence in lines[0], lines
+        lines = [line for line in caplog.messages if line.startswith("refused a connection")]
+        # On a busy machine it has left before it was looked at.
+        assert len(lines) == 1 and (whence in lines[0] or "a peer that left" in lines[0]), lines
 
 
 # Status
+
+
+def full_load(rate: float) -> Load:
+    counts = dict.fromkeys(Load.__struct_fields__, MAX_COUNT)
+    return Load(**counts | {"read_rate_bytes_per_s": rate})
 
 
 @pytest.mark.case("status_breaks")
 def test_the_status_can_be_read_whatever_was_accepted():
     with running() as scheduler, scheduler.connect() as peer:
         for rank in (0, 1):
-            full = Load(**dict.fromkeys(Load.__struct_fields__, MAX_COUNT) | {"read_rate_bytes_per_s": 1e15})
-            peer.send(heartbeat("p0", rank=rank, tp_size=2, load=full))
+            peer.send(heartbeat("p0", rank=rank, tp_size=2, load=full_load(1e15)))
         for room in range(3):
             huge = protocol.LaneRecord("store", 0, 1, MAX_COUNT, 0.0, 0.0)
             peer.send(done(room, "p0", huge, loaded=MAX_COUNT))
@@ -533,7 +542,7 @@ def test_engines_that_come_and_go_between_two_pages_disturb_no_other():
 def test_the_longest_page_of_a_status_fits_into_a_message():
     state = cluster_without_engines()
     wide = "\U0001f4a5" * 250
-    full = Load(**dict.fromkeys(Load.__struct_fields__, MAX_COUNT) | {"read_rate_bytes_per_s": 1.1234567890123e14})
+    full = full_load(1.1234567890123e14)
     host = ".".join(["h" * 60] * 3)
     for number in range(STATUS_ENGINES):
         described = engine(
@@ -690,7 +699,8 @@ def test_a_peer_of_a_later_time_is_refused_with_both_versions_and_the_remedy(ver
     ):
         reply = state.handle(message, 0.0).reply
         assert reply.code is ErrorCode.VERSION and snapshot(state) == before
-        for words in (f"{oldest} to {version}", f"1 to {protocol.PROTOCOL_VERSION}", "DualPath of the scheduler"):
+        ours = f"1 to {protocol.PROTOCOL_VERSION}"
+        for words in (f"{oldest} to {version}", ours, "DualPath of the scheduler"):
             assert words in reply.message
 
 
@@ -768,4 +778,5 @@ def test_faults_of_engines_are_counted_from_their_heartbeats():
         beat = heartbeat("p0", rank=rank, tp_size=2, load=Load(faults=faults))
         for event in state.handle(beat, 0.0).events:
             metrics(event)
-    assert metrics.registry.get_sample_value("dualpath_engine_faults_total", {"engine": "p0"}) == 3 + 4 + 2 + 1
+    total = metrics.registry.get_sample_value("dualpath_engine_faults_total", {"engine": "p0"})
+    assert total == 3 + 4 + 2 + 1

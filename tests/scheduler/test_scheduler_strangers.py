@@ -17,8 +17,8 @@ from test_scheduler_server import WAIT_S, Running
 from scheduler_svc.authenticator import PeerAuthenticator
 from scheduler_svc.authorized_keys import AuthorizedKeys, refusal
 from scheduler_svc.client import SchedulerClient, SchedulerError
-from scheduler_svc.keys import HANDSHAKE_MS, KeyFileError, generate, load_public
-from scheduler_svc.protocol import Error, ErrorCode, Ping, Place, StatusRequest
+from scheduler_svc.keys import HANDSHAKE_MS, KeyFileError, generate, load_public, secure_client
+from scheduler_svc.protocol import Error, ErrorCode, Ping, Place, StatusRequest, encode
 
 PLACE = Place(request_id="r", prompt_tokens=100)
 
@@ -117,13 +117,36 @@ def test_a_router_is_placed_and_told_the_status_but_is_no_engine(secured):
         refused(router, heartbeat("d0"))
 
 
+def test_a_socket_identity_lends_nobody_the_key_that_it_came_with_before(secured):
+    for name in ("p0", "router", "p0"):
+        context = zmq.Context()
+        socket = context.socket(zmq.DEALER)
+        socket.setsockopt(zmq.IDENTITY, b"the same")
+        socket.setsockopt(zmq.LINGER, 0)
+        secure_client(socket, secured.keys / f"peers/{name}.key_secret", secured.keys / "scheduler.key")
+        socket.connect(secured.address)
+        # The scheduler may know the last connection of this name still: until then it has room for no other.
+        until(lambda: _answers(socket, Ping()), "it is served")
+        answer = _answers(socket, prefill_report(1, 0, 10), Ping())
+        assert (b"forbidden" in answer) is (name == "router"), (name, answer)
+        context.destroy(linger=0)
+
+
+def _answers(socket: zmq.Socket, *messages) -> bytes:
+    """What comes first; empty within a second."""
+    for message in messages:
+        socket.send(encode(message))
+    return socket.recv() if socket.poll(1000) else b""
+
+
 @pytest.mark.parametrize(
     ("engine_id", "own"),
     [("d0", True), ("d0/dp1", True), ("d0/dp17", True), ("d0/dp", False), ("d0/x", False), ("d01", False),
      ("d", False), ("d0-0", False), ("p0/d0", False), ("p0/dp0", False), ("/d0", False), ("D0", False)],
 )  # fmt: skip
 def test_an_engines_key_speaks_for_its_dp_ranks_and_for_no_longer_name(engine_id, own):
-    for message in (heartbeat(engine_id, url="http://h:1", page_endpoint="tcp://h:2"), decode_report(1, 0, by=engine_id), done(1, engine_id)):
+    beat = heartbeat(engine_id, url="http://h:1", page_endpoint="tcp://h:2")
+    for message in (beat, decode_report(1, 0, by=engine_id), done(1, engine_id)):
         assert (refusal(frozenset({"d0"}), message) is None) is own
 
 
@@ -196,8 +219,9 @@ def test_a_changed_file_admits_the_new_key_and_not_the_old_one(keys, tmp_path):
 
 @pytest.mark.parametrize(
     "content",
-    [b"", b"nonsense", b"public-key", b'public-key = "short"', b'public-key = "' + b"\xff" * 40 + b'"', bytes(9)],
-)
+    [b"", b"nonsense", b"public-key", b'public-key = "short"', b'public-key = "' + b"\xff" * 40 + b'"',
+     bytes(9)],
+)  # fmt: skip
 def test_a_broken_file_is_logged_once_and_admits_only_nobody(keys, caplog, content):
     known = AuthorizedKeys(keys / "peers")
     (keys / "peers/broken.key").write_bytes(content)
