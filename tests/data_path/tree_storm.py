@@ -21,6 +21,7 @@ from storm_forwarder import StormForwarder
 from tree_story import STEP_S, Engine, Peer, content
 
 from dualpath_sgl.page_load import PageLoad
+from dualpath_sgl.prompt_hash import prompt_hash
 from scheduler_svc.protocol import Outcome
 
 REQUESTS = 60
@@ -411,7 +412,7 @@ class OnDecode(Request):
         pages = self.split - self.local
         if peer.rank.pool.available_size() < pages * engine.page_tokens:
             return
-        self.pull = peer.pulls(self.req.bootstrap_room, pages, self.local)
+        self.pull = peer.pulls(self.req.bootstrap_room, pages, self.local, prompt_hash(self.req))
         while self.pull.lanes_open:
             yield
         for page in peer.wrong_pages(self.pull, self.tokens):

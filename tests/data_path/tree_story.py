@@ -463,10 +463,10 @@ class Peer:
 
     # -- as a prefill engine ------------------------------------------------------------------------
 
-    def pulls(self, room: int, pages: int, first_page: int = 0) -> PageLoad:
-        """A PE wants `pages` pages of the room."""
+    def pulls(self, room: int, pages: int, first_page: int = 0, prompt_hash: str | None = None) -> PageLoad:
+        """A PE wants `pages` pages of the room, and says which prompt it means by it, or does not."""
         load = self.rank.load(pages, first_page)
-        self.lane.submit(load, room, pages)
+        self.lane.submit(load, room, pages, prompt_hash)
         load.close_part()
         return load
 
