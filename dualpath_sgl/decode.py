@@ -79,6 +79,8 @@ class DecodeSide:
         self._rooms: dict[int, _Request] = {}
         """Whose room it is: reported, and still queued."""
         self._plans: dict[int, Plan] = {}
+        self._loads: dict[int, PageLoad] = {}
+        """By room, until SGLang has their last acknowledgement, which may be long after the request left."""
         self._refused: set[int] = set()
         """Rooms that the scheduler will send no plan for."""
         self._late: dict[str, _Request] = {}
@@ -103,10 +105,11 @@ class DecodeSide:
             prompt_hash(req),
         )
         self._requests[req.rid] = request
-        if self._rooms.setdefault(request.room, request) is not request:
+        if self._is_taken(request.room):
             # Its room is another request's (n > 1, a reused room): one plan cannot serve both.
             request.settled = True
             return
+        self._rooms[request.room] = request
         held = held_on_host(queue.tree_cache, req)
         self._runtime.control.send(
             Report(
@@ -120,6 +123,10 @@ class DecodeSide:
                 traceparent=request.traceparent,
             )
         )
+
+    def _is_taken(self, room: int) -> bool:
+        """Whether an earlier request still publishes into `room`, or may."""
+        return room in self._rooms or room in self._loads or self._runtime.server.is_open(room)
 
     def admits(self, decode_req: DecodeRequest) -> bool:
         """Whether SGLang may reserve device memory now; a dictionary look-up."""
@@ -399,10 +406,17 @@ class DecodeSide:
             page_bytes=self._runtime.page_bytes,
             on_prefix=lambda load, before: self._publish(request, load, before),
             on_lanes_done=lambda load: self._end(request, load),
-            hold=lambda acknowledge: self._runtime.server.when_closed(request.room, acknowledge),
+            hold=lambda acknowledge: self._runtime.server.when_closed(
+                request.room, lambda: self._hand_over(request.room, acknowledge)
+            ),
         )
+        self._loads[request.room] = load
         self._runtime.store_lane.submit(load, 0, load.pages)
         load.close_part()
+
+    def _hand_over(self, room: int, acknowledge: Callable[[], None]) -> None:
+        acknowledge()
+        self._loads.pop(room, None)
 
     def _publish(self, request: _Request, load: PageLoad, before: int) -> None:
         skip = max(0, request.plan.prefill_local_pages - load.first_page)

@@ -204,6 +204,9 @@ class PageServer(threading.Thread):
         for room in list(self._rooms):
             self.close(room)
 
+    def is_open(self, room: int) -> bool:
+        return room in self._rooms
+
     @property
     def open_rooms(self) -> int:
         return len(self._rooms)

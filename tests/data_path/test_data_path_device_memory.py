@@ -25,6 +25,7 @@ def engine(monkeypatch) -> SimpleNamespace:
         device_free_tokens=0,
         storage_load=dict,
         control=SimpleNamespace(send=lambda message: None),
+        server=SimpleNamespace(is_open=lambda room: False),
     )
     monkeypatch.setattr(runtime, "_current", engine)
     return engine

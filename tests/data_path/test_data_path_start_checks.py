@@ -147,7 +147,14 @@ def storage_config(**changes) -> HiCacheStorageConfig:
     return HiCacheStorageConfig(**(ranks | facts | {"extra_config": {"interface_v1": 1}} | changes))
 
 
+@pytest.fixture
+def no_flags(monkeypatch):
+    """SGLang's flags are one per process, and another test may have left some."""
+    monkeypatch.setattr(engine_facts, "_published", lambda read: None)
+
+
 @pytest.mark.case("dcp_page_blocks")
+@pytest.mark.usefixtures("no_flags")
 def test_a_rank_of_decode_context_parallelism_is_refused_before_it_has_pages():
     split = storage_config(dcp_size=2, dcp_rank=0, logical_page_size=128)
     with pytest.raises(Refused, match="--dcp-size is 2"):
@@ -155,6 +162,7 @@ def test_a_rank_of_decode_context_parallelism_is_refused_before_it_has_pages():
     require(engine_facts.of_backend(storage_config()))
 
 
+@pytest.mark.usefixtures("no_flags")
 @pytest.mark.parametrize("changes", [{"pp_size": 2}, {"attn_cp_size": 2}, {"extra_config": None}])
 def test_a_rank_is_judged_by_what_its_backend_is_told(changes):
     with pytest.raises(Refused):

@@ -61,7 +61,7 @@ class DecodeEngine:
             device_free_tokens=0,
             storage_load=dict,
             control=SimpleNamespace(send=lambda message: None, connected=False),
-            server=SimpleNamespace(close=lambda room: None),
+            server=SimpleNamespace(close=lambda room: None, is_open=lambda room: False),
             tracer=None,
         )
         self.side = self._runtime.side = DecodeSide(self._runtime)
