@@ -21,6 +21,7 @@ from storm_forwarder import StormForwarder
 from tree_story import STEP_S, Engine, Peer, content
 
 from dualpath_sgl.page_load import PageLoad
+from dualpath_sgl.prompt_hash import prompt_hash
 from scheduler_svc.protocol import Outcome
 
 REQUESTS = 60
@@ -243,6 +244,8 @@ class Request:
         self._patience = storm.chance.randint(1, 60)
         """Turns until a client with the fate to leave leaves."""
         self.req: Req = storm.engine.arrives(tokens, room)
+        self.prompt_there = prompt_hash(self.req) if fate != "stranger" else "0" * 32
+        """What the other engine takes the room for."""
         self._halves = deque([self._here(), self._there()])
 
     @property
@@ -340,7 +343,7 @@ class OnPrefill(Request):
             return
         for _ in range(chance.randint(0, 10)):
             yield
-        peer.opens(self.req, self.local)
+        peer.opens(self.req, self.local, of=self.prompt_there)
         stop = self.split
         if self.fate in ("ends early", "taken back", "stalls"):
             stop = chance.randint(self.local, self.split - 1)
@@ -411,7 +414,7 @@ class OnDecode(Request):
         pages = self.split - self.local
         if peer.rank.pool.available_size() < pages * engine.page_tokens:
             return
-        self.pull = peer.pulls(self.req.bootstrap_room, pages, self.local)
+        self.pull = peer.pulls(self.req.bootstrap_room, pages, self.local, of=self.prompt_there)
         while self.pull.lanes_open:
             yield
         for page in peer.wrong_pages(self.pull, self.tokens):
