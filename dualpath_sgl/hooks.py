@@ -97,8 +97,11 @@ def before_revoke(tree: Any, handle: Any) -> None:
         return
     if info.operation.deadline_expired:
         side.revoked(handle.rid, "prefetch deadline passed")
-    elif not info.operation.is_terminated():  # else it was aborted, and is finished with next
+    elif not info.operation.is_terminated():
         side.revoked(handle.rid, "no host memory")
+    elif tree.prefetch_stop_policy == "best_effort":
+        side.revoked(handle.rid, "prefetch cut short")
+    # else the request was aborted, and is finished with next
 
 
 def after_finish(_result: None, _tree: Any, handle: Any, outcome: Any) -> None:

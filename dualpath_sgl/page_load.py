@@ -101,6 +101,9 @@ class PageLoad:
         self._hold = hold
         self._stopped = False
         self._acknowledged = False
+        """From here on the operation is SGLang's."""
+        self._given_back = False
+        """SGLang has been told."""
         self._open_loads = open_loads
         open_loads.add(self)
 
@@ -128,18 +131,24 @@ class PageLoad:
         until then this load is open (OpenLoads).
         """
         with self._lock:
-            self._withheld[first:end] = b"\x01" * (end - first)
+            self._set_withheld(first, end, True)
         return lambda: self._give_back(first, end)
+
+    def _set_withheld(self, first: int, end: int, withheld: bool) -> None:
+        """On its last acknowledgement SGLang frees what did not land of the operation's pages."""
+        self._withheld[first:end] = bytes([withheld]) * (end - first)
+        free = ~torch.tensor(list(self._withheld), dtype=torch.bool)
+        self.operation.host_indices = self._host_indices.reshape(self.pages, -1)[free].flatten()
 
     def _give_back(self, first: int, end: int) -> None:
         with self._lock:
-            self._withheld[first:end] = bytes(end - first)
             if not self._acknowledged:
-                return  # the last acknowledgement gives them back with the others
-            over = not any(self._withheld)
+                self._set_withheld(first, end, False)
+                return
         self.controller.append_host_mem_release(self.host_indices(first, end))
-        if over:
-            self._open_loads.remove(self)
+        with self._lock:
+            self._withheld[first:end] = bytes(end - first)
+        self._leave()
 
     def open_part(self, lane: str, first: int) -> LaneClock:
         with self._lock:
@@ -188,14 +197,17 @@ class PageLoad:
 
     def _acknowledge(self) -> None:
         with self._lock:
-            withheld = any(self._withheld)
-            if withheld:
-                # On its last word SGLang frees what did not land of these.
-                free = ~torch.tensor(list(self._withheld), dtype=torch.bool)
-                self.operation.host_indices = self._host_indices.reshape(self.pages, -1)[free].flatten()
             self._acknowledged = True
         acknowledge(self.controller, self.operation, self.prefix)
-        if not withheld:
+        with self._lock:
+            self._given_back = True
+        self._leave()
+
+    def _leave(self) -> None:
+        """SGLang has its last word and every page: nothing of the load is left."""
+        with self._lock:
+            over = self._given_back and not any(self._withheld)
+        if over:
             self._open_loads.remove(self)
 
 

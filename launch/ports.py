@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import random
 import socket
+from collections.abc import Sequence
 
 from launch.hosts import is_ipv6
 
@@ -14,17 +15,26 @@ outgoing connections take theirs from 32768 up, SGLang's ranks meet on one of 22
 (`get_free_port_below_ephemeral`), Mooncake's peers listen on 15000-17000."""
 
 
+DP_ATTENTION_OFFSETS = (13, *range(233, 241))
+"""With DP attention SGLang listens so far above a server's HTTP port, too (`PortArgs.init_new`)."""
+
+
 class FreePorts:
     """Hands out ports that are free on `host`, each once in this process, whoever asks for it."""
 
     def __init__(self, host: str):
         self._host = host
 
-    def take(self) -> int:
-        """Raises OSError when no port is free, or `host` is no address of this machine."""
-        for port in _random.sample(range(LOWEST, HIGHEST), HIGHEST - LOWEST):
-            if (self._host, port) not in _taken and self._is_free(port):
-                _taken.add((self._host, port))
+    def take(self, offsets: Sequence[int] = ()) -> int:
+        """A port, which `offsets` above it are handed out with.
+
+        Raises OSError when no port is free, or `host` is no address of this machine.
+        """
+        last = HIGHEST - max(offsets, default=0)
+        for port in _random.sample(range(LOWEST, last), last - LOWEST):
+            wanted = {(self._host, port + offset) for offset in (0, *offsets)}
+            if not wanted & _taken and all(self._is_free(each) for _, each in wanted):
+                _taken.update(wanted)
                 return port
         raise OSError(f"no free port on {self._host} in {LOWEST}..{HIGHEST}")
 

@@ -39,7 +39,7 @@ from launch.direct_http import answers, fetch
 from launch.engine_watch import SILENT_AFTER_S, EngineWatch
 from launch.environment import foreign
 from launch.hosts import authority
-from launch.ports import FreePorts
+from launch.ports import DP_ATTENTION_OFFSETS, FreePorts
 from launch.process import ManagedProcess, ProcessDied, stop_all
 from launch.run_dir import STATE_FILE, Claim, ClusterState, ProcessState
 from launch.security import OPERATOR, key_files
@@ -277,7 +277,7 @@ class Cluster(Supervisor):
         """The shaped network, while it exists."""
         self._silent: set[str] = set()
         self.ports = Ports(**{name: free.take() for name in Ports.__dataclass_fields__})
-        self._specs = commands.engine_specs(config, free.take)
+        self._specs = commands.engine_specs(config, lambda: free.take(DP_ATTENTION_OFFSETS))
 
     @cached_property
     def kv_bytes_per_token(self) -> int:
@@ -500,7 +500,7 @@ class SingleServer(Supervisor):
         super().__init__(run_dir)
         self.config = at_its_address(config)
         self._addresses = on_one_host(self.config.host)
-        self._port = FreePorts(self.config.host).take()
+        self._port = FreePorts(config.host).take(DP_ATTENTION_OFFSETS)
 
     @property
     def url(self) -> str:

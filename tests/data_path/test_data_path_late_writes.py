@@ -24,7 +24,7 @@ from data_path_world import (
     rooms,
     until_acknowledged,
 )
-from memory_peer import NEW, OLD, MemoryPeer, memory_peer
+from stoppable_peer import NEW, OLD, MemoryPeer, memory_peer
 
 from dualpath_sgl import peer_lane, peer_protocol
 from dualpath_sgl.forward import Forwarder, StillWriting, bound_mooncakes_patience
