@@ -156,6 +156,9 @@ class DecodeSide:
         self._runtime.server.close_all()
         self._unlock()
         self.restores.reset()
+        for request in self._requests.values():
+            if not request.settled:  # it left SGLang's queue after the last tick
+                self._report_done(request, Outcome.ABORTED)
         self._requests.clear()
         self._rooms.clear()
         self._plans.clear()

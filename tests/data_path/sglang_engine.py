@@ -201,10 +201,10 @@ class PreallocQueue(DecodeHiCachePreallocMixin):
 
     def add(self, req: Req) -> None:
         self.queue.append(DecodeRequest(req, kv_receiver=None, waiting_for_input=True))
-        hooks.after_prealloc_add(None, self, req)
+        hooks._guarded(hooks.after_prealloc_add)(None, self, req)
 
     def pop_preallocated(self) -> None:
-        hooks.before_pop_preallocated(self)
+        hooks._guarded(hooks.before_pop_preallocated)(self)
         for entry in list(self.queue):
             if self.admission_gate is None or self.admission_gate(entry):
                 self.queue.remove(entry)

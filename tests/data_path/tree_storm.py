@@ -20,6 +20,7 @@ from sglang.srt.managers.schedule_batch import Req
 from storm_forwarder import StormForwarder
 from tree_story import STEP_S, Engine, Peer, content
 
+from dualpath_sgl import closing, decode
 from dualpath_sgl.page_load import PageLoad
 from dualpath_sgl.prompt_hash import prompt_hash
 from scheduler_svc.protocol import Outcome
@@ -27,7 +28,7 @@ from scheduler_svc.protocol import Outcome
 REQUESTS = 60
 AT_ONCE = 8
 MOST_PAGES = 9
-DOCUMENTS = 5
+DOCUMENTS = 10
 """Beginnings that prompts share."""
 CALM_S = 30.0
 """A storm in which nothing has ended for so long is stuck; what it leaves behind is gone by then."""
@@ -55,7 +56,7 @@ class Storm:
             core=pick(["python", "rust"]),
             page_tokens=pick([4, 16]),
             eagle=pick([False, False, True]),
-            host_pages=pick([24, 40]),
+            host_pages=pick([32, 64]),
             device_pages=pick([24, 40]),
             forwarder=StormForwarder,
             settings=dict(plan_timeout_s=0.3, peer_timeout_s=1.0, lease_s=1.0, subscribe_timeout_s=0.5),
@@ -63,7 +64,7 @@ class Storm:
         )
         self.peer = Peer(
             self.engine,
-            pages=40,
+            pages=80,
             forwarder=StormForwarder,
             peer_timeout_s=1.0,
             lease_s=1.0,
@@ -78,6 +79,7 @@ class Storm:
         self._turn = self._flushes = 0
         self._seen, self._since_s = (0, 0), time.monotonic()
         self._spoil_store()
+        self._spoil_callbacks()
 
     # -- the weather ----------------------------------------------------------------------------
 
@@ -92,6 +94,12 @@ class Storm:
 
         self.engine.store.before_read = before_read
         self.engine.store.fails = lambda _key: luck.random() < 0.01
+
+    def _spoil_callbacks(self) -> None:
+        """What lanes, rooms and hooks call of ours raises now and then."""
+        luck = random.Random(self.chance.random())
+        for module, name in ((closing, "record_lane"), (decode, "page_blocks")):
+            setattr(module, name, _raising_at_times(getattr(module, name), luck))
 
     def _weather(self) -> None:
         kind = self.chance.choice(WEATHER)
@@ -174,8 +182,8 @@ class Storm:
     def _arrive(self, under_way: list[Request]) -> None:
         tokens = self._prompt()
         self.prompts.append(tokens)
-        if self.chance.random() < 0.8:
-            self.engine.store_holds(tokens, self.chance.choice([None, None, 1, 4]))
+        if self.chance.random() < 0.9:
+            self.engine.store_holds(tokens, self.chance.choice([None, None, None, 4]))
         fate = self.chance.choice(FATES)
         twin = self.chance.choice(under_way) if fate == "duplicate room" and under_way else None
         kind = OnPrefill if self.engine.sglang.role == "prefill" else OnDecode
@@ -231,6 +239,15 @@ class Storm:
                         self.wrong.append(f"the store's {key} holds another page's bytes")
 
 
+def _raising_at_times(function, luck: random.Random):
+    def call(*args, **kwargs):
+        if luck.random() < 0.02:
+            raise RuntimeError("a callback broke")
+        return function(*args, **kwargs)
+
+    return call
+
+
 class Request:
     """One request on the engine under test (`_here`) and what the peer does for it (`_there`)."""
 
@@ -244,6 +261,8 @@ class Request:
         self._patience = storm.chance.randint(1, 60)
         """Turns until a client with the fate to leave leaves."""
         self.req: Req = storm.engine.arrives(tokens, room)
+        self.prompt_there = prompt_hash(self.req) if fate != "stranger" else "0" * 32
+        """What the other engine takes the room for."""
         self._halves = deque([self._here(), self._there()])
 
     @property
@@ -279,7 +298,7 @@ class Request:
         hit = reports[0].hit_pages if storm.engine.sglang.role == "prefill" else pages
         if hit is None or hit <= local:
             return
-        self.local, self.split = local, storm.chance.randint(local + 1, hit)
+        self.local, self.split = local, storm.chance.choice([hit, storm.chance.randint(local + 1, hit)])
         storm.engine.planned(self.req, storm.peer, self.split, local)
 
     def _here(self) -> Iterator[None]:
@@ -341,7 +360,7 @@ class OnPrefill(Request):
             return
         for _ in range(chance.randint(0, 10)):
             yield
-        peer.opens(self.req, self.local)
+        peer.opens(self.req, self.local, of=self.prompt_there)
         stop = self.split
         if self.fate in ("ends early", "taken back", "stalls"):
             stop = chance.randint(self.local, self.split - 1)
@@ -412,7 +431,7 @@ class OnDecode(Request):
         pages = self.split - self.local
         if peer.rank.pool.available_size() < pages * engine.page_tokens:
             return
-        self.pull = peer.pulls(self.req.bootstrap_room, pages, self.local, prompt_hash(self.req))
+        self.pull = peer.pulls(self.req.bootstrap_room, pages, self.local, of=self.prompt_there)
         while self.pull.lanes_open:
             yield
         for page in peer.wrong_pages(self.pull, self.tokens):

@@ -44,6 +44,7 @@ from dualpath_sgl.integrity import unevictable_pages
 from dualpath_sgl.page_load import PageLoad
 from dualpath_sgl.page_server import PageServer
 from dualpath_sgl.peer_lane import PeerLane
+from dualpath_sgl.prompt_hash import prompt_hash
 from scheduler_svc.protocol import Done, Path, Plan, Report
 
 logger = logging.getLogger(__name__)
@@ -71,8 +72,6 @@ def content(page_hash: str, page_tokens: int) -> torch.Tensor:
 
 class SchedulerChannel:
     """Stands in for ControlChannel: keeps what is sent, and brings plans on a thread of its own."""
-
-    faults = 0
 
     def __init__(self, _address, engine, load, on_plan, _key_files=None, on_no_plan=None) -> None:
         self.described = engine
@@ -438,9 +437,10 @@ class Peer:
 
     # -- as a decode engine -------------------------------------------------------------------------
 
-    def opens(self, req: Req, first_page: int = 0) -> None:
-        """The DE got the plan: it offers pages from `first_page` on."""
-        self.server.open(req.bootstrap_room, first_page)
+    def opens(self, req: Req, first_page: int = 0, of: str | None = None) -> None:
+        """The DE got the plan: it offers pages from `first_page` on, of the prompt with the hash `of` (the
+        request's own)."""
+        self.server.open(req.bootstrap_room, first_page, of or prompt_hash(req))
 
     def publishes(
         self, req: Req, tokens: Sequence[int], first: int = 0, end: int | None = None
@@ -463,10 +463,10 @@ class Peer:
 
     # -- as a prefill engine ------------------------------------------------------------------------
 
-    def pulls(self, room: int, pages: int, first_page: int = 0, prompt_hash: str | None = None) -> PageLoad:
-        """A PE wants `pages` pages of the room, and says which prompt it means by it, or does not."""
+    def pulls(self, room: int, pages: int, first_page: int = 0, of: str | None = None) -> PageLoad:
+        """A PE wants `pages` pages of the room, which it takes for the prompt with the hash `of`."""
         load = self.rank.load(pages, first_page)
-        self.lane.submit(load, room, pages, prompt_hash)
+        self.lane.submit(load, room, pages, of)
         load.close_part()
         return load
 
