@@ -43,8 +43,11 @@ FINGERPRINT = "layout-1"
 rooms = itertools.count(1)
 
 
-def host_pool(pages: int, page_tokens: int = PAGE_TOKENS, layer_count: int = LAYERS) -> MHATokenToKVPoolHost:
+def host_pool(
+    pages: int, page_tokens: int | None = None, layer_count: int | None = None
+) -> MHATokenToKVPoolHost:
     """SGLang's host pool with `pages` free pages of random bytes, layout page_first_direct."""
+    page_tokens, layer_count = page_tokens or PAGE_TOKENS, layer_count or LAYERS
     device = torch.device("cpu")
     layers = tuple(torch.zeros(page_tokens, 2, 8) for _ in range(layer_count))
     pointers = torch.tensor([layer.data_ptr() for layer in layers], dtype=torch.uint64)
@@ -129,8 +132,8 @@ class Rank:
         self,
         pages: int,
         forwarder: type[Forwarder] = Forwarder,
-        page_tokens: int = PAGE_TOKENS,
-        layer_count: int = LAYERS,
+        page_tokens: int | None = None,
+        layer_count: int | None = None,
     ) -> None:
         self.pool = host_pool(pages, page_tokens, layer_count)
         self.page_bytes = page_bytes(self.pool)
