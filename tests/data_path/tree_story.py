@@ -44,6 +44,7 @@ from dualpath_sgl.integrity import unevictable_pages
 from dualpath_sgl.page_load import PageLoad
 from dualpath_sgl.page_server import PageServer
 from dualpath_sgl.peer_lane import PeerLane
+from dualpath_sgl.prompt_hash import prompt_hash
 from scheduler_svc.protocol import Done, Path, Plan, Report
 
 logger = logging.getLogger(__name__)
@@ -440,7 +441,7 @@ class Peer:
 
     def opens(self, req: Req, first_page: int = 0) -> None:
         """The DE got the plan: it offers pages from `first_page` on."""
-        self.server.open(req.bootstrap_room, first_page)
+        self.server.open(req.bootstrap_room, first_page, prompt_hash(req))
 
     def publishes(
         self, req: Req, tokens: Sequence[int], first: int = 0, end: int | None = None
