@@ -123,19 +123,15 @@ class ControlChannel(threading.Thread):
         self._broken_handshakes = 0
         """In a row."""
         self._log = LimitedLog(logger)
-        self._mailbox: Mailbox[Report | Done | None] = Mailbox()
+        self._mailbox: Mailbox[Report | Done | Engine] = Mailbox()
         self._stopping = threading.Event()
         # Reports without an answer, by room: sent again to a scheduler that forgot this engine.
         self._unanswered: dict[int, Report] = {}
         self._socket = self._new_socket()
 
-    def send(self, message: Report | Done) -> None:
+    def send(self, message: Report | Done | Engine) -> None:
+        """An Engine is what this rank is from now on (new weights); the scheduler hears of it at once."""
         self._mailbox.put(message)
-
-    def describe(self, engine: Engine) -> None:
-        """The rank is another one from now on (new weights); the scheduler hears of it at once."""
-        self._engine = engine
-        self._mailbox.put(None)  # a heartbeat is due
 
     def stop(self) -> None:
         self._stopping.set()
@@ -259,8 +255,9 @@ class ControlChannel(threading.Thread):
             ),
         )
 
-    def _pass_on(self, socket: zmq.Socket, message: Report | Done | None) -> None:
-        if message is None:
+    def _pass_on(self, socket: zmq.Socket, message: Report | Done | Engine) -> None:
+        if isinstance(message, Engine):
+            self._engine = message
             self._beat(socket)
             return
         if isinstance(message, Done):

@@ -128,7 +128,7 @@ class Runtime:
         if isinstance(self.side, PrefillSide):
             self.side.rename_layout(self.fingerprint)
         self._engine = msgspec.structs.replace(self._engine, fingerprint=self.fingerprint)
-        self.control.describe(self._engine)
+        self.control.send(self._engine)
 
     def take(self, controller: HybridCacheController, operation: PrefetchOperation) -> None:
         """An operation of SGLang's has host memory; called on its prefetch I/O thread, never raises."""

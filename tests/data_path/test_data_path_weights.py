@@ -189,7 +189,7 @@ def test_the_scheduler_hears_of_another_fingerprint_at_once():
         seen = []
         while "a" not in seen:
             seen.append(_fingerprint(scheduler))
-        channel.describe(replace(engine, fingerprint="b"))
+        channel.send(replace(engine, fingerprint="b"))
         while "b" not in seen:
             seen.append(_fingerprint(scheduler))
         assert "a" not in [_fingerprint(scheduler) for _ in range(2)]

@@ -82,9 +82,6 @@ class SchedulerChannel:
         self.load = load
         self._on_plan, self._on_no_plan = on_plan, on_no_plan
 
-    def describe(self, engine) -> None:
-        self.described = engine
-
     def start(self) -> None: ...
 
     def stop(self) -> None: ...
