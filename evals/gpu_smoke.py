@@ -19,8 +19,9 @@ did not read the pages itself: the store must be well below that, or the ratios 
 
 bfloat16 answers depend on the batch's shape: near ties of a random model flip, also between the two
 plays of 1.  `--enable-deterministic-inference` (triton attention) makes equal work give equal tokens;
-without it only the load times mean anything.  With a torch older than SGLang pins, set
-SGLANG_SKIP_SGL_KERNEL_VERSION_CHECK=1 and SGLANG_UNIFIED_RADIX_TREE_CORE_BACKEND=python.
+without it only the load times mean anything.  With a torch older than SGLang pins, give `-c` a copy of the
+cluster file whose groups have `env: {SGLANG_SKIP_SGL_KERNEL_VERSION_CHECK: "1",
+SGLANG_UNIFIED_RADIX_TREE_CORE_BACKEND: python}`.
 
 `--out` gets `summary.json` (written after every step), `tables.md`, logs and spans.  The exit status
 is 1 when an answer differs or a step fails.

@@ -512,6 +512,7 @@ class SingleServer(Supervisor):
         environment = commands.server_environment(
             self.config, self.config.prefill, self._addresses.engine("single"), base
         )
+        environment |= self.config.prefill.env
         self._launch("single", argv, environment, _healthy(self.url))
         self._await_ready(["single"])
 
