@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from dualpath_sgl import faults
 from dualpath_sgl.tracing import record_lane
 from scheduler_svc.protocol import Done, Outcome, Plan
 
@@ -41,4 +42,7 @@ def close_room(
     if fallback_reason:
         attributes["dualpath.fallback.reason"] = fallback_reason
     for clock in clocks:
-        record_lane(runtime.tracer, clock, traceparent, attributes)
+        try:
+            record_lane(runtime.tracer, clock, traceparent, attributes)
+        except Exception:
+            faults.record("room %d: one of its spans is missing", room)

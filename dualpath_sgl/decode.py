@@ -310,8 +310,8 @@ class DecodeSide:
         end = min(held.tokens, plan.split_page * page_size)
         if first >= end:
             return
-        unlock = held.lock(queue.tree_cache)
         pages, sizes = page_blocks(self._runtime.pool, held.host_indices()[first:end])
+        unlock = held.lock(queue.tree_cache)
         self._runtime.server.publish(
             request.room, pages, sizes, unpin=lambda: self._unlocks.append(unlock)
         )

@@ -12,6 +12,8 @@ import faulthandler
 import os
 import pickle
 import tempfile
+import threading
+from collections.abc import Callable
 from multiprocessing.connection import Connection, Pipe
 from typing import IO, NoReturn
 
@@ -19,6 +21,8 @@ import pytest
 from _pytest.runner import runtestprotocol
 
 FIXTURE = "own_process"
+WARM_UPS: list[Callable[[], object]] = []
+"""Called once by the process that waits, before it forks: what takes long and can be inherited.  No threads."""
 LIMIT_S = 120.0
 """A test that runs longer hangs: its threads' stacks are its report."""
 
@@ -27,6 +31,8 @@ class ForkingProcess:
     """The process that waits; used by pytest's main thread only."""
 
     def __init__(self, session: pytest.Session) -> None:
+        started = [thread.name for thread in threading.enumerate()[1:]]
+        assert not started, f"a module of the tests starts threads when it is imported: {started}"
         self._ours, theirs = Pipe()
         if os.fork() == 0:
             self._ours.close()
@@ -54,6 +60,8 @@ def _in_words(status: int) -> str:
 
 def _serve(session: pytest.Session, requests: Connection) -> NoReturn:
     """Fork a child for every test that is asked for, until pytest has ended."""
+    for warm_up in WARM_UPS:
+        warm_up()
     while True:
         try:
             number = requests.recv()

@@ -13,6 +13,7 @@ An engine cannot be taken down again: tests get one through the fixture `engine`
 
 from __future__ import annotations
 
+import importlib
 import itertools
 import json
 import logging
@@ -27,11 +28,13 @@ os.environ.setdefault("SGLANG_USE_CPU_ENGINE", "1")
 os.environ.setdefault("MC_LOG_LEVEL", "ERROR")
 
 import data_path_world
+import own_process
 import torch
 from ram_store import RamStore
 from sglang.srt.managers.schedule_batch import Req
 from sglang.srt.mem_cache.hicache_storage import PoolName, SidecarPoolSpec
 from sglang.srt.mem_cache.pool_host.group import PoolEntry
+from sglang.srt.mem_cache.radix_cache import RadixKey
 from sglang.srt.mem_cache.utils import get_storage_hash_str
 from sglang.srt.plugins.hook_registry import HookRegistry
 from sglang_engine import HEAD_DIM, HEADS, LAYERS, SglangEngine
@@ -56,6 +59,17 @@ STEP_S = 0.002
 """Between two iterations of SGLang's loop."""
 
 _first_tokens = itertools.count(100, 10_000)
+
+
+def _warm_up() -> None:
+    """Modules that SGLang imports late, and its page hash, which it compiles when it first needs it."""
+    importlib.import_module("dualpath_sgl.storage")
+    importlib.import_module("sglang.srt.mem_cache.hybrid_cache.hybrid_pool_assembler")
+    cpu_profile.activate()
+    get_storage_hash_str(RadixKey(array("q", range(16))), None, page_size=16)
+
+
+own_process.WARM_UPS.append(_warm_up)
 
 
 def prompt(pages: int = 8, page_tokens: int = PAGE_TOKENS, first: int | None = None) -> array:
