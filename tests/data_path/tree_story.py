@@ -62,11 +62,15 @@ _first_tokens = itertools.count(100, 10_000)
 
 
 def _warm_up() -> None:
-    """Modules that SGLang imports late, and its page hash, which it compiles when it first needs it."""
+    """Everything that is the same for every engine: late imports, the page hash that SGLang compiles, hooks."""
     importlib.import_module("dualpath_sgl.storage")
     importlib.import_module("sglang.srt.mem_cache.hybrid_cache.hybrid_pool_assembler")
-    cpu_profile.activate()
     get_storage_hash_str(RadixKey(array("q", range(16))), None, page_size=16)
+    os.environ |= {"DUALPATH_ENABLED": "1", "DUALPATH_ENGINE_ID": "engine-0"}
+    config.settings.cache_clear()
+    cpu_profile.activate()
+    plugin.activate()
+    HookRegistry.apply_hooks()
 
 
 own_process.WARM_UPS.append(_warm_up)
@@ -124,7 +128,8 @@ class SchedulerChannel:
 
 
 class Engine:
-    """One rank.  `sglang` is SGLang's part; `runtime` DualPath's, None when built with `dualpath=False`."""
+    """One rank.  `sglang` is SGLang's part; `runtime` DualPath's, None when built with `dualpath=False`: then the
+    hooks are there and do nothing, and SGLang's own Mooncake backend reads the store."""
 
     def __init__(
         self,
@@ -156,10 +161,12 @@ class Engine:
         self.store = RamStore()
         self.store.install()
         self.channel: SchedulerChannel | None = None
-        cpu_profile.activate()
-        if dualpath:
-            runtime.Forwarder = forwarder
-            self._enable_dualpath(settings or {})
+        if not plugin.activated:
+            _warm_up()
+        runtime.Forwarder, runtime.ControlChannel = forwarder, self._open_channel
+        given = {"scheduler": "tcp://127.0.0.1:1"} | (settings or {})
+        os.environ |= {f"DUALPATH_{name.upper()}": str(value) for name, value in given.items()}
+        config.settings.cache_clear()
         self.extra_config = {
             "interface_v1": 1,
             "prefetch_threshold": page_tokens,
@@ -188,14 +195,6 @@ class Engine:
             self._add_side_pool(host_pages)
         # SGLang keeps half of the pool free of prefetches: small pools would hardly be used.
         self.controller.prefetch_capacity_limit = self.pool.logical_size
-
-    def _enable_dualpath(self, settings: dict[str, object]) -> None:
-        given = {"enabled": 1, "engine_id": "engine-0", "scheduler": "tcp://127.0.0.1:1"} | settings
-        os.environ.update({f"DUALPATH_{name.upper()}": str(value) for name, value in given.items()})
-        config.settings.cache_clear()
-        runtime.ControlChannel = self._open_channel
-        plugin.activate()
-        HookRegistry.apply_hooks()
 
     def _add_side_pool(self, host_pages: int) -> None:
         pool = data_path_world.host_pool(host_pages, self.page_tokens, LAYERS)
