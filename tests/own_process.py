@@ -22,7 +22,7 @@ from _pytest.runner import runtestprotocol
 
 FIXTURE = "own_process"
 WARM_UPS: list[Callable[[], object]] = []
-"""Called once by the process that waits, before it forks: what takes long and can be inherited.  No threads."""
+"""Called once by the process that waits, before it forks: what takes long and is inherited.  No threads."""
 LIMIT_S = 120.0
 """A test that runs longer hangs: its threads' stacks are its report."""
 

@@ -12,7 +12,7 @@ from dualpath_sgl.forward import Forwarder
 
 PAGES = 8
 HALF = PAGES // 2
-DEADLINE_S = 0.3
+DEADLINE_S = 0.15
 LONG_S = 600.0
 """A lease or time-out that a test does not live to see."""
 
@@ -66,7 +66,7 @@ def test_no_page_counts_for_the_prefill_engine_after_sglang_took_it(engine, poli
 
 @pytest.mark.parametrize("policy", ["timeout", "best_effort"])
 def test_pages_that_were_whole_at_the_deadline_stay_in_the_tree(engine, policy, monkeypatch):
-    engine = impatient(engine, "decode", policy)
+    engine = impatient(engine, "decode", policy, settings={"subscribe_timeout_s": 0.5})
     read_in_halves(engine, monkeypatch)
     tokens = prompt(PAGES)
     engine.store_holds(tokens)
@@ -99,8 +99,10 @@ def test_a_prefill_engine_computes_what_the_deadline_cut_off(engine, policy):
 @pytest.mark.case("decode_read_revoked")
 @pytest.mark.parametrize("why", ["pool full", "best_effort"])
 def test_a_revoked_read_ends_its_room_at_once(engine, why):
-    settings = {"lease_s": LONG_S, "subscribe_timeout_s": LONG_S}
-    engine = engine("decode", policy="best_effort" if why == "best_effort" else "wait_complete", settings=settings)
+    policy = "best_effort" if why == "best_effort" else "wait_complete"
+    engine = engine(
+        "decode", policy=policy, settings={"lease_s": LONG_S, "subscribe_timeout_s": LONG_S}
+    )
     peer, tokens = Peer(engine, peer_timeout_s=LONG_S), prompt(PAGES)
     engine.store_holds(tokens)
     if why == "pool full":

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pytest
+from data_path_world import eventually
 from tree_story import Peer, prompt
 
 from dualpath_sgl.peer_lane import PeerLane
@@ -14,11 +15,10 @@ PAGES = 8
 def arrive_planned(engine, tokens, endpoint_of: Peer, before_memory: bool):
     engine.store_holds(tokens)
     req = engine.arrives(tokens)
-    while not engine.reports(req):  # SGLang's own thread reports; the loop gives memory
-        pass
+    # One of SGLang's own threads reports; its loop, which stands still, would give the load memory.
+    eventually(lambda: engine.reports(req), "report")
     if not before_memory:
-        engine.until(lambda: engine.tree.ongoing_prefetch[req.cache_request_handle].host_indices is not None, "memory")
-        engine.goes_on(0.2)
+        engine.goes_on(0.3)
     engine.planned(req, endpoint_of, PAGES)
     return req
 

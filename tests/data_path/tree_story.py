@@ -62,7 +62,7 @@ _first_tokens = itertools.count(100, 10_000)
 
 
 def _warm_up() -> None:
-    """Everything that is the same for every engine: late imports, the page hash that SGLang compiles, hooks."""
+    """What every engine needs: late imports, the page hash that SGLang compiles, hooks."""
     importlib.import_module("dualpath_sgl.storage")
     importlib.import_module("sglang.srt.mem_cache.hybrid_cache.hybrid_pool_assembler")
     get_storage_hash_str(RadixKey(array("q", range(16))), None, page_size=16)
@@ -128,8 +128,8 @@ class SchedulerChannel:
 
 
 class Engine:
-    """One rank.  `sglang` is SGLang's part; `runtime` DualPath's, None when built with `dualpath=False`: then the
-    hooks are there and do nothing, and SGLang's own Mooncake backend reads the store."""
+    """One rank.  `sglang` is SGLang's part; `runtime` DualPath's, None when built with `dualpath=False`: then
+    the hooks are there and do nothing, and SGLang's own Mooncake backend reads the store."""
 
     def __init__(
         self,
@@ -149,8 +149,8 @@ class Engine:
         settings: dict[str, object] | None = None,
         extra_config: dict[str, object] | None = None,
     ) -> None:
-        """`role` is "prefill" or "decode"; `core` SGLang's tree core, "python" or "rust"; `side_pool` gives the
-        model a second host pool (a draft model's); `forwarder` is the class of the forwarding engine;
+        """`role` is "prefill" or "decode"; `core` SGLang's tree core, "python" or "rust"; `side_pool` gives
+        the model a second host pool (a draft model's); `forwarder` is the class of the forwarding engine;
         `settings` are DualPath's by name; `extra_config` goes beside the backend's own into SGLang's extra
         configuration.
 
@@ -285,7 +285,8 @@ class Engine:
     def store_holds(self, tokens: Sequence[int], pages: int | None = None) -> None:
         """The store holds the first `pages` pages of the prompt, or all of them."""
         for page, keys in list(zip(self.contents(tokens), self.keys(tokens), strict=True))[:pages]:
-            self.store.objects.update((key, half.numpy().tobytes()) for key, half in zip(keys, [*page, *page]))
+            halves = [half.numpy().tobytes() for half in page] * 2  # a side pool's are the same
+            self.store.objects.update(zip(keys, halves))
 
     def computed(self, tokens: Sequence[int], pages: int | None = None) -> None:
         """A request with this prompt has run: the first `pages` pages are on the device, and on their way
@@ -408,6 +409,9 @@ class Peer:
     """The engine of the other role: a host pool whose pages fit, a forwarding engine, and by `role` a page
     server ("decode") or a lane to the engine under test ("prefill")."""
 
+    _made: list[Peer] = []
+    """Mooncake takes a second to end an engine that is forgotten; the test's process just ends."""
+
     def __init__(
         self,
         engine: Engine,
@@ -418,6 +422,7 @@ class Peer:
         lease_s: float = 30.0,
         subscribe_timeout_s: float = 10.0,
     ) -> None:
+        self._made.append(self)
         self._engine = engine
         self.rank = data_path_world.Rank(pages, forwarder, engine.page_tokens, LAYERS)
         assert self.rank.page_bytes == engine.runtime.page_bytes
