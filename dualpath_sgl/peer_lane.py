@@ -41,7 +41,7 @@ POLL_MS = 50
 MESSAGES_AT_A_TIME = 256
 FIRST_WAVE_BYTES = 1024 * 1024
 LEAST_WAVE_BYTES = 256 * 1024
-MOST_WAVE_BYTES = 64 * 1024 * 1024
+MOST_WAVE_BYTES = 256 * 1024 * 1024
 WAVE_S = 0.05
 """One wave takes about so long at the rate of the last one, within these sizes."""
 READING_S = 1.0
