@@ -36,10 +36,10 @@ CALM_S = 30.0
 FOREIGN = -1.0
 
 FATES = ("well",) * 5 + (
-    "ends early", "taken back", "never offered", "stalls", "never asked", "no plan", "late plan", "aborted",
-    "aborted", "aborted", "duplicate room", "stranger",
+    "ends early", "taken back", "never offered", "stalls", "never asked", "asks late", "asks late", "no plan",
+    "late plan", "aborted", "aborted", "aborted", "duplicate room", "duplicate room", "stranger",
 )  # fmt: skip
-WEATHER = ("flush", "foreign writes", "pool full", "evict", "other work")
+WEATHER = ("flush", "foreign writes", "squeeze", "squeeze", "squeeze", "other work", "transfers")
 """What happens to the whole engine, now and then."""
 
 
@@ -102,17 +102,19 @@ class Storm:
         for module, name in ((closing, "record_lane"), (decode, "page_blocks")):
             setattr(module, name, _raising_at_times(getattr(module, name), luck))
 
-    def _weather(self) -> None:
+    def _weather(self, arriving: bool) -> None:
         kind = self.chance.choice(WEATHER)
         if kind == "flush" and self.chance.random() < 0.2:
             self._flush()
         elif kind == "foreign writes":
             free = self.engine.pool.available_size() // self.engine.page_tokens
             self._take(self.chance.randint(0, free // 2))
-        elif kind == "pool full" and self.chance.random() < 0.3:
-            self._take(None)
-        elif kind == "evict":
+        elif kind == "squeeze":
             self.engine.evict_host()
+            self._take(None)
+        elif kind == "transfers":
+            transfers = self.engine.sglang.scheduler.disagg_decode_transfer_queue
+            transfers.holding = arriving and not transfers.holding
         elif kind == "other work" and self.prompts:
             tokens = self.chance.choice(self.prompts)
             self.engine.sglang.compute(tokens, self.engine.contents(tokens))
@@ -120,7 +122,7 @@ class Storm:
     def _take(self, pages: int | None) -> None:
         slots = self.engine.take_host_pages(pages)
         if len(slots):
-            self._foreign.append((slots, self._turn + self.chance.randint(5, 60)))
+            self._foreign.append((slots, self._turn + self.chance.choice([2, 5, 40])))
 
     def _give_back(self, everything: bool = False) -> None:
         keep = []
@@ -152,11 +154,12 @@ class Storm:
             self._turn += 1
             self.engine.step()
             self._give_back()
-            if self.chance.random() < 0.08:
-                self._weather()
+            arriving = len(self.requests) < REQUESTS
+            if self.chance.random() < 0.1:
+                self._weather(arriving)
             under_way = [request for request in self.requests if request.open]
-            if len(self.requests) < REQUESTS and len(under_way) < AT_ONCE and self.chance.random() < 0.5:
-                self._arrive(under_way)
+            if arriving and len(under_way) < AT_ONCE and self.chance.random() < 0.5:
+                self._arrive()
             for request in self.chance.sample(under_way, len(under_way)):
                 request.advance()
             time.sleep(STEP_S)
@@ -181,15 +184,16 @@ class Storm:
         own = self.chance.choice([0, 0, 1, 3])
         return document[: shared * size] + self._tokens(own) + array("q", [1, 2])
 
-    def _arrive(self, under_way: list[Request]) -> None:
+    def _arrive(self) -> None:
         tokens = self._prompt()
         self.prompts.append(tokens)
         if self.chance.random() < 0.9:
             self.engine.store_holds(tokens, self.chance.choice([None, None, None, 4]))
         fate = self.chance.choice(FATES)
-        twin = self.chance.choice(under_way) if fate == "duplicate room" and under_way else None
+        others = self.requests[-AT_ONCE:] if fate == "duplicate room" else []
+        room = self.chance.choice(others).req.bootstrap_room if others else None
         kind = OnPrefill if self.engine.sglang.role == "prefill" else OnDecode
-        self.requests.append(kind(self, tokens, fate, twin.req.bootstrap_room if twin else None))
+        self.requests.append(kind(self, tokens, fate, room))
 
     def _end(self) -> None:
         engine = self.engine
@@ -309,13 +313,11 @@ class Request:
 
     def check(self) -> None:
         engine = self.storm.engine
-        if self.fate == "duplicate room":
-            return
         reports, dones = engine.reports(self.req), engine.dones(self.req)
         if reports and len(dones) != len(reports):
             self._wrong(f"{len(reports)} reports, {len(dones)} times done")
-        if dones and dones[0].outcome is Outcome.OK and dones[0].fallback_reason:
-            self._wrong(f"ok, and {dones[0].fallback_reason}")
+        if any(done.outcome is Outcome.OK and done.fallback_reason for done in dones):
+            self._wrong("it was reported as ok, with a reason why not")
 
     def _wrong(self, what: str) -> None:
         self.storm.wrong.append(f"{self}: {what}")
@@ -331,7 +333,7 @@ class OnPrefill(Request):
     """The peer is the decode engine: `_there` opens a room and publishes."""
 
     def prefill_pages(self) -> tuple[int, int]:
-        report = self.storm.engine.reports(self.req)[0]
+        report = self.storm.engine.reports(self.req)[-1]
         return report.local_pages, report.hit_pages
 
     def _here(self) -> Iterator[None]:
@@ -434,7 +436,7 @@ class OnDecode(Request):
             yield
         if not self.split or self.fate in ("never asked", "duplicate room"):
             return
-        for _ in range(chance.randint(0, 20)):
+        for _ in range(chance.randint(20, 150) if self.fate == "asks late" else chance.randint(0, 20)):
             yield
         pages = self.split - self.local
         if peer.rank.pool.available_size() < pages * engine.page_tokens:
