@@ -29,6 +29,7 @@ from scheduler_svc.protocol import Outcome
 REQUESTS = 60
 AT_ONCE = 8
 MOST_PAGES = 9
+MOST_OWN_PAGES = 3
 DOCUMENTS = 10
 """Beginnings that prompts share."""
 CALM_S = 30.0
@@ -58,7 +59,8 @@ class Storm:
             page_tokens=pick([4, 16]),
             eagle=pick([False, False, True]),
             host_pages=pick([32, 64]),
-            device_pages=pick([24, 40]),
+            # Nobody here reserves device memory for restores, as SGLang does: there is enough for all.
+            device_pages=(AT_ONCE + 1) * (MOST_PAGES + MOST_OWN_PAGES),
             forwarder=StormForwarder,
             settings=dict(plan_timeout_s=0.3, peer_timeout_s=1.0, lease_s=1.0, subscribe_timeout_s=0.5),
             extra_config={"prefetch_timeout_base": pick([0.02, 0.1]), "prefetch_timeout_per_ki_token": 0.0},
@@ -112,6 +114,8 @@ class Storm:
             free = self.engine.pool.available_size() // self.engine.page_tokens
             self._take(self.chance.randint(0, free // 2))
         elif kind == "squeeze":
+            if self.chance.random() < 0.7:
+                self.engine.evict_device()
             self.engine.evict_host()
             self._take(None)
         elif kind == "transfers":
@@ -183,7 +187,7 @@ class Storm:
     def _prompt(self) -> array:
         size, document = self.engine.page_tokens, self.chance.choice(self.documents)
         shared = self.chance.randint(1, MOST_PAGES)
-        own = self.chance.choice([0, 0, 1, 3])
+        own = self.chance.choice([0, 0, 1, MOST_OWN_PAGES])
         return document[: shared * size] + self._tokens(own) + array("q", [1, 2])
 
     def _arrive(self) -> None:

@@ -32,6 +32,7 @@ import own_process
 import torch
 from ram_store import RamStore
 from sglang.srt.managers.schedule_batch import Req
+from sglang.srt.mem_cache.base_prefix_cache import EvictParams
 from sglang.srt.mem_cache.hicache_storage import PoolName, SidecarPoolSpec
 from sglang.srt.mem_cache.pool_host.group import PoolEntry
 from sglang.srt.mem_cache.radix_cache import RadixKey
@@ -318,6 +319,10 @@ class Engine:
         for page in self.page_numbers(slots):
             self.pool.kv_buffer[:, page] = -1.0
         return slots
+
+    def evict_device(self) -> None:
+        """Other traffic drives everything that may go off the device."""
+        self.tree.evict(EvictParams(num_tokens=self.sglang.allocator.size))
 
     def evict_host(self) -> None:
         """Other traffic drives everything that may go out of the host pool."""
