@@ -21,7 +21,7 @@ from sglang.srt.managers.schedule_batch import Req
 from storm_forwarder import StormForwarder
 from tree_story import STEP_S, Engine, Peer, content
 
-from dualpath_sgl import closing, decode
+from dualpath_sgl import closing, decode, store_lane
 from dualpath_sgl.page_load import PageLoad
 from dualpath_sgl.prompt_hash import prompt_hash
 from scheduler_svc.protocol import Outcome
@@ -85,7 +85,9 @@ class Storm:
     # -- the weather ----------------------------------------------------------------------------
 
     def _spoil_store(self) -> None:
-        """Reads of the store are slow, short, failing or raise."""
+        """Reads of the store are small, slow, short, failing or raise."""
+        for name in ("LEAST_BATCH_BYTES", "MOST_BATCH_BYTES"):
+            setattr(store_lane, name, 2 * self.engine.runtime.page_bytes)
         luck = random.Random(self.chance.random())
 
         def before_read(_keys) -> None:
