@@ -13,7 +13,7 @@ from opentelemetry.sdk.trace.export import SimpleSpanProcessor
 
 from evals import jaeger
 
-EXIT_TIMEOUT_S = 30
+EXIT_TIMEOUT_S = 60
 
 
 @pytest.fixture
