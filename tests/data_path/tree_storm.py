@@ -40,7 +40,7 @@ FATES = ("well",) * 5 + (
     "ends early", "taken back", "never offered", "stalls", "never asked", "asks late", "asks late", "no plan",
     "late plan", "aborted", "aborted", "aborted", "duplicate room", "duplicate room", "stranger",
 )  # fmt: skip
-WEATHER = ("flush", "foreign writes", "squeeze", "squeeze", "squeeze", "other work", "transfers")
+WEATHER = ("flush", "foreign writes", "squeeze", "squeeze", "other work", "transfers")
 """What happens to the whole engine, now and then."""
 
 
@@ -128,7 +128,7 @@ class Storm:
     def _take(self, pages: int | None) -> None:
         slots = self.engine.take_host_pages(pages)
         if len(slots):
-            self._foreign.append((slots, self._turn + self.chance.choice([2, 5, 40])))
+            self._foreign.append((slots, self._turn + self.chance.choice([2, 5, 25])))
 
     def _give_back(self, everything: bool = False) -> None:
         keep = []
