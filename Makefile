@@ -1,5 +1,6 @@
 # make demo    the whole thing on this machine's CPU: set-up, cluster, agent trace, report
 # make test    every test, the end-to-end ones on a real cluster included
+# make test-slow    tests with a cluster of their own: DP attention, keys, weight updates (five minutes)
 # make bench-load    the load paths on shaped links against upstream (root, 24 GiB of memory, about half an hour)
 # make bench-scheduler    requests a second, plan latency and memory of the scheduler (two minutes)
 # make sim-paper    the paper's results beside simulated ones (about 15 minutes of one core)
@@ -11,7 +12,7 @@ PIP := $(PY) -m pip --disable-pip-version-check
 TORCH := torch==2.13.0+cpu
 TORCH_INDEX := https://download.pytorch.org/whl/cpu
 
-.PHONY: setup demo test bench-load bench-scheduler sim-paper clean
+.PHONY: setup demo test test-slow bench-load bench-scheduler sim-paper clean
 .DELETE_ON_ERROR:
 
 setup: $(VENV)/.patched $(VENV)/.model $(VENV)/.bytecode
@@ -21,6 +22,9 @@ demo: setup
 
 test: setup
 	$(PY) -m pytest
+
+test-slow: setup
+	$(PY) -m pytest -m slow
 
 bench-load: setup
 	$(VENV)/bin/dualpath bench-load

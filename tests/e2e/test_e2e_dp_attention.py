@@ -9,6 +9,8 @@ from conftest import CLUSTERS
 from launch.config import load
 from scheduler_svc.protocol import Path, Role
 
+pytestmark = pytest.mark.slow
+
 MORE_SESSIONS = ("ida", "joe", "kim", "lea", "max")
 """Enough that every DP rank of either side serves some: which one does is SGLang's choice."""
 

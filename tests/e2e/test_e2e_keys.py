@@ -15,6 +15,8 @@ from launch.supervisor import Cluster
 from scheduler_svc.client import SchedulerClient
 from scheduler_svc.keys import generate
 
+pytestmark = pytest.mark.slow
+
 SECURITY = """
 security:
   keys: {keys}

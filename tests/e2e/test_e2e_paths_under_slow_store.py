@@ -5,12 +5,15 @@ from __future__ import annotations
 import signal
 import threading
 import time
+from contextlib import suppress
 
-from agents import forget_caches, play_all
+from agents import flush, forget_caches, play_all, post
 
 from launch.commands import BOOTSTRAP_TIMEOUT
 
 MARGIN_S = 5.0
+LOADING_S = 2.0
+"""After so long every load of a few requests hangs in the store."""
 
 
 def test_a_store_that_hangs_beyond_the_bootstrap_time_out_costs_time_and_no_request(
@@ -37,3 +40,37 @@ def test_a_store_that_hangs_beyond_the_bootstrap_time_out_costs_time_and_no_requ
     assert {session.name: session.answers[0] for session in sessions} == {
         name: answers[0] for name, answers in reference.items()
     }
+
+
+def test_a_flush_right_after_an_abort_waits_for_loads_that_hang(cluster, sessions, reference):
+    """As RL frameworks do at every step: abort all, then flush or update the weights."""
+    cluster.set_policy("split")
+    play_all(cluster.url, sessions, 0)
+    forget_caches(cluster)
+
+    def ask() -> None:
+        with suppress(OSError, KeyError):  # aborted
+            play_all(cluster.url, sessions, 0)
+
+    cluster.kill("store", signal.SIGSTOP)
+    asking = threading.Thread(target=ask, daemon=True)
+    asking.start()
+    time.sleep(LOADING_S)
+    for engine in cluster.engines:
+        post(f"{engine.url}/abort_request", {"rid": "", "abort_all": True})
+    asking.join()
+    flushing = [threading.Thread(target=flush, args=(engine.url,)) for engine in cluster.engines]
+    for thread in flushing:
+        thread.start()
+    time.sleep(LOADING_S)
+    cluster.kill("store", signal.SIGCONT)
+    for thread in flushing:
+        thread.join()
+
+    # Whatever the late reads wrote, it went into nobody's pages.
+    for _ in range(2):
+        play_all(cluster.url, sessions, 0)
+        assert {session.name: session.answers[0] for session in sessions} == {
+            name: answers[0] for name, answers in reference.items()
+        }
+        forget_caches(cluster)

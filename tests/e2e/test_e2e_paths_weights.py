@@ -8,6 +8,8 @@ from agents import TURNS, Session, forget_caches, play_all, post, reads, update_
 from launch.supervisor import Cluster
 from scheduler_svc.protocol import Path
 
+pytestmark = pytest.mark.slow
+
 
 def update_all(cluster: Cluster, directory, version: str | None) -> None:
     for engine in cluster.engines:
