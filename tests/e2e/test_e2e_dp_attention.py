@@ -20,7 +20,6 @@ def two_dp_ranks(reference, one_cluster):
     return one_cluster.get(load(CLUSTERS / "gqa-1p1d-dp2.yaml"))
 
 
-@pytest.mark.case("dp_ranks_share_engine_id")
 def test_sessions_on_the_decode_path_get_the_single_servers_tokens_and_pages_of_the_right_dp_rank(
     two_dp_ranks, reference
 ):
