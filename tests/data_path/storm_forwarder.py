@@ -18,9 +18,9 @@ from dualpath_sgl.forward import Forwarder
 
 GARBAGE = 0xEE
 """Every byte of what a late transfer writes."""
-PAUSES_S = (0.005, 0.1)
+PAUSES_S = (0.01, 0.3)
 WRITES_LATER_S = (0.02, 0.3)
-FATES = ("well",) * 11 + ("pauses", "pauses", "refused", "writes later")
+FATES = ("well",) * 11 + ("pauses", "pauses", "pauses", "refused", "writes later")
 
 
 class StormForwarder(Forwarder):
