@@ -6,6 +6,7 @@ from array import array
 
 import pytest
 import torch
+from data_path_world import eventually
 from sglang.srt.mem_cache.pool_host.dsa import DSAIndexerPoolHost
 from sglang.srt.mem_cache.radix_cache import RadixKey
 from tree_story import Peer, prompt
@@ -21,8 +22,8 @@ def test_pages_that_sglang_trims_from_an_operation_shift_the_others(engine):
     peer, tokens = Peer(engine), prompt(PAGES)
     engine.store_holds(tokens)
     req = engine.arrives(tokens)
-    engine.until(lambda: engine.reports(req), "report")
-    # Meanwhile a request with the same first two pages has run.
+    # A thread of SGLang's reports.  Before its loop goes on, a request with the same first two pages ends.
+    eventually(lambda: engine.reports(req), "report")
     engine.computed(tokens, pages=2)
     peer.has(req, tokens)
     engine.planned(req, peer, PAGES)
