@@ -9,6 +9,7 @@ from typing import Annotated, Literal
 from pydantic import Field, ValidationError
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
+from scheduler_svc.addresses import authority
 from scheduler_svc.engine_names import check_server_id
 from scheduler_svc.protocol import PLAN_TIMEOUT_S
 from scheduler_svc.reach import is_loopback
@@ -57,7 +58,7 @@ class Settings(BaseSettings):
     def http_url(self, listens_on: str, port: int) -> str:
         """Where routers reach this engine's HTTP server: `host` when that listens on every address."""
         address = self.host if listens_on in EVERY_ADDRESS else listens_on
-        return f"http://[{address}]:{port}" if ":" in address else f"http://{address}:{port}"
+        return f"http://{authority(address, port)}"
 
 
 @cache

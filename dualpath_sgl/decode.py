@@ -63,7 +63,7 @@ class _Request:
     room: int
     traceparent: str | None
     reported_s: float
-    prompt_hash: str = ""
+    prompt_hash: str
     plan: Plan | None = None
     settled: bool = False
     """The plan is carried out or given up: SGLang may admit the request."""
@@ -79,8 +79,8 @@ class DecodeSide:
         self._rooms: dict[int, _Request] = {}
         """Whose room it is: reported, and still queued."""
         self._plans: dict[int, Plan] = {}
-        self._loads: dict[int, PageLoad] = {}
-        """By room, until SGLang has their last acknowledgement, which may be long after the request left."""
+        self._loading_rooms: set[int] = set()
+        """Until SGLang has the load's last acknowledgement, which may be long after the request left."""
         self._refused: set[int] = set()
         """Rooms that the scheduler will send no plan for."""
         self._late: dict[str, _Request] = {}
@@ -126,7 +126,7 @@ class DecodeSide:
 
     def _is_taken(self, room: int) -> bool:
         """Whether an earlier request still publishes into `room`, or may."""
-        return room in self._rooms or room in self._loads or self._runtime.server.is_open(room)
+        return room in self._rooms or room in self._loading_rooms or self._runtime.server.is_open(room)
 
     def admits(self, decode_req: DecodeRequest) -> bool:
         """Whether SGLang may reserve device memory now; a dictionary look-up."""
@@ -413,13 +413,13 @@ class DecodeSide:
                 request.room, lambda: self._hand_over(request.room, acknowledge)
             ),
         )
-        self._loads[request.room] = load
+        self._loading_rooms.add(request.room)
         self._runtime.store_lane.submit(load, 0, load.pages)
         load.close_part()
 
     def _hand_over(self, room: int, acknowledge: Callable[[], None]) -> None:
         acknowledge()
-        self._loads.pop(room, None)
+        self._loading_rooms.discard(room)
 
     def _publish(self, request: _Request, load: PageLoad, before: int) -> None:
         skip = max(0, request.plan.prefill_local_pages - load.first_page)

@@ -22,6 +22,7 @@ from dualpath_sgl import faults, peer_protocol
 from dualpath_sgl.mailbox import Mailbox
 from dualpath_sgl.peer_keys import PeerKeys
 from dualpath_sgl.peer_protocol import Ended, Pages, Pull, Reading, Release, Released, Waiting
+from scheduler_svc.addresses import in_url, is_ipv6
 from scheduler_svc.connections import Connections, fd_of
 from scheduler_svc.liveness import notice_dead_peers
 from scheduler_svc.log_limit import LimitedLog
@@ -117,8 +118,8 @@ class PageServer(threading.Thread):
         self._connections = Connections(self._socket, MOST_UNFINISHED_BYTES)
         # A lane keeps its name when its connection breaks, and is itself again on the next one.
         self._socket.setsockopt(zmq.ROUTER_HANDOVER, 1)
-        self._socket.setsockopt(zmq.IPV6, int(":" in host))
-        address = f"tcp://[{host}]" if ":" in host else f"tcp://{host}"
+        self._socket.setsockopt(zmq.IPV6, int(is_ipv6(host)))
+        address = f"tcp://{in_url(host)}"
         self.endpoint = f"{address}:{self._socket.bind_to_random_port(address)}"
 
     # -- called by the DE's scheduler thread and lanes --------------------------------------

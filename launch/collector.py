@@ -36,7 +36,7 @@ from opentelemetry.proto.collector.trace.v1.trace_service_pb2_grpc import (
     add_TraceServiceServicer_to_server,
 )
 
-from launch.hosts import authority
+from scheduler_svc.addresses import authority
 
 MAX_REQUEST_BYTES = 64 * 1024 * 1024
 FORWARD_QUEUE_REQUESTS = 256

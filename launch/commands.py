@@ -16,7 +16,7 @@ from launch import security
 from launch.addresses import Addresses, EngineAddresses
 from launch.config import ClusterConfig, Group, Mode, RouterKind, bits_per_s
 from launch.environment import inherited
-from launch.hosts import authority, in_url, is_ipv6
+from scheduler_svc.addresses import authority, in_url, is_ipv6
 from scheduler_svc.protocol import Role
 
 OFFLINE_ENV = {"HF_HUB_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}

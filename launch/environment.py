@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, MutableMapping
 
-from launch.hosts import is_ipv6
+from scheduler_svc.addresses import is_ipv6
 
 FOREIGN_PREFIXES = ("DUALPATH_", "MOONCAKE_", "MC_", "SGLANG_", "SGL_", "OTEL_")
 KEPT = {"OTEL_RESOURCE_ATTRIBUTES"}

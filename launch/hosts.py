@@ -9,6 +9,8 @@ import socket
 
 import psutil
 
+from scheduler_svc.addresses import is_ipv6
+
 EXAMPLE = "give one address or name of this machine, such as 127.0.0.1"
 _LABEL = r"(?!-)[A-Za-z0-9_-]{1,63}(?<!-)"
 _NAME = re.compile(rf"(?=.{{1,253}}$){_LABEL}(\.{_LABEL})*")
@@ -44,19 +46,6 @@ def local_address(host: str) -> str:
                 if error.errno != errno.EADDRNOTAVAIL:
                     raise
     raise ValueError(f"is no address of this machine; it has {', '.join(_addresses())}")
-
-
-def authority(address: str, port: int) -> str:
-    """`address:port` as it stands in a URL."""
-    return f"{in_url(address)}:{port}"
-
-
-def in_url(address: str) -> str:
-    return f"[{address}]" if is_ipv6(address) else address
-
-
-def is_ipv6(address: str) -> bool:
-    return ":" in address
 
 
 def checked_endpoint(endpoint: str) -> str:

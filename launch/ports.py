@@ -7,7 +7,7 @@ import random
 import socket
 from collections.abc import Sequence
 
-from launch.hosts import is_ipv6
+from scheduler_svc.addresses import is_ipv6
 
 LOWEST, HIGHEST = 17500, 22000
 """Where nobody else draws ports: an engine binds its own a minute after it was chosen.  Linux's

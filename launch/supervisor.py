@@ -38,12 +38,12 @@ from launch.config import Network as NetworkConfig
 from launch.direct_http import answers, fetch
 from launch.engine_watch import SILENT_AFTER_S, EngineWatch
 from launch.environment import foreign
-from launch.hosts import authority
 from launch.ports import DP_ATTENTION_OFFSETS, FreePorts
 from launch.process import ManagedProcess, ProcessDied, stop_all
 from launch.run_dir import STATE_FILE, Claim, ClusterState, ProcessState
 from launch.security import OPERATOR, key_files
 from launch.store_node import READY as STORE_READY
+from scheduler_svc.addresses import authority
 from scheduler_svc.client import SchedulerClient
 from scheduler_svc.engine_names import server_id
 from scheduler_svc.protocol import Role

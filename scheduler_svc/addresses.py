@@ -20,6 +20,20 @@ _ADDRESS = re.compile(rf"(?P<scheme>[a-z]+)://(?P<host>{_HOST})(?::(?P<port>[0-9
 _NUMERIC = re.compile(r"[0-9]+|0[xX][0-9A-Fa-f]*")
 
 
+def authority(address: str, port: int) -> str:
+    """`address:port` as it stands in a URL."""
+    return f"{in_url(address)}:{port}"
+
+
+def in_url(address: str) -> str:
+    """An IPv6 address in brackets, any other host as it is."""
+    return f"[{address}]" if is_ipv6(address) else address
+
+
+def is_ipv6(address: str) -> bool:
+    return ":" in address
+
+
 @lru_cache(MOST_REMEMBERED)
 def check_http_url(url: str) -> None:
     """Raise ValueError unless `url` is `http://HOST[:PORT]` or `https://HOST[:PORT]`."""

@@ -25,6 +25,7 @@ from dataclasses import dataclass
 import zmq
 from zmq.utils.monitor import recv_monitor_message
 
+from scheduler_svc.addresses import authority
 from scheduler_svc.log_limit import LimitedLog
 
 LOOK_S = 0.02
@@ -216,7 +217,7 @@ def _address(connection: tcp.socket) -> str:
         host, port, *_ = connection.getpeername()
     except ValueError:
         raise OSError("no TCP") from None
-    return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
+    return authority(host, port)
 
 
 def _received_bytes(connection: tcp.socket) -> int:

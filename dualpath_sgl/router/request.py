@@ -12,6 +12,7 @@ import orjson
 from dualpath_sgl.router import refusals
 from dualpath_sgl.router.engines import Engine
 from dualpath_sgl.router.errors import BadRequest
+from scheduler_svc.addresses import in_url
 from scheduler_svc.protocol import printable
 
 SESSION_HEADERS = ("X-Session-Id", "X-SMG-Routing-Key")
@@ -58,7 +59,7 @@ class ClientRequest:
         return orjson.dumps(
             self._body
             | {
-                "bootstrap_host": f"[{host}]" if ":" in host else host,
+                "bootstrap_host": in_url(host),
                 "bootstrap_port": prefill.bootstrap_port,
                 "bootstrap_room": room,
             }

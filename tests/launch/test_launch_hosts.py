@@ -9,7 +9,8 @@ import pytest
 from launch.addresses import on_one_host
 from launch.commands import Ports, engine_command, engine_environment, engine_specs, router_command
 from launch.config import ClusterConfig, ConfigError, Router, RouterKind, at_its_address, load
-from launch.hosts import authority, checked_endpoint, local_address
+from launch.hosts import checked_endpoint, local_address
+from scheduler_svc.addresses import authority
 from launch.ports import FreePorts
 from launch.supervisor import Cluster, SingleServer
 
