@@ -390,11 +390,12 @@ class EngineTable:
     def restarted(self, engine: Engine, gone: Iterable[RankKey]) -> None:
         """A rank came back over a new connection, and those of the ranks `gone` are closed.
 
-        If it describes itself as before, it is the same process and nothing is forgotten.
+        If it describes itself as before, it is the same process and nothing is forgotten.  Connections of
+        one engine close one after the other: what is still there then is forgotten at its next heartbeat.
         """
         state = self._live.get(engine.engine_id)
         rank = None if state is None else state.ranks.get(engine.rank)
-        if rank is not None and rank.engine != engine:
+        if rank is None or rank.engine != engine:
             for key in gone:
                 self.forget(key)
 
