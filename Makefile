@@ -30,7 +30,7 @@ bench-load: setup
 	$(VENV)/bin/dualpath bench-load
 
 bench-scheduler: setup
-	$(PY) -m evals.bench_scheduler
+	$(PY) -m dualpath_sgl.evals.scheduler.bench
 
 sim-paper: setup
 	$(VENV)/bin/dualpath sim paper
@@ -38,10 +38,10 @@ sim-paper: setup
 clean:
 	rm -rf $(VENV) .cache build dist *.egg-info
 
-$(VENV)/.system: launch/system_check.py
+$(VENV)/.system: launch/setup/system_check.py
 	@command -v $(PYTHON) >/dev/null || { echo "$(PYTHON) not found: install Python 3.11 (apt-get install python3.11" \
 	  "python3.11-venv) or name one: make PYTHON=/path/to/python3.11"; exit 1; }
-	$(PYTHON) -m launch.system_check --install
+	$(PYTHON) -m dualpath_sgl.launch.setup.system_check --install
 	$(PYTHON) -m venv $(VENV)
 	@touch $@
 
@@ -64,7 +64,7 @@ $(VENV)/.installed: pyproject.toml dualpath_sgl/cpu_profile/install.py $(VENV)/.
 	$(PY) -m dualpath_sgl.cpu_profile.install
 	@touch $@
 
-$(VENV)/.patched: $(wildcard patches/*/*.patch) launch/patching.py $(VENV)/.installed
+$(VENV)/.patched: $(wildcard patches/*/*.patch) launch/setup/patching.py $(VENV)/.installed
 	@echo "== patches"
 	$(VENV)/bin/dualpath patch apply
 	@touch $@
@@ -76,7 +76,7 @@ $(VENV)/.bytecode: $(VENV)/.patched
 	$(PY) -m compileall -q -j 0 -x '/(torch|tests?)/' $(VENV)/lib/python3*/site-packages
 	@touch $@
 
-$(VENV)/.model: launch/tiny_model.py $(VENV)/.installed
+$(VENV)/.model: launch/setup/tiny_model.py $(VENV)/.installed
 	@echo "== tiny model"
-	$(PY) -m launch.tiny_model
+	$(PY) -m dualpath_sgl.launch.setup.tiny_model
 	@touch $@

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from dualpath_sgl import faults
-from dualpath_sgl.tracing import record_lane
-from scheduler_svc.protocol import Done, Outcome, Plan
+from dualpath_sgl.spans.tracing import record_lane
+from dualpath_sgl.threads import faults
+from scheduler_svc.wire.protocol import Done, Outcome, Plan
 
 if TYPE_CHECKING:
-    from dualpath_sgl.page_load import PageLoad
+    from dualpath_sgl.lanes.page_load import PageLoad
     from dualpath_sgl.runtime import Runtime
 
 

@@ -18,21 +18,22 @@ from __future__ import annotations
 import logging
 import time
 from collections import deque
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Callable
+from typing import TYPE_CHECKING
 
 import torch
 
-from dualpath_sgl import faults
 from dualpath_sgl.closing import close_room
-from dualpath_sgl.decode_work import DecodeWork
-from dualpath_sgl.host_tree import HostPrefix, held_on_host
-from dualpath_sgl.layout import page_blocks
-from dualpath_sgl.page_load import PageLoad
-from dualpath_sgl.prompt_hash import prompt_hash
+from dualpath_sgl.control.decode_work import DecodeWork
+from dualpath_sgl.lanes.page_load import PageLoad
+from dualpath_sgl.pools.host_tree import HostPrefix, held_on_host
+from dualpath_sgl.pools.layout import page_blocks
+from dualpath_sgl.pools.prompt_hash import prompt_hash
 from dualpath_sgl.restore import RestoreGuard
-from dualpath_sgl.tracing import traceparent_of
-from scheduler_svc.protocol import Load, Outcome, Plan, Report, Role
+from dualpath_sgl.spans.tracing import traceparent_of
+from dualpath_sgl.threads import faults
+from scheduler_svc.wire.protocol import Load, Outcome, Plan, Report, Role
 
 if TYPE_CHECKING:
     from sglang.srt.disaggregation.decode import DecodePreallocQueue, DecodeRequest
@@ -243,7 +244,9 @@ class DecodeSide:
             reason = "storage read revoked"
             self._runtime.server.end(request.room, reason)
         elif load.first_page + load.prefix < request.plan.split_page:
-            reason = "prefetch deadline passed" if load.operation.deadline_expired else "storage read fell short"
+            reason = (
+                "prefetch deadline passed" if load.operation.deadline_expired else "storage read fell short"
+            )
         self._settle(request, reason)
 
     def _renew(self, request: _Request) -> None:
@@ -312,9 +315,7 @@ class DecodeSide:
             return
         pages, sizes = page_blocks(self._runtime.pool, held.host_indices()[first:end])
         unlock = held.lock(queue.tree_cache)
-        self._runtime.server.publish(
-            request.room, pages, sizes, unpin=lambda: self._unlocks.append(unlock)
-        )
+        self._runtime.server.publish(request.room, pages, sizes, unpin=lambda: self._unlocks.append(unlock))
 
     def _start_read(
         self, queue: DecodePreallocQueue, request: _Request, held: HostPrefix, split_page: int

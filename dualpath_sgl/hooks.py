@@ -7,17 +7,21 @@ requests (fake bootstrap hosts) alone.
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 from queue import Empty
-from typing import TYPE_CHECKING, Any, Callable
+from typing import TYPE_CHECKING, Any
 
-from dualpath_sgl import attention_quota, faults, key_tag, runtime, stages, weights
+from dualpath_sgl import runtime
+from dualpath_sgl.control.real_request import real
 from dualpath_sgl.decode import DecodeSide
-from dualpath_sgl.device_memory import free_tokens
-from dualpath_sgl.engine_facts import after_scheduler_init
-from dualpath_sgl.host_tree import holds_only_kv
+from dualpath_sgl.experimental import attention_quota
+from dualpath_sgl.lanes.rank_sync import meet
+from dualpath_sgl.pools import key_tag, weights
+from dualpath_sgl.pools.device_memory import free_tokens
+from dualpath_sgl.pools.host_tree import holds_only_kv
 from dualpath_sgl.prefill import PrefillSide
-from dualpath_sgl.rank_sync import meet
-from dualpath_sgl.real_request import real
+from dualpath_sgl.spans import stages
+from dualpath_sgl.threads import faults
 
 if TYPE_CHECKING:
     from sglang.srt.managers.schedule_batch import Req
@@ -40,6 +44,18 @@ def _decode() -> DecodeSide | None:
 
 def _is_real(req: Req) -> bool:
     return bool(real([req]))
+
+
+# -- both: the engine stands -------------------------------------------------------------------------
+
+
+def after_scheduler_init(_result: None, _scheduler: Any, *_args: Any, **_kwargs: Any) -> None:
+    """However its cache was chosen: an engine that was asked for DualPath does not run without it."""
+    if runtime.current() is None:
+        raise RuntimeError(
+            "DUALPATH_ENABLED is 1, but SGLang built no HiCache storage backend for this model; run "
+            "`dualpath doctor` with the engine's flags, or unset DUALPATH_ENABLED to run it without DualPath"
+        )
 
 
 # -- PE: arrival ---------------------------------------------------------------------------------

@@ -8,13 +8,14 @@ activated = False
 
 def activate() -> None:
     global activated
-    from dualpath_sgl.config import settings
+    from dualpath_sgl.start.config import settings
 
     if settings().enabled:
-        from dualpath_sgl import engine_facts, hooks
-        from dualpath_sgl.forward import bound_mooncakes_patience
+        from dualpath_sgl import hooks
+        from dualpath_sgl.lanes.forward import bound_mooncakes_patience
+        from dualpath_sgl.start import facts
 
         bound_mooncakes_patience()
-        engine_facts.register_checks()
+        facts.register_checks()
         hooks.register(traced=settings().otlp_endpoint is not None)
     activated = True

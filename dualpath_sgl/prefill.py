@@ -17,14 +17,14 @@ import time
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from dualpath_sgl import faults
 from dualpath_sgl.closing import close_room
-from dualpath_sgl.page_load import PageLoad
-from dualpath_sgl.peer_lane import PeerLane
-from dualpath_sgl.peer_lanes import PeerLanes
-from dualpath_sgl.prompt_hash import prompt_hash
-from dualpath_sgl.tracing import traceparent_of
-from scheduler_svc.protocol import Load, Outcome, Plan, Report, Role
+from dualpath_sgl.lanes.page_load import PageLoad
+from dualpath_sgl.lanes.peer_lane import PeerLane
+from dualpath_sgl.lanes.peer_lanes import PeerLanes
+from dualpath_sgl.pools.prompt_hash import prompt_hash
+from dualpath_sgl.spans.tracing import traceparent_of
+from dualpath_sgl.threads import faults
+from scheduler_svc.wire.protocol import Load, Outcome, Plan, Report, Role
 
 if TYPE_CHECKING:
     from sglang.srt.managers.schedule_batch import Req
@@ -262,18 +262,14 @@ class PrefillSide:
         if pages:
             try:
                 endpoint = plan.decode_endpoints[self._runtime.rank]
-                self._lanes.submit(
-                    endpoint, plan.decode_id, load, request.room, pages, request.prompt_hash
-                )
+                self._lanes.submit(endpoint, plan.decode_id, load, request.room, pages, request.prompt_hash)
             except Exception:
                 faults.record("room %d: its pages come from the store, no peer lane", request.room)
                 request.fallback_reason = "peer lane did not start"
                 return 0
         return pages
 
-    def _give_up(
-        self, request: _Request, reason: str, outcome: Outcome = Outcome.FALLBACK
-    ) -> None:
+    def _give_up(self, request: _Request, reason: str, outcome: Outcome = Outcome.FALLBACK) -> None:
         """A reported request gets no load: say so, and let its DE go."""
         with self._lock:
             if request.reported_s is None or request.done or request.load is not None:
@@ -295,7 +291,7 @@ class PrefillSide:
             faults.record("room %d: its decode engine was not told to let go", plan.room)
 
     def _new_lane(self, endpoint: str, decode_id: str) -> PeerLane:
-        """Raises scheduler_svc.keys.KeyFileError when engines have keys and the DE's is not there."""
+        """Raises scheduler_svc.wire.keys.KeyFileError when engines have keys and the DE's is not there."""
         keys = self._runtime.peer_keys
         return PeerLane(
             endpoint,

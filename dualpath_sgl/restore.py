@@ -8,10 +8,11 @@ promise to the load-back (which takes its own) closes the gap.
 from __future__ import annotations
 
 import time
-from typing import TYPE_CHECKING, Callable
+from collections.abc import Callable
+from typing import TYPE_CHECKING
 
-from dualpath_sgl.host_tree import held_on_host
-from dualpath_sgl.tracing import record_span, traceparent_of
+from dualpath_sgl.pools.host_tree import held_on_host
+from dualpath_sgl.spans.tracing import record_span, traceparent_of
 
 if TYPE_CHECKING:
     from sglang.srt.disaggregation.decode import DecodeRequest

@@ -7,24 +7,26 @@ from typing import TYPE_CHECKING, Any
 
 import msgspec
 
-from dualpath_sgl import faults, layout, weights
-from dualpath_sgl.config import Settings
-from dualpath_sgl.control import ControlChannel
+from dualpath_sgl.control.channel import ControlChannel
 from dualpath_sgl.decode import DecodeSide
-from dualpath_sgl.dp_rank import dp_place
-from dualpath_sgl.forward import Forwarder
-from dualpath_sgl.integrity import PoolCheck
-from dualpath_sgl.key_tag import TAG
-from dualpath_sgl.open_loads import OpenLoads
-from dualpath_sgl.page_load import PageLoad, acknowledge
-from dualpath_sgl.page_server import PageServer
-from dualpath_sgl.peer_keys import PeerKeys
+from dualpath_sgl.lanes.forward import Forwarder
+from dualpath_sgl.lanes.open_loads import OpenLoads
+from dualpath_sgl.lanes.page_load import PageLoad, acknowledge
+from dualpath_sgl.lanes.page_server import PageServer
+from dualpath_sgl.lanes.peer_keys import PeerKeys
+from dualpath_sgl.lanes.rank_sync import RankSync
+from dualpath_sgl.lanes.store_lane import StoreLane
+from dualpath_sgl.pools import layout, weights
+from dualpath_sgl.pools.integrity import PoolCheck
+from dualpath_sgl.pools.key_tag import TAG
 from dualpath_sgl.prefill import PrefillSide
-from dualpath_sgl.rank_sync import RankSync
-from dualpath_sgl.store_lane import StoreLane
-from scheduler_svc.engine_names import engine_name
-from scheduler_svc.protocol import Engine, Role
-from scheduler_svc.tracing import init_tracing
+from dualpath_sgl.spans import stages
+from dualpath_sgl.start.config import Settings
+from dualpath_sgl.start.dp_rank import dp_place
+from dualpath_sgl.threads import faults
+from scheduler_svc.telemetry.tracing import init_tracing
+from scheduler_svc.wire.engine_names import engine_name
+from scheduler_svc.wire.protocol import Engine, Role
 
 if TYPE_CHECKING:
     from sglang.srt.mem_cache.hicache_storage import HiCacheStorageConfig
@@ -91,9 +93,7 @@ class Runtime:
             dp_rank=dp_rank,
             dp_size=dp_size,
             url=settings.http_url(args.host, args.port),
-            bootstrap_port=(
-                args.disaggregation_bootstrap_port if self.role is Role.PREFILL else None
-            ),
+            bootstrap_port=(args.disaggregation_bootstrap_port if self.role is Role.PREFILL else None),
             page_endpoint=self.server.endpoint if self.server else None,
             fingerprint=self.fingerprint,
             page_size=self.page_size,
@@ -109,6 +109,7 @@ class Runtime:
         )
 
     def start(self) -> None:
+        stages.follow(self.tracer)
         self.store_lane.start()
         if self.server is not None:
             self.server.start()
@@ -138,9 +139,7 @@ class Runtime:
             faults.record("request %s is computed without its stored pages", operation.request_id)
             acknowledge(controller, operation, 0)
 
-    def load_from_store(
-        self, controller: HybridCacheController, operation: PrefetchOperation
-    ) -> None:
+    def load_from_store(self, controller: HybridCacheController, operation: PrefetchOperation) -> None:
         """An operation without a plan of its own: read it as upstream does."""
         load = PageLoad(
             controller,

@@ -2,28 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from datetime import datetime
 from pathlib import Path
 from typing import Annotated
 
 import typer
 from rich.console import Console
-from rich.markup import escape
 
-from evals import waterfall
-from evals.errors import EvalError
-from evals.subset import write_subset
+from dualpath_sgl.evals.agents.subset import write_subset
+from dualpath_sgl.evals.common.errors import EvalError
+from dualpath_sgl.evals.common.explained import errors, failures_explained
+from dualpath_sgl.evals.spans import waterfall
+from dualpath_sgl.launch.config import CLUSTERS
 
 RESULTS = Path("results")
-DEFAULT_CLUSTER = Path(__file__).parent.parent / "launch" / "clusters" / "cpu-1p1d.yaml"
-USAGE_ERROR = 2
+DEFAULT_CLUSTER = CLUSTERS / "cpu-1p1d.yaml"
 
 eval_app = typer.Typer(no_args_is_help=True, help="Replay agent traces and compare modes.")
 trace_app = typer.Typer(no_args_is_help=True, help="Look at recorded request traces.")
 console = Console(highlight=False)
-errors = Console(stderr=True, highlight=False, soft_wrap=True)
 
 
 @eval_app.command("run")
@@ -54,8 +51,8 @@ def run(
 ) -> None:
     """Replay sessions in each mode, compare tokens with a single server, write summary, report and traces."""
     # Not before: this imports the whole cluster machinery.
-    from evals.run import EvalOptions, evaluate
-    from launch.config import load
+    from dualpath_sgl.evals.compare.run import EvalOptions, evaluate
+    from dualpath_sgl.launch.config.cluster import load
 
     with failures_explained():
         options = EvalOptions(
@@ -113,24 +110,6 @@ def show(
             waterfall.list_traces(traces, console)
         else:
             waterfall.show(waterfall.find(traces, trace_id), console)
-
-
-@contextmanager
-def failures_explained() -> Iterator[None]:
-    """Turn what a person can put right into one line on stderr and exit status 2."""
-    from launch.config import ConfigError
-    from evals.topology.network import NetworkError
-    from launch.process import ProcessDied
-    from launch.readiness import NotReady
-    from launch.run_dir import RunDirError
-    from launch.supervisor import StartTimeout
-
-    explained = (EvalError, ConfigError, NotReady, NetworkError, ProcessDied, RunDirError, StartTimeout)
-    try:
-        yield
-    except explained as error:
-        errors.print(f"[red]error:[/] {escape(str(error))}")
-        raise typer.Exit(USAGE_ERROR) from None
 
 
 def _newest_traces() -> Path:

@@ -1,12 +1,10 @@
-"""The `dualpath` command: patch packages, run a cluster, look at it, evaluate it."""
+"""The commands that patch packages, run a cluster and look at it: `dualpath up`, `status`, `doctor`, ..."""
 
 from __future__ import annotations
 
-import importlib
 import json
 import os
 import signal
-import sys
 import time
 from pathlib import Path
 from typing import Annotated, NoReturn
@@ -16,28 +14,22 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from launch.config import ClusterConfig, ConfigError, load
-from launch.patching import PatchError, Report, State, Tree, stacks
-from launch.readiness import NotReady, require_ready
-from launch.run_dir import ProcessState, RunDirError, read_state
-from scheduler_svc.keys import KeyFileError, keys_app
+from dualpath_sgl.launch.config.cluster import ClusterConfig, ConfigError, load
+from dualpath_sgl.launch.processes.run_dir import ProcessState, RunDirError, read_state
+from dualpath_sgl.launch.setup.patching import PatchError, Report, State, Tree, stacks
+from dualpath_sgl.launch.supervision.readiness import NotReady, require_ready
+from scheduler_svc.wire.keys import KeyFileError
 
 DEFAULT_RUN_DIR = Path("runs/current")
-LAZY_COMMANDS = {
-    "eval": ("evals.cli", "eval_app", "Replay agent traces and compare modes."),
-    "sim": ("evals.sim.command", "sim_app", "Simulate clusters that are not at hand."),
-    "trace": ("evals.cli", "trace_app", "Look at recorded request traces."),
-}
 
 console = Console(highlight=False, soft_wrap=True)
 errors = Console(stderr=True, highlight=False, soft_wrap=True)
 
-app = typer.Typer(no_args_is_help=True, add_completion=False, help=__doc__, pretty_exceptions_enable=False)
+app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
 patch_app = typer.Typer(no_args_is_help=True, help="Patch the pinned packages, check that, or take it back.")
 app.add_typer(patch_app, name="patch")
 topology_app = typer.Typer(no_args_is_help=True, help="Shaped networks on this machine.")
 app.add_typer(topology_app, name="topology")
-app.add_typer(keys_app, name="keys")
 
 RunDir = Annotated[Path, typer.Option("--run-dir", help="Logs and state of the cluster.")]
 Package = Annotated[str | None, typer.Option("--package", help="Only this package, e.g. sglang.")]
@@ -52,9 +44,9 @@ def up(
 
     Its other parts are started again when they die.
     """
-    from evals.topology.network import NetworkError
-    from launch.process import ProcessDied
-    from launch.supervisor import Cluster, StartTimeout
+    from dualpath_sgl.launch.processes.process import ProcessDied
+    from dualpath_sgl.launch.supervision.supervisor import Cluster, StartTimeout
+    from dualpath_sgl.launch.topology.network import NetworkError
 
     description = _load(config)
     try:
@@ -137,25 +129,17 @@ def status(
 
 
 @app.command()
-def demo() -> None:
-    """Replay a real agent trace through a small cluster on this machine and write a report."""
-    sys.exit(importlib.import_module("evals.demo").main())
-
-
-@app.command()
 def doctor(
     flags: Annotated[
         list[str] | None, typer.Argument(metavar="[-- ENGINE FLAGS]", help="SGLang's flags of one engine.")
     ] = None,
-    config: Annotated[
-        Path | None, typer.Option("--config", "-c", help="Cluster description (YAML).")
-    ] = None,
+    config: Annotated[Path | None, typer.Option("--config", "-c", help="Cluster description (YAML).")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="The findings as JSON.")] = False,
 ) -> None:
     """Say what will not work here, and the remedy; exit status 1 when something will not."""
     from dataclasses import asdict
 
-    from launch import doctor as doctor_
+    from dualpath_sgl.launch.checks import doctor as doctor_
 
     found = doctor_.examine(_load(config) if config is not None else None, flags or (), os.environ)
     if as_json:
@@ -167,24 +151,6 @@ def doctor(
         raise typer.Exit(1)
 
 
-@app.command("bench-load")
-def bench_load(
-    quick: Annotated[
-        bool, typer.Option("--quick", help="Only 1P1D, basic and split: for development.")
-    ] = False,
-    repetitions: Annotated[int, typer.Option(min=1, help="Measurements of each burst.")] = 3,
-    config: Annotated[
-        Path | None, typer.Option("--config", "-c", help="Cluster description; default: bench-load.yaml.")
-    ] = None,
-    out: Annotated[
-        Path | None, typer.Option(help="Result folder; default: results/bench-load, which is replaced.")
-    ] = None,
-) -> None:
-    """Measure the load paths on shaped links against upstream (root; about 20 minutes)."""
-    module = importlib.import_module("evals.bench_load_command")
-    sys.exit(module.main(quick=quick, repetitions=repetitions, config=config, out=out))
-
-
 @topology_app.callback()
 def _several_commands() -> None:
     # Without a callback typer drops the name of an app's only command.
@@ -194,7 +160,7 @@ def _several_commands() -> None:
 @topology_app.command("clean")
 def topology_clean() -> None:
     """Remove shaped networks whose owner is dead.  Starting a cluster does the same."""
-    from evals.topology.network import NetworkError, clean
+    from dualpath_sgl.launch.topology.network import NetworkError, clean
 
     removed: list[str] = []
     try:
@@ -224,16 +190,6 @@ def patch_check(package: Package = None) -> None:
         raise typer.Exit(1)
 
 
-def main() -> None:
-    # The evaluations import much that the other commands do not need.
-    for name, (module, attribute, help_text) in LAZY_COMMANDS.items():
-        if name in sys.argv[1:2]:
-            app.add_typer(getattr(importlib.import_module(module), attribute), name=name, help=help_text)
-        else:
-            app.add_typer(typer.Typer(), name=name, help=help_text)
-    app()
-
-
 def _for_each_tree(package: str | None, act) -> list[Report]:
     reports = []
     try:
@@ -257,7 +213,7 @@ def _print_report(report: Report) -> None:
 
 
 def _ask_scheduler(address: str, keys: tuple[Path, Path] | None) -> None:
-    from scheduler_svc.client import SchedulerClient, SchedulerError
+    from scheduler_svc.wire.client import SchedulerClient, SchedulerError
 
     try:
         with SchedulerClient(address, curve_key_files=keys) as client:
@@ -314,7 +270,3 @@ def _condition(process: ProcessState, alive: bool) -> str:
 def _fail(message: str) -> NoReturn:
     errors.print(f"[red]error:[/] {escape(message)}")
     raise typer.Exit(1)
-
-
-if __name__ == "__main__":
-    main()

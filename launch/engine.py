@@ -1,4 +1,4 @@
-"""Starts one SGLang server with its plugins proven to run: `python -m launch.engine <sglang arguments>`.
+"""Starts one SGLang server with its plugins proven to run: `python -m dualpath_sgl.launch.engine <sglang arguments>`.
 
 SGLang logs a plugin or a hook that fails and goes on without it: an engine would serve, but
 without DualPath.  Here each process of the engine (server, schedulers, detokenizer) stops
@@ -36,7 +36,7 @@ def require_plugins() -> None:
 
 def _refuse(problem: str) -> None:
     # Not an exception: SGLang's parent processes wait for a report that would never come.
-    print(f"launch.engine: {problem}. Remedy: make setup", file=sys.stderr, flush=True)
+    print(f"dualpath_sgl.launch.engine: {problem}. Remedy: make setup", file=sys.stderr, flush=True)
     os._exit(1)
 
 
@@ -54,11 +54,11 @@ if __name__ == "__main__":
     from sglang.srt.server_args import prepare_server_args
     from sglang.srt.utils import kill_process_tree
 
-    from dualpath_sgl.start_checks import Refused
+    from dualpath_sgl.start.checks import Refused
 
     try:
         run_server(prepare_server_args(sys.argv[1:]))
     except Refused as refusal:
-        sys.exit(f"launch.engine: {refusal}")
+        sys.exit(f"dualpath_sgl.launch.engine: {refusal}")
     finally:
         kill_process_tree(os.getpid(), include_parent=False)

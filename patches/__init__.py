@@ -1,1 +1,1 @@
-"""Patch files per pinned package version; `launch.patching` applies them."""
+"""Patch files per pinned package version; `dualpath_sgl.launch.setup.patching` applies them."""

@@ -1,1 +1,14 @@
-"""The DualPath global scheduler: a ZeroMQ service that chooses engines and load paths."""
+"""The DualPath global scheduler: a ZeroMQ service that chooses engines and load paths.
+
+A message visits:
+
+    server.py    the only socket: frames in, frames out, who may speak for whom
+    state.py     `Cluster.handle`: one message in, replies, plans and events out
+    ledger/      what is known: engines, rooms, what is promised
+    planning.py  from the reports of both sides to a plan
+    policies/    the choice itself, pure: path policies, placement policies
+    events.py    what happened, for metrics.py and decision_spans.py
+
+Beside it: __main__.py (`python -m scheduler_svc`), wire/ (messages, addresses, keys), telemetry/ (logs,
+counters, traces; engines and router use it too), keys_command.py (`dualpath keys`).
+"""

@@ -13,14 +13,15 @@ from typing import Annotated
 import typer
 import zmq
 
-from scheduler_svc.authenticator import PeerAuthenticator
-from scheduler_svc.keys import KeyFileError
+from scheduler_svc.decision_spans import DecisionSpans
 from scheduler_svc.metrics import Metrics
-from scheduler_svc.placement import DEFAULT_PLACEMENT, PLACEMENT_POLICIES, placement_policy
-from scheduler_svc.policies import DEFAULT_PATH_POLICY, PATH_POLICIES, path_policy
+from scheduler_svc.policies.path_policies import DEFAULT_PATH_POLICY, PATH_POLICIES, path_policy
+from scheduler_svc.policies.placement_policies import DEFAULT_PLACEMENT, PLACEMENT_POLICIES, placement_policy
 from scheduler_svc.server import BindRefused, Server
 from scheduler_svc.state import Cluster
-from scheduler_svc.tracing import DecisionSpans, init_tracing, shutdown
+from scheduler_svc.telemetry.tracing import init_tracing, shutdown
+from scheduler_svc.wire.authenticator import PeerAuthenticator
+from scheduler_svc.wire.keys import KeyFileError
 
 logger = logging.getLogger(__name__)
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import NamedTuple
 
-from scheduler_svc.policies import SplitReason
-from scheduler_svc.protocol import Placement, Plan, Role
+from scheduler_svc.policies.path_policies import SplitReason
+from scheduler_svc.wire.protocol import Placement, Plan, Role
 
 
 class PlaceDecided(NamedTuple):
@@ -18,7 +18,7 @@ class PlaceDecided(NamedTuple):
     decode_wait_s: float
     """Until each engine is expected to get to this request; 0 while its rates are unknown."""
     inputs: Mapping[str, str | int | float]
-    """`scheduler_svc.placement.Choice.inputs`."""
+    """`scheduler_svc.policies.placement_policies.Choice.inputs`."""
 
 
 class LaneInputs(NamedTuple):

@@ -15,7 +15,7 @@ from scheduler_svc.events import (
     RankFaults,
     ReadEnded,
 )
-from scheduler_svc.tally import CounterTally, HistogramTally
+from scheduler_svc.telemetry.tally import CounterTally, HistogramTally
 
 PLAN_BUCKETS_S = (0.0005, 0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0, 2.0)
 TIME_BUCKETS_S = (0.005, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0, 2.0, 5.0, 10.0, 30.0)

@@ -4,12 +4,19 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-from scheduler_svc.engines import EngineState
 from scheduler_svc.events import LaneInputs
-from scheduler_svc.lane_model import LaneModel
-from scheduler_svc.policies import PathChoice, PathPolicy, PathRequest, SplitReason, StoreQueue, choose_path
-from scheduler_svc.protocol import PLAN_TIMEOUT_S, Path, Plan, common_version
-from scheduler_svc.rooms import Claim
+from scheduler_svc.ledger.engines import EngineState
+from scheduler_svc.ledger.rooms import Claim
+from scheduler_svc.policies.lane_model import LaneModel
+from scheduler_svc.policies.path_policies import (
+    PathChoice,
+    PathPolicy,
+    PathRequest,
+    SplitReason,
+    StoreQueue,
+    choose_path,
+)
+from scheduler_svc.wire.protocol import PLAN_TIMEOUT_S, Path, Plan, common_version
 
 PLAN_DEADLINE_S = 0.8 * PLAN_TIMEOUT_S
 """A report older than this may have timed out at its sender by the time a plan arrives."""

@@ -1,6 +1,6 @@
 """The ROUTER loop: frames in, `Cluster.handle`, frames out.  One thread owns socket and state.
 
-Requests come from engine ranks, routers and tools (`scheduler_svc.protocol`).  A rank belongs to the
+Requests come from engine ranks, routers and tools (`scheduler_svc.wire.protocol`).  A rank belongs to the
 connection that speaks for it, and plans go there: nobody else may speak for it until that
 connection is closed or its heartbeats have stopped.  A restarted rank's old connection is closed, so
 the new one is taken at once.
@@ -21,16 +21,17 @@ from typing import NamedTuple
 
 import zmq
 
-from scheduler_svc.authenticator import sender
-from scheduler_svc.authorized_keys import AuthorizedKeys
-from scheduler_svc.connections import LOOK_S, Connections, fd_of
-from scheduler_svc.engines import RankKey
 from scheduler_svc.events import Event
-from scheduler_svc.keys import secure_server
-from scheduler_svc.liveness import notice_dead_peers
-from scheduler_svc.log_limit import LimitedLog
+from scheduler_svc.ledger.engines import RankKey
 from scheduler_svc.metrics import Metrics
-from scheduler_svc.protocol import (
+from scheduler_svc.state import Cluster, Result
+from scheduler_svc.telemetry.log_limit import LimitedLog
+from scheduler_svc.wire.authenticator import sender
+from scheduler_svc.wire.authorized_keys import AuthorizedKeys
+from scheduler_svc.wire.connections import LOOK_S, Connections, fd_of
+from scheduler_svc.wire.keys import secure_server
+from scheduler_svc.wire.liveness import notice_dead_peers
+from scheduler_svc.wire.protocol import (
     MAX_MESSAGE_BYTES,
     Done,
     Error,
@@ -44,8 +45,7 @@ from scheduler_svc.protocol import (
     encode,
     printable,
 )
-from scheduler_svc.reach import is_loopback
-from scheduler_svc.state import Cluster, Result
+from scheduler_svc.wire.reach import is_loopback
 
 TICK_S = 0.1
 """Longest wait before expiry and the stop flag are looked at again."""

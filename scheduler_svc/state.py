@@ -14,7 +14,6 @@ from collections import Counter
 from collections.abc import Callable
 from typing import NamedTuple
 
-from scheduler_svc.engines import LEADER_RANK, EngineConflict, EngineState, EngineTable, RankKey
 from scheduler_svc.events import (
     Event,
     FallbackSeen,
@@ -24,13 +23,15 @@ from scheduler_svc.events import (
     RankFaults,
     ReadEnded,
 )
-from scheduler_svc.faults import Faults
-from scheduler_svc.intervals import pages
-from scheduler_svc.placement import NoEngine, PlacementPolicy
-from scheduler_svc.placement_rules import expected_wait_s
+from scheduler_svc.ledger.engines import LEADER_RANK, EngineConflict, EngineState, EngineTable, RankKey
+from scheduler_svc.ledger.intervals import pages
+from scheduler_svc.ledger.rooms import Claim, Moved, Room, RoomTable, Side
 from scheduler_svc.planning import Decision, decide, forward_obstacle, late_obstacle, prompt_obstacle
-from scheduler_svc.policies import PathPolicy
-from scheduler_svc.protocol import (
+from scheduler_svc.policies.path_policies import PathPolicy
+from scheduler_svc.policies.placement_policies import NoEngine, PlacementPolicy
+from scheduler_svc.policies.placement_rules import expected_wait_s
+from scheduler_svc.telemetry.faults import Faults
+from scheduler_svc.wire.protocol import (
     MAX_COUNT,
     OLDEST_VERSION,
     PROTOCOL_VERSION,
@@ -57,7 +58,6 @@ from scheduler_svc.protocol import (
     common_version,
     printable,
 )
-from scheduler_svc.rooms import Claim, Moved, Room, RoomTable, Side
 
 MAX_FALLBACK_REASONS = 64
 """Distinct reasons counted by name; engines choose the text, so later ones count as `other`."""
@@ -187,9 +187,7 @@ class Cluster:
     @staticmethod
     def _check_version(peer: Heartbeat | Place) -> int:
         """The newest version that both sides speak."""
-        version = common_version(
-            peer.version, peer.oldest_version, of=(PROTOCOL_VERSION, OLDEST_VERSION)
-        )
+        version = common_version(peer.version, peer.oldest_version, of=(PROTOCOL_VERSION, OLDEST_VERSION))
         if version is None:
             older = "this peer" if peer.version < PROTOCOL_VERSION else "the scheduler"
             raise Refused(

@@ -1,7 +1,7 @@
 """SGLang plugin (entry point `dualpath_cpu`): what PD over Mooncake and HiCache lack on a CPU.
 
 Does nothing unless `SGLANG_USE_CPU_ENGINE=1`.  SGLang only logs a plugin that raises;
-`launch.engine` therefore checks `activated` in every process of an engine.
+`dualpath_sgl.launch.engine` therefore checks `activated` in every process of an engine.
 """
 
 from __future__ import annotations

@@ -3,18 +3,16 @@
 `python -m sglang_router.launch_router --mini-lb --dualpath-scheduler ...` hands over to `app.serve`
 (patches/sglang-router-0.3.2).  A request visits:
 
-    app.py         HTTP server: which address is answered by what
-    route.py       one client request from its first byte to its last: attempts, streaming, errors
-    limit.py       how many at once
-    request.py     what its body says: session, prompt size, streaming
-    refusals.py    what in it SGLang would not answer
-    pairing.py     which pair of engines: the scheduler's choice, or the router's own
-    placement.py   the question to the scheduler (ZeroMQ), with a time limit and a circuit
-    exchange.py    one attempt: both halves at once, and the end of one when the other fails
-    half.py        one engine's half: POST, answer
+    app.py        HTTP server: which address is answered by what
+    route.py      one client request from its first byte to its last: attempts, streaming, errors
+    limit.py      how many at once
+    request.py    what its body says: session, prompt size, streaming
+    refusals.py   what in it SGLang would not answer
+    pairing.py    which pair of engines: the scheduler's choice, or the router's own
+    placement.py  the question to the scheduler (ZeroMQ), with a time limit and a circuit
+    exchange.py   one attempt: both halves at once, and the end of one when the other fails
+    half.py       one engine's half: POST, answer
 
-Beside it: reply.py (the client's side), engines.py (what is known of each engine), admission.py (which
-may join), health.py (how that stays true), answers.py (errors inside answers, log-probabilities),
-headers.py, spans.py, metrics.py, errors.py, settings.py, options.py (which of sglang_router's options hold),
-cluster_calls.py (models, caches).
+Beside it: reply.py (the client's side), answers.py (errors inside answers, log-probabilities), metrics.py,
+spans.py, and the folders fleet/ (the engines) and settings/ (what the operator said).
 """

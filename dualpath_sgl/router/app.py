@@ -8,18 +8,18 @@ from typing import TYPE_CHECKING
 import aiohttp
 from aiohttp import web
 
-from dualpath_sgl.router.admission import Admission
-from dualpath_sgl.router.cluster_calls import ClusterCalls
-from dualpath_sgl.router.engines import EngineDirectory
-from dualpath_sgl.router.health import HealthWatch
+from dualpath_sgl.router.fleet.cluster_calls import ClusterCalls
+from dualpath_sgl.router.fleet.engines import EngineDirectory
+from dualpath_sgl.router.fleet.health import HealthWatch
 from dualpath_sgl.router.limit import RequestLimit
 from dualpath_sgl.router.metrics import RouterMetrics
 from dualpath_sgl.router.pairing import Pairing
 from dualpath_sgl.router.placement import PlacementClient
 from dualpath_sgl.router.route import Route
-from dualpath_sgl.router.settings import RouterSettings
+from dualpath_sgl.router.settings.admission import Admission
+from dualpath_sgl.router.settings.settings import RouterSettings
 from dualpath_sgl.router.spans import RouterSpans
-from scheduler_svc.keys import KeyFileError
+from scheduler_svc.wire.keys import KeyFileError
 
 if TYPE_CHECKING:
     from sglang_router.router_args import RouterArgs

@@ -18,12 +18,12 @@ import aiohttp
 from opentelemetry.trace import Span
 
 from dualpath_sgl.router.answers import LogprobMerger, merge_logprobs, problem_in
-from dualpath_sgl.router.errors import EngineAnswered, EngineFailed, EngineRefused
+from dualpath_sgl.router.fleet.errors import EngineAnswered, EngineFailed, EngineRefused
 from dualpath_sgl.router.half import CLIENT_ERRORS, Half
 from dualpath_sgl.router.pairing import Pair
 from dualpath_sgl.router.request import ClientRequest
 from dualpath_sgl.router.spans import RouterSpans
-from scheduler_svc.protocol import Role
+from scheduler_svc.wire.protocol import Role
 
 SETTLE_TIMEOUT_S = 5.0
 """The PE's answer ends about when the DE's begins; its connection is closed after this long."""

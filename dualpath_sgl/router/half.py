@@ -8,12 +8,12 @@ from types import TracebackType
 import aiohttp
 from opentelemetry.trace import Span
 
-from dualpath_sgl.router import headers
-from dualpath_sgl.router.engines import Engine, address
-from dualpath_sgl.router.errors import EngineAnswered, EngineFailed, EngineRefused, words_of
+from dualpath_sgl.router.fleet import headers
+from dualpath_sgl.router.fleet.engines import Engine, address
+from dualpath_sgl.router.fleet.errors import EngineAnswered, EngineFailed, EngineRefused, words_of
 from dualpath_sgl.router.request import ClientRequest
 from dualpath_sgl.router.spans import RouterSpans, failed
-from scheduler_svc.tracing import traceparent_of
+from scheduler_svc.telemetry.tracing import traceparent_of
 
 BUSY = 503
 """SGLang's answer when its queue is full or it is about to stop: it has not taken the request."""

@@ -10,8 +10,8 @@ import asyncio
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 
-from dualpath_sgl.router.errors import TooMany
-from dualpath_sgl.router.settings import LimitSettings
+from dualpath_sgl.router.fleet.errors import TooMany
+from dualpath_sgl.router.settings.settings import LimitSettings
 
 
 class RequestLimit:

@@ -16,8 +16,8 @@ from aiohttp import web
 from prometheus_client import CONTENT_TYPE_LATEST, CollectorRegistry, Gauge, generate_latest
 
 from dualpath_sgl.router.reply import Reply
-from scheduler_svc.protocol import Role
-from scheduler_svc.tally import CounterTally, HistogramTally
+from scheduler_svc.telemetry.tally import CounterTally, HistogramTally
+from scheduler_svc.wire.protocol import Role
 
 if TYPE_CHECKING:
     from dualpath_sgl.router.pairing import PlacedBy

@@ -15,14 +15,14 @@ from typing import NamedTuple
 
 from opentelemetry.trace import Span
 
-from dualpath_sgl.router.engines import Engine, EngineDirectory
-from dualpath_sgl.router.errors import NoEngine
+from dualpath_sgl.router.fleet.engines import Engine, EngineDirectory
+from dualpath_sgl.router.fleet.errors import NoEngine
 from dualpath_sgl.router.metrics import RouterMetrics
 from dualpath_sgl.router.placement import PlacementClient, SchedulerAway
 from dualpath_sgl.router.request import ClientRequest
 from dualpath_sgl.router.spans import RouterSpans
-from scheduler_svc.protocol import PROTOCOL_VERSION, Place, Role
-from scheduler_svc.tracing import traceparent_of
+from scheduler_svc.telemetry.tracing import traceparent_of
+from scheduler_svc.wire.protocol import PROTOCOL_VERSION, Place, Role
 
 ROOM_BITS = 63
 _random = random.SystemRandom()

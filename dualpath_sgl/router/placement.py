@@ -15,8 +15,8 @@ from pathlib import Path
 import zmq
 import zmq.asyncio
 
-from scheduler_svc.keys import secure_client
-from scheduler_svc.protocol import (
+from scheduler_svc.wire.keys import secure_client
+from scheduler_svc.wire.protocol import (
     MAX_MESSAGE_BYTES,
     Error,
     Ping,

@@ -17,7 +17,7 @@ from typing import Any
 
 import msgspec
 
-from dualpath_sgl.router.errors import BadRequest
+from dualpath_sgl.router.fleet.errors import BadRequest
 
 ONE_PER_PROMPT = (
     *("return_logprob", "logprob_start_len", "top_logprobs_num", "return_sampling_mask"),

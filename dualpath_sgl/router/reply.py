@@ -8,7 +8,7 @@ from http import HTTPStatus
 from aiohttp import web
 
 from dualpath_sgl.router.answers import EVENT_END
-from dualpath_sgl.router.errors import RETRY_AFTER_S, RETRY_LATER, RouteError
+from dualpath_sgl.router.fleet.errors import RETRY_AFTER_S, RETRY_LATER, RouteError
 
 
 class Reply:

@@ -10,10 +10,10 @@ from urllib.parse import urlsplit
 import orjson
 
 from dualpath_sgl.router import refusals
-from dualpath_sgl.router.engines import Engine
-from dualpath_sgl.router.errors import BadRequest
-from scheduler_svc.addresses import in_url
-from scheduler_svc.protocol import printable
+from dualpath_sgl.router.fleet.engines import Engine
+from dualpath_sgl.router.fleet.errors import BadRequest
+from scheduler_svc.wire.addresses import in_url
+from scheduler_svc.wire.protocol import printable
 
 SESSION_HEADERS = ("X-Session-Id", "X-SMG-Routing-Key")
 """The second is what the Rust router's sticky policies go by."""

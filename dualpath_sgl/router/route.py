@@ -1,8 +1,8 @@
 """One client request from its first byte to its last.
 
-    place -> both halves -> first chunk -> the rest
-                 |-> refused: another pair, as long as nothing was streamed
-                 |-> failed: 502 at once
+place -> both halves -> first chunk -> the rest
+             |-> refused: another pair, as long as nothing was streamed
+             |-> failed: 502 at once
 """
 
 from __future__ import annotations
@@ -14,8 +14,9 @@ import aiohttp
 from aiohttp import web
 from opentelemetry.trace import Span
 
-from dualpath_sgl.router.engines import Engine
-from dualpath_sgl.router.errors import (
+from dualpath_sgl.router.exchange import Exchange
+from dualpath_sgl.router.fleet.engines import Engine
+from dualpath_sgl.router.fleet.errors import (
     EngineAnswered,
     EngineRefused,
     NoEngine,
@@ -23,7 +24,6 @@ from dualpath_sgl.router.errors import (
     TimeLimit,
     TooLarge,
 )
-from dualpath_sgl.router.exchange import Exchange
 from dualpath_sgl.router.limit import RequestLimit
 from dualpath_sgl.router.metrics import RouterMetrics
 from dualpath_sgl.router.pairing import Pairing, attributes_of

@@ -25,7 +25,7 @@ from opentelemetry.trace import (
     set_span_in_context,
 )
 
-from scheduler_svc.tracing import context_from, init_tracing, shutdown
+from scheduler_svc.telemetry.tracing import context_from, init_tracing, shutdown
 
 SERVICE_NAME = "dualpath-router"
 _ids = RandomIdGenerator()

@@ -29,10 +29,10 @@ from sglang.srt.mem_cache.hybrid_cache.hybrid_cache_controller import (
 from sglang.srt.mem_cache.pool_host.group import HostPoolGroup, PoolEntry
 from sglang.srt.mem_cache.pool_host.mha import MHATokenToKVPoolHost
 
-from dualpath_sgl.forward import Forwarder
-from dualpath_sgl.layout import page_blocks, page_bytes
-from dualpath_sgl.open_loads import OpenLoads
-from dualpath_sgl.page_load import PageLoad
+from dualpath_sgl.lanes.forward import Forwarder
+from dualpath_sgl.lanes.open_loads import OpenLoads
+from dualpath_sgl.lanes.page_load import PageLoad
+from dualpath_sgl.pools.layout import page_blocks, page_bytes
 
 WAIT_S = 30.0
 """How long a test waits for something that must happen before it fails."""

@@ -13,7 +13,7 @@ OLD, NEW = 7, 5
 
 PROGRAM = """
 import sys, torch
-from dualpath_sgl.forward import Forwarder
+from dualpath_sgl.lanes.forward import Forwarder
 size, old, new = map(int, sys.argv[1:4])
 memory = torch.full((size,), old, dtype=torch.uint8)
 forwarder = Forwarder("127.0.0.1", "tcp", "", [memory])

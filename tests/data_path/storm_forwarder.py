@@ -13,8 +13,8 @@ import random
 import threading
 import time
 
-from dualpath_sgl import forward
-from dualpath_sgl.forward import Forwarder
+from dualpath_sgl.lanes import forward
+from dualpath_sgl.lanes.forward import Forwarder
 
 GARBAGE = 0xEE
 """Every byte of what a late transfer writes."""

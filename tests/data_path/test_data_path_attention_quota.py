@@ -11,10 +11,10 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dualpath_sgl import attention_quota
-from dualpath_sgl.attention_quota import AttentionTime, Quota, quota_adder
-from dualpath_sgl.config import Settings
-from launch.tiny_model import TinyModel, build
+from dualpath_sgl.experimental import attention_quota
+from dualpath_sgl.experimental.attention_quota import AttentionTime, Quota, quota_adder
+from dualpath_sgl.launch.setup.tiny_model import TinyModel, build
+from dualpath_sgl.start.config import Settings
 
 PAGE = 16
 CHUNK_TOKENS = 1024

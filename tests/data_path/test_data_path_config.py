@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from dualpath_sgl.config import Settings, settings
 from dualpath_sgl.hooks import HOOKS
+from dualpath_sgl.start.config import Settings, settings
 
 
 @pytest.fixture(autouse=True)

@@ -9,14 +9,13 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from queue import Queue
 
-import pytest
 import zmq
 from data_path_world import WAIT_S, eventually
 
-from dualpath_sgl.control import ControlChannel
-from scheduler_svc import protocol
-from scheduler_svc.client import SchedulerClient
-from scheduler_svc.protocol import (
+from dualpath_sgl.control.channel import ControlChannel
+from scheduler_svc.wire import protocol
+from scheduler_svc.wire.client import SchedulerClient
+from scheduler_svc.wire.protocol import (
     Accepted,
     Done,
     Engine,
@@ -130,9 +129,7 @@ def test_engines_register_get_plans_and_find_a_restarted_scheduler_again():
 
             process.kill()
             process.wait()
-            eventually(
-                lambda: not prefill.channel.connected and not decode.channel.connected, "it is missed"
-            )
+            eventually(lambda: not prefill.channel.connected and not decode.channel.connected, "it is missed")
             # What is said to nobody is dropped: it must not come up again as an old question.
             prefill.channel.send(report(2, "p0", Role.PREFILL, hit_pages=9))
             decode.channel.send(report(2, "d0", Role.DECODE))

@@ -22,11 +22,11 @@ from test_data_path_control import (
     scripted_scheduler,
 )
 
-from dualpath_sgl import peer_protocol
-from dualpath_sgl.control import ControlChannel
-from scheduler_svc import protocol
-from scheduler_svc.keys import generate
-from scheduler_svc.protocol import Error, ErrorCode, Heartbeat, Load, Report, Role
+from dualpath_sgl.control.channel import ControlChannel
+from dualpath_sgl.lanes import peer_protocol
+from scheduler_svc.wire import protocol
+from scheduler_svc.wire.keys import generate
+from scheduler_svc.wire.protocol import Error, ErrorCode, Heartbeat, Load, Report, Role
 
 
 def error(code: ErrorCode, room: int | None = None) -> bytes:
@@ -258,7 +258,11 @@ def test_a_message_that_cannot_be_sent_costs_only_itself():
             eventually(lambda: prefill.channel.connected and decode.channel.connected, "connected")
             prefill.channel.send(
                 Report(
-                    room=5, engine_id="p\ud8000", role=Role.PREFILL, prompt_tokens=9, local_pages=0,
+                    room=5,
+                    engine_id="p\ud8000",
+                    role=Role.PREFILL,
+                    prompt_tokens=9,
+                    local_pages=0,
                     hit_pages=0,
                 )  # fmt: skip
             )

@@ -8,9 +8,9 @@ import pytest
 from data_path_world import rooms
 
 from dualpath_sgl import decode, hooks, runtime
-from dualpath_sgl.config import Settings
 from dualpath_sgl.decode import DecodeSide
 from dualpath_sgl.prefill import PrefillSide
+from dualpath_sgl.start.config import Settings
 
 UNTRACED = SimpleNamespace(trace_ctx=SimpleNamespace(tracing_enable=False))
 

@@ -13,11 +13,11 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dualpath_sgl.forward import Forwarder, merge_runs
+from dualpath_sgl.lanes.forward import Forwarder, merge_runs
 
 PEER = """
 import sys, torch
-from dualpath_sgl.forward import Forwarder
+from dualpath_sgl.lanes.forward import Forwarder
 memory = torch.arange(1 << 16, dtype=torch.int32)
 forwarder = Forwarder("127.0.0.1", "tcp", "", [memory])
 print(forwarder.session, memory.data_ptr(), flush=True)

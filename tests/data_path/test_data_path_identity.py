@@ -13,18 +13,18 @@ import torch
 from data_path_world import FINGERPRINT, LAYERS, PAGE_TOKENS, Rank, bytes_of, eventually, host_pool, rooms
 from sglang.srt.mem_cache.hicache_storage import HiCacheStorageConfig
 from sglang.srt.mem_cache.pool_host.mha import MHATokenToKVPoolHost
+from sglang.srt.mem_cache.storage.mooncake_store.mooncake_store import MooncakeStore
 from sglang.srt.server_args import ServerArgs, set_global_server_args_for_scheduler
 
-from dualpath_sgl import weights
-from dualpath_sgl.dp_rank import dp_place
-from dualpath_sgl.key_tag import TAG, after_generate_storage_config
-from dualpath_sgl.layout import fingerprint, page_blocks
-from dualpath_sgl.limited_store import LimitedStore
-from dualpath_sgl.page_server import PageServer
-from dualpath_sgl.peer_lane import PeerLane
+from dualpath_sgl.lanes.page_server import PageServer
+from dualpath_sgl.lanes.peer_lane import PeerLane
+from dualpath_sgl.launch.processes.ports import FreePorts
+from dualpath_sgl.pools import weights
+from dualpath_sgl.pools.key_tag import TAG, after_generate_storage_config
+from dualpath_sgl.pools.layout import fingerprint, page_blocks
+from dualpath_sgl.pools.weights import Weights
+from dualpath_sgl.start.dp_rank import dp_place
 from dualpath_sgl.storage import DualPathStorage
-from dualpath_sgl.weights import Weights
-from launch.ports import FreePorts
 
 LONG_S = 60.0
 PAGES = 8
@@ -51,7 +51,9 @@ def pool_of(layout: str = "page_first_direct", layers: tuple[int, int] = (0, LAY
 
 def config_of(tag: str | None = None, **facts) -> HiCacheStorageConfig:
     ranks = dict(tp_rank=0, tp_size=1, pp_rank=0, pp_size=1, attn_cp_rank=0, attn_cp_size=1)
-    rest = dict(is_mla_model=False, enable_storage_metrics=False, is_page_first_layout=False, model_name=MODEL)
+    rest = dict(
+        is_mla_model=False, enable_storage_metrics=False, is_page_first_layout=False, model_name=MODEL
+    )
     return HiCacheStorageConfig(**ranks | rest | facts, extra_config={TAG: tag} if tag else {})
 
 
@@ -152,7 +154,7 @@ def master(tmp_path_factory) -> Iterator[str]:
     process.wait()
 
 
-def store_of(master: str, config: HiCacheStorageConfig, pool: MHATokenToKVPoolHost, kind=LimitedStore):
+def store_of(master: str, config: HiCacheStorageConfig, pool: MHATokenToKVPoolHost, kind=MooncakeStore):
     """An engine's client of the store; with a segment of its own."""
     config.extra_config |= {
         "master_server_address": master,
@@ -163,8 +165,8 @@ def store_of(master: str, config: HiCacheStorageConfig, pool: MHATokenToKVPoolHo
         "global_segment_size": 64 << 20,
     }
     store = kind.__new__(kind)
-    LimitedStore.__init__(store, config, {})
-    LimitedStore.register_mem_pool_host(store, pool)
+    MooncakeStore.__init__(store, config)
+    MooncakeStore.register_mem_pool_host(store, pool)
     return store
 
 

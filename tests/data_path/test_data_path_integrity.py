@@ -11,7 +11,7 @@ from types import SimpleNamespace
 
 from data_path_world import PAGE_TOKENS, host_pool
 
-from dualpath_sgl.integrity import PoolCheck
+from dualpath_sgl.pools.integrity import PoolCheck
 
 DEVICE_TOKENS = 4 * PAGE_TOKENS
 

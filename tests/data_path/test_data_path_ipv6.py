@@ -9,14 +9,14 @@ import sys
 import pytest
 import zmq
 
-from dualpath_sgl.page_server import PageServer
-from dualpath_sgl.peer_protocol import Ended, Pull, decode_to_lane
-from scheduler_svc.protocol import encode
+from dualpath_sgl.lanes.page_server import PageServer
+from dualpath_sgl.lanes.peer_protocol import Ended, Pull, decode_to_lane
+from scheduler_svc.wire.protocol import encode
 
 PATIENCE_S = 30.0
 OWNER = """
 import sys, torch
-from dualpath_sgl.forward import Forwarder
+from dualpath_sgl.lanes.forward import Forwarder
 memory = torch.arange(4096, dtype=torch.int32)
 forwarder = Forwarder("::1", "tcp", "", [memory])
 print(forwarder.session, memory.data_ptr(), flush=True)
@@ -24,7 +24,7 @@ sys.stdin.read()
 """
 READER = """
 import sys, torch
-from dualpath_sgl.forward import Forwarder
+from dualpath_sgl.lanes.forward import Forwarder
 memory = torch.zeros(4096, dtype=torch.int32)
 forwarder = Forwarder("::1", "tcp", "", [memory])
 assert forwarder.read(sys.argv[1], [memory.data_ptr()], [int(sys.argv[2])], [4 * 4096])

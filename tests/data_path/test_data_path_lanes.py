@@ -17,15 +17,16 @@ from data_path_world import (
     rooms,
 )
 
-from dualpath_sgl import faults, lane_priority, peer_lane
-from dualpath_sgl.mailbox import Mailbox
-from dualpath_sgl.page_load import PageLoad
-from dualpath_sgl.page_server import PageServer
-from dualpath_sgl.peer_lane import PeerLane
-from dualpath_sgl.peer_lanes import PeerLanes
-from dualpath_sgl.peer_protocol import Waiting
-from dualpath_sgl.store_lane import StoreLane
-from scheduler_svc.protocol import encode
+from dualpath_sgl.lanes import peer_lane
+from dualpath_sgl.lanes.page_load import PageLoad
+from dualpath_sgl.lanes.page_server import PageServer
+from dualpath_sgl.lanes.peer_lane import PeerLane
+from dualpath_sgl.lanes.peer_lanes import PeerLanes
+from dualpath_sgl.lanes.peer_protocol import Waiting
+from dualpath_sgl.lanes.store_lane import StoreLane
+from dualpath_sgl.threads import faults, priority
+from dualpath_sgl.threads.mailbox import Mailbox
+from scheduler_svc.wire.protocol import encode
 
 LONG_S = 60.0
 PAGES = 4
@@ -239,7 +240,7 @@ def test_a_thread_that_may_not_lower_its_priority_works_on(prefill, lanes, monke
     def forbidden(*_):
         raise PermissionError(1, "not permitted")
 
-    monkeypatch.setattr(lane_priority.os, "setpriority", forbidden)
+    monkeypatch.setattr(priority.os, "setpriority", forbidden)
     lane = StoreLane()
     lane.start()
     load = prefill.load(PAGES)

@@ -26,13 +26,13 @@ from data_path_world import (
 )
 from stoppable_peer import NEW, OLD, MemoryPeer, memory_peer
 
-from dualpath_sgl import peer_lane, peer_protocol
-from dualpath_sgl.forward import Forwarder, StillWriting, bound_mooncakes_patience
-from dualpath_sgl.page_load import PageLoad
-from dualpath_sgl.peer_lane import PeerLane
-from dualpath_sgl.peer_protocol import Ended, Pages, Pull, Release, Released
-from dualpath_sgl.store_lane import StoreLane
-from scheduler_svc.protocol import encode
+from dualpath_sgl.lanes import peer_lane, peer_protocol
+from dualpath_sgl.lanes.forward import Forwarder, StillWriting, bound_mooncakes_patience
+from dualpath_sgl.lanes.page_load import PageLoad
+from dualpath_sgl.lanes.peer_lane import PeerLane
+from dualpath_sgl.lanes.peer_protocol import Ended, Pages, Pull, Release, Released
+from dualpath_sgl.lanes.store_lane import StoreLane
+from scheduler_svc.wire.protocol import encode
 
 MIB = 1 << 20
 OTHER = 9
@@ -382,8 +382,8 @@ def test_pages_that_are_free_again_before_the_load_ends_go_back_with_it():
 
 SLOW_DE = """
 import sys, threading, time, torch
-from dualpath_sgl.forward import Forwarder
-from dualpath_sgl.page_server import PageServer
+from dualpath_sgl.lanes.forward import Forwarder
+from dualpath_sgl.lanes.page_server import PageServer
 host, fingerprint = sys.argv[1:3]
 room, count, block, old, new = map(int, sys.argv[3:])
 memory = torch.full((2, count, block), old, dtype=torch.uint8)

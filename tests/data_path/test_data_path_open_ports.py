@@ -19,7 +19,7 @@ DOCUMENT = Path(__file__).parents[2] / "docs" / "security.md"
 
 ENGINE = """
 import sys, torch
-from dualpath_sgl.forward import Forwarder
+from dualpath_sgl.lanes.forward import Forwarder
 memory = torch.full((int(sys.argv[1]),), int(sys.argv[2]), dtype=torch.uint8)
 forwarder = Forwarder("127.0.0.1", "tcp", "", [memory])
 print("READY", forwarder.session, flush=True)

@@ -63,9 +63,7 @@ def test_prefix_news_cover_every_page_once_and_in_order(case):
     pages, ranges = case
     rank().pool.clear()
     news: list[int] = []
-    load = rank().load(
-        pages, on_prefix=lambda load, before: news.extend(range(before, load.prefix))
-    )
+    load = rank().load(pages, on_prefix=lambda load, before: news.extend(range(before, load.prefix)))
     for first, end in ranges:
         load.land(first, end)
     assert news == list(range(load.prefix))
@@ -180,7 +178,7 @@ def test_lane_clocks_count_from_the_prompt_and_make_valid_records():
 
 def test_a_host_pool_gives_two_blocks_per_page_of_page_first_direct():
     pool = host_pool(4)
-    from dualpath_sgl.layout import page_blocks, page_bytes
+    from dualpath_sgl.pools.layout import page_blocks, page_bytes
 
     pages, sizes = page_blocks(pool, pool.alloc(3 * PAGE_TOKENS))
     assert [len(page) for page in pages] == [2, 2, 2]

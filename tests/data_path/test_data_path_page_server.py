@@ -12,10 +12,10 @@ import pytest
 import zmq
 from data_path_world import FINGERPRINT, WAIT_S, eventually, rooms
 
-from dualpath_sgl import page_server, peer_protocol
-from dualpath_sgl.page_server import PageServer
-from dualpath_sgl.peer_protocol import Ended, Pages, Pull, Reading, Release, Released, Waiting
-from scheduler_svc.protocol import encode
+from dualpath_sgl.lanes import page_server, peer_protocol
+from dualpath_sgl.lanes.page_server import PageServer
+from dualpath_sgl.lanes.peer_protocol import Ended, Pages, Pull, Reading, Release, Released, Waiting
+from scheduler_svc.wire.protocol import encode
 
 LONG_S = 60.0
 SIZES = (64, 64)

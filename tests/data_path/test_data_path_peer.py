@@ -23,13 +23,13 @@ from data_path_world import (
     until_acknowledged,
 )
 
-from dualpath_sgl import peer_protocol
-from dualpath_sgl.forward import Forwarder
-from dualpath_sgl.page_load import PageLoad
-from dualpath_sgl.page_server import PageServer
-from dualpath_sgl.peer_lane import PeerLane
-from scheduler_svc.protocol import encode
-from dualpath_sgl.peer_protocol import Ended, Pages, Pull, Release, Released
+from dualpath_sgl.lanes import peer_protocol
+from dualpath_sgl.lanes.forward import Forwarder
+from dualpath_sgl.lanes.page_load import PageLoad
+from dualpath_sgl.lanes.page_server import PageServer
+from dualpath_sgl.lanes.peer_lane import PeerLane
+from dualpath_sgl.lanes.peer_protocol import Ended, Pages, Pull, Release, Released
+from scheduler_svc.wire.protocol import encode
 
 PAGES = 12
 LONG_S = 60.0
@@ -371,7 +371,9 @@ def test_a_lease_that_ends_during_the_pull_voids_all_that_was_read(decode, prefi
     nothing_is_left(hasty_server, hasty_lane, room)
 
 
-def test_a_room_whose_pages_are_still_being_read_outlives_its_lease(decode, prefill, hasty_server, hasty_lane):
+def test_a_room_whose_pages_are_still_being_read_outlives_its_lease(
+    decode, prefill, hasty_server, hasty_lane
+):
     """A long storage queue is no reason to take pages back: the DE owns them while it reads."""
     room, pages = next(rooms), decode.pages(PAGES)
     load = prefill.load(PAGES)
@@ -635,9 +637,7 @@ def test_a_lane_to_an_address_that_is_none_still_hands_its_pages_on(prefill):
     lane = Lane(prefill, "not an address", SHORT_S)
     load = prefill.load(4)
     lane.pull(load, next(rooms))
-    eventually(
-        lambda: lane.missing_of(load) or not lane.lane.is_alive(), "its pages are fetched elsewhere"
-    )
+    eventually(lambda: lane.missing_of(load) or not lane.lane.is_alive(), "its pages are fetched elsewhere")
     assert [missing[:2] for missing in lane.missing_of(load)] == [(0, 4)]
 
 
@@ -703,8 +703,8 @@ def test_a_callback_that_fails_does_not_keep_the_others_from_being_called(decode
 
 DOOMED_DE = """
 import sys, torch
-from dualpath_sgl.forward import Forwarder
-from dualpath_sgl.page_server import PageServer
+from dualpath_sgl.lanes.forward import Forwarder
+from dualpath_sgl.lanes.page_server import PageServer
 count, block = map(int, sys.argv[1:3])
 memory = torch.full((count * 2 * block,), 7, dtype=torch.uint8)
 forwarder = Forwarder("127.0.0.1", "tcp", "", [memory])

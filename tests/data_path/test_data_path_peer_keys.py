@@ -15,14 +15,14 @@ import torch
 import zmq
 from data_path_world import FINGERPRINT, WAIT_S, Rank, eventually, rooms, until_acknowledged
 
-from dualpath_sgl.config import settings
-from dualpath_sgl.control import ControlChannel
-from dualpath_sgl.peer_keys import PeerKeys
-from dualpath_sgl.peer_lane import PeerLane
-from dualpath_sgl.peer_protocol import Pull, Release
-from scheduler_svc.client import SchedulerClient
-from scheduler_svc.keys import KeyFileError, generate
-from scheduler_svc.protocol import Engine, Load, Plan, Report, Role, encode
+from dualpath_sgl.control.channel import ControlChannel
+from dualpath_sgl.lanes.peer_keys import PeerKeys
+from dualpath_sgl.lanes.peer_lane import PeerLane
+from dualpath_sgl.lanes.peer_protocol import Pull, Release
+from dualpath_sgl.start.config import settings
+from scheduler_svc.wire.client import SchedulerClient
+from scheduler_svc.wire.keys import KeyFileError, generate
+from scheduler_svc.wire.protocol import Engine, Load, Plan, Report, Role, encode
 
 PAGES = 4
 REFUSED_S = 1.0
@@ -31,11 +31,11 @@ REFUSED_S = 1.0
 DECODE_ENGINE = """
 import sys, torch
 from pathlib import Path
-from dualpath_sgl.control import ControlChannel
-from dualpath_sgl.forward import Forwarder
-from dualpath_sgl.page_server import PageServer
-from dualpath_sgl.peer_keys import PeerKeys
-from scheduler_svc.protocol import Engine, Load, Report, Role
+from dualpath_sgl.control.channel import ControlChannel
+from dualpath_sgl.lanes.forward import Forwarder
+from dualpath_sgl.lanes.page_server import PageServer
+from dualpath_sgl.lanes.peer_keys import PeerKeys
+from scheduler_svc.wire.protocol import Engine, Load, Report, Role
 scheduler, keys, fingerprint = sys.argv[1], Path(sys.argv[2]), sys.argv[5]
 count, block = map(int, sys.argv[3:5])
 own = keys / "peers/decode-0.key_secret"
@@ -153,7 +153,11 @@ def test_a_load_goes_all_the_way_with_keys_everywhere(world, prefill):
         room = world.open_room()
         channel.send(
             Report(
-                room=room, engine_id="prefill-0", role=Role.PREFILL, prompt_tokens=4 * PAGES, local_pages=0,
+                room=room,
+                engine_id="prefill-0",
+                role=Role.PREFILL,
+                prompt_tokens=4 * PAGES,
+                local_pages=0,
                 hit_pages=PAGES,
             )  # fmt: skip
         )

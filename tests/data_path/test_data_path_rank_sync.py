@@ -18,7 +18,7 @@ from data_path_world import WAIT_S, eventually
 from sglang.srt.managers.cache_controller import PrefetchAck
 from torch.distributed import AllreduceOptions, HashStore, ProcessGroupGloo
 
-from dualpath_sgl.rank_sync import RankSync
+from dualpath_sgl.lanes.rank_sync import RankSync
 
 MANY_OPERATIONS = 3000
 

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from dualpath_sgl import read_limit as module
-from dualpath_sgl.read_limit import ReadLimit, read_limit
+from dualpath_sgl.limits import read_limit as module
+from dualpath_sgl.limits.read_limit import ReadLimit, read_limit
 
 
 @pytest.fixture

@@ -12,10 +12,10 @@ import pytest
 import torch
 from data_path_world import FINGERPRINT, Rank, bytes_of, eventually, rooms
 
-from dualpath_sgl.config import Settings
-from dualpath_sgl.page_server import PageServer
+from dualpath_sgl.lanes.page_server import PageServer
 from dualpath_sgl.prefill import PrefillSide
-from scheduler_svc.protocol import Done, Outcome, Path, Plan, Report, Role
+from dualpath_sgl.start.config import Settings
+from scheduler_svc.wire.protocol import Done, Outcome, Path, Plan, Report, Role
 
 LONG_S = 60.0
 UNTRACED = SimpleNamespace(trace_ctx=SimpleNamespace(tracing_enable=False))

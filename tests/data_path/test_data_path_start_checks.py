@@ -7,16 +7,15 @@ import sys
 from dataclasses import replace
 from pathlib import Path
 
+import data_path_world
 import pytest
-
-import data_path_world  # noqa: F401  (SGLang on the CPU)
 from sglang.srt.mem_cache.hicache_storage import HiCacheStorageConfig
 from sglang.srt.mem_cache.memory_pool_host import LogicalHostPool
 
-from dualpath_sgl import engine_facts
-from dualpath_sgl.start_checks import BACKEND_CLASS, NO_BACKEND, RULES, Facts, Refused, problems, require
+from dualpath_sgl.launch.setup.tiny_model import TinyModel, build
+from dualpath_sgl.start import facts
+from dualpath_sgl.start.checks import BACKEND_CLASS, NO_BACKEND, RULES, Facts, Refused, problems, require
 from dualpath_sgl.storage import DualPathStorage
-from launch.tiny_model import TinyModel, build
 
 PROJECT = Path(__file__).parents[2]
 GOOD = Facts(
@@ -150,7 +149,7 @@ def storage_config(**changes) -> HiCacheStorageConfig:
 @pytest.fixture
 def no_flags(monkeypatch):
     """SGLang's flags are one per process, and another test may have left some."""
-    monkeypatch.setattr(engine_facts, "_published", lambda read: None)
+    monkeypatch.setattr(facts, "_published", lambda read: None)
 
 
 @pytest.mark.case("dcp_page_blocks")
@@ -158,15 +157,15 @@ def no_flags(monkeypatch):
 def test_a_rank_of_decode_context_parallelism_is_refused_before_it_has_pages():
     split = storage_config(dcp_size=2, dcp_rank=0, logical_page_size=128)
     with pytest.raises(Refused, match="--dcp-size is 2"):
-        require(engine_facts.of_backend(split))
-    require(engine_facts.of_backend(storage_config()))
+        require(facts.of_backend(split))
+    require(facts.of_backend(storage_config()))
 
 
 @pytest.mark.usefixtures("no_flags")
 @pytest.mark.parametrize("changes", [{"pp_size": 2}, {"attn_cp_size": 2}, {"extra_config": None}])
 def test_a_rank_is_judged_by_what_its_backend_is_told(changes):
     with pytest.raises(Refused):
-        require(engine_facts.of_backend(storage_config(**changes)))
+        require(facts.of_backend(storage_config(**changes)))
 
 
 @pytest.mark.parametrize("role", ["prefill", "decode"])
@@ -197,7 +196,7 @@ def test_a_host_pool_without_bytes_is_refused_with_its_name():
 
 def test_a_host_pool_of_sglang_s_is_admitted_by_its_layout():
     pool = data_path_world.host_pool(4)
-    require(engine_facts.of_pool(pool))
+    require(facts.of_pool(pool))
     pool.layout = "layer_first"
     with pytest.raises(Refused, match="--hicache-mem-layout is layer_first"):
         DualPathStorage.__new__(DualPathStorage).register_mem_pool_host(pool)
@@ -236,15 +235,24 @@ def test_an_engine_ends_with_the_sentence_before_it_loads_a_model(model, flags, 
         "DUALPATH_ENGINE_ID": "e",
         "PYTHONPATH": str(PROJECT),
     }
-    command = [sys.executable, "-m", "launch.engine", f"--model-path={model}", "--device=cpu", *flags]
+    command = [
+        sys.executable,
+        "-m",
+        "dualpath_sgl.launch.engine",
+        f"--model-path={model}",
+        "--device=cpu",
+        *flags,
+    ]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
     assert done.returncode == 1, done.stderr
     assert "Traceback" not in done.stderr
-    assert any(line.startswith("launch.engine: ") and said in line for line in done.stderr.splitlines())
+    assert any(
+        line.startswith("dualpath_sgl.launch.engine: ") and said in line for line in done.stderr.splitlines()
+    )
 
 
 def test_warnings_of_an_engine_are_in_its_log(caplog, monkeypatch):
-    monkeypatch.setattr(engine_facts, "of_flags", lambda cfg: replace(GOOD, page_size=1))
+    monkeypatch.setattr(facts, "of_flags", lambda cfg: replace(GOOD, page_size=1))
     with caplog.at_level(logging.WARNING):
-        engine_facts._after_validations(object(), lambda args: None)
+        facts._after_validations(object(), lambda args: None)
     assert "--page-size is 1" in caplog.text

@@ -23,10 +23,10 @@ from data_path_world import (
     until_acknowledged,
 )
 
-from dualpath_sgl import store_lane
-from dualpath_sgl.lane_priority import WAITING_NICENESS
-from dualpath_sgl.peer_lane import PeerLane
-from dualpath_sgl.store_lane import StoreLane
+from dualpath_sgl.lanes import store_lane
+from dualpath_sgl.lanes.peer_lane import PeerLane
+from dualpath_sgl.lanes.store_lane import StoreLane
+from dualpath_sgl.threads.priority import WAITING_NICENESS
 
 PAGES = 10
 

@@ -10,10 +10,10 @@ import pytest
 import torch
 from data_path_world import FINGERPRINT, WAIT_S, Rank, acknowledgements, bytes_of, eventually, rooms
 
-from dualpath_sgl.page_load import PageLoad
-from dualpath_sgl.page_server import PageServer
-from dualpath_sgl.peer_lane import PeerLane
-from dualpath_sgl.store_lane import StoreLane
+from dualpath_sgl.lanes.page_load import PageLoad
+from dualpath_sgl.lanes.page_server import PageServer
+from dualpath_sgl.lanes.peer_lane import PeerLane
+from dualpath_sgl.lanes.store_lane import StoreLane
 
 REQUESTS = 40
 FATES = ("well", "well", "ends early", "taken back", "cancelled", "never offered", "stranger", "never asked",

@@ -5,8 +5,8 @@ from opentelemetry.sdk.trace import TracerProvider
 from opentelemetry.sdk.trace.export import SimpleSpanProcessor
 from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
 
-from dualpath_sgl.page_load import LaneClock
-from dualpath_sgl.tracing import record_lane
+from dualpath_sgl.lanes.page_load import LaneClock
+from dualpath_sgl.spans.tracing import record_lane
 
 
 def exported(clock: LaneClock):

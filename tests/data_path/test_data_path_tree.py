@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 from tree_story import Peer, prompt
 
-from scheduler_svc.protocol import Outcome
+from scheduler_svc.wire.protocol import Outcome
 
 
 @pytest.mark.parametrize("core", ["python", "rust"])

@@ -8,7 +8,7 @@ import pytest
 import torch
 from tree_story import Peer, prompt
 
-from scheduler_svc.protocol import Outcome
+from scheduler_svc.wire.protocol import Outcome
 
 GOES_ON_S = 0.5
 """How long the store takes for the read that is in the way."""

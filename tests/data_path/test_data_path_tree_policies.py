@@ -7,8 +7,8 @@ import threading
 import pytest
 from tree_story import Peer, prompt
 
-from dualpath_sgl import store_lane
-from dualpath_sgl.forward import Forwarder
+from dualpath_sgl.lanes import store_lane
+from dualpath_sgl.lanes.forward import Forwarder
 
 PAGES = 8
 HALF = PAGES // 2
@@ -100,9 +100,7 @@ def test_a_prefill_engine_computes_what_the_deadline_cut_off(engine, policy):
 @pytest.mark.parametrize("why", ["pool full", "best_effort"])
 def test_a_revoked_read_ends_its_room_at_once(engine, why):
     policy = "best_effort" if why == "best_effort" else "wait_complete"
-    engine = engine(
-        "decode", policy=policy, settings={"lease_s": LONG_S, "subscribe_timeout_s": LONG_S}
-    )
+    engine = engine("decode", policy=policy, settings={"lease_s": LONG_S, "subscribe_timeout_s": LONG_S})
     peer, tokens = Peer(engine, peer_timeout_s=LONG_S), prompt(PAGES)
     engine.store_holds(tokens)
     if why == "pool full":

@@ -11,7 +11,7 @@ from sglang.srt.mem_cache.pool_host.dsa import DSAIndexerPoolHost
 from sglang.srt.mem_cache.radix_cache import RadixKey
 from tree_story import Peer, prompt
 
-from scheduler_svc.protocol import Outcome
+from scheduler_svc.wire.protocol import Outcome
 
 PAGES = 8
 

@@ -6,8 +6,8 @@ import pytest
 from data_path_world import eventually
 from tree_story import Peer, prompt
 
-from dualpath_sgl.peer_lane import PeerLane
-from scheduler_svc.protocol import Outcome
+from dualpath_sgl.lanes.peer_lane import PeerLane
+from scheduler_svc.wire.protocol import Outcome
 
 PAGES = 8
 

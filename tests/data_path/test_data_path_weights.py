@@ -11,10 +11,10 @@ from data_path_world import WAIT_S
 from msgspec.structs import replace
 from torch.distributed import HashStore
 
-from dualpath_sgl import weights
-from dualpath_sgl.control import ControlChannel
-from dualpath_sgl.weights import AS_STARTED, Weights
-from scheduler_svc.protocol import Engine, Load, Role, decode_request
+from dualpath_sgl.control.channel import ControlChannel
+from dualpath_sgl.pools import weights
+from dualpath_sgl.pools.weights import AS_STARTED, Weights
+from scheduler_svc.wire.protocol import Engine, Load, Role, decode_request
 
 
 @pytest.fixture(scope="module")

@@ -18,11 +18,12 @@ from sglang.srt.managers.schedule_batch import FINISH_LENGTH, Req, ScheduleBatch
 from sglang.srt.mem_cache.base_prefix_cache import CacheRequestOutcome
 from sglang.srt.sampling.sampling_params import SamplingParams
 
-from dualpath_sgl import decode, decode_work, hooks, runtime
-from dualpath_sgl.config import Settings
+from dualpath_sgl import decode, hooks, runtime
+from dualpath_sgl.control import decode_work
 from dualpath_sgl.decode import DecodeSide
 from dualpath_sgl.prefill import PrefillSide
-from scheduler_svc.protocol import Load, Role
+from dualpath_sgl.start.config import Settings
+from scheduler_svc.wire.protocol import Load, Role
 
 
 def request(tokens: int = 10, host: str = "127.0.0.1") -> Req:

@@ -19,12 +19,13 @@ import torch
 from data_path_world import page_numbers
 from sglang.srt.managers.schedule_batch import Req
 from storm_forwarder import StormForwarder
-from tree_story import STEP_S, Engine, Peer, content
+from tree_story import STEP_S, Engine, Peer
 
-from dualpath_sgl import closing, decode, store_lane
-from dualpath_sgl.page_load import PageLoad
-from dualpath_sgl.prompt_hash import prompt_hash
-from scheduler_svc.protocol import Outcome
+from dualpath_sgl import closing, decode
+from dualpath_sgl.lanes import store_lane
+from dualpath_sgl.lanes.page_load import PageLoad
+from dualpath_sgl.pools.prompt_hash import prompt_hash
+from scheduler_svc.wire.protocol import Outcome
 
 REQUESTS = 60
 AT_ONCE = 8

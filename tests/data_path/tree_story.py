@@ -40,16 +40,17 @@ from sglang.srt.mem_cache.utils import get_storage_hash_str
 from sglang.srt.plugins.hook_registry import HookRegistry
 from sglang_engine import HEAD_DIM, HEADS, LAYERS, SglangEngine
 
-from dualpath_sgl import config, plugin, runtime
+from dualpath_sgl import plugin, runtime
 from dualpath_sgl.cpu_profile import plugin as cpu_profile
-from dualpath_sgl.forward import Forwarder
-from dualpath_sgl.host_tree import held_on_host
-from dualpath_sgl.integrity import unevictable_pages
-from dualpath_sgl.page_load import PageLoad
-from dualpath_sgl.page_server import PageServer
-from dualpath_sgl.peer_lane import PeerLane
-from dualpath_sgl.prompt_hash import prompt_hash
-from scheduler_svc.protocol import Done, Path, Plan, Report
+from dualpath_sgl.lanes.forward import Forwarder
+from dualpath_sgl.lanes.page_load import PageLoad
+from dualpath_sgl.lanes.page_server import PageServer
+from dualpath_sgl.lanes.peer_lane import PeerLane
+from dualpath_sgl.pools.host_tree import held_on_host
+from dualpath_sgl.pools.integrity import unevictable_pages
+from dualpath_sgl.pools.prompt_hash import prompt_hash
+from dualpath_sgl.start import config
+from scheduler_svc.wire.protocol import Done, Path, Plan, Report
 
 logger = logging.getLogger(__name__)
 

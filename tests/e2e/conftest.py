@@ -15,11 +15,11 @@ import pytest
 
 sys.path.insert(0, str(Path(__file__).parent))
 
-from agents import TURNS, Session, assert_nothing_is_held, update_weights  # noqa: E402
-from grammars import ask_all  # noqa: E402
+from grammars import ask_all
 
-from launch.config import ClusterConfig, Mode, load  # noqa: E402
-from launch.supervisor import Cluster, SingleServer  # noqa: E402
+from dualpath_sgl.evals.agents.sessions import TURNS, Session, assert_nothing_is_held, update_weights
+from dualpath_sgl.launch.config.cluster import ClusterConfig, Mode, load
+from dualpath_sgl.launch.supervision.supervisor import Cluster, SingleServer
 
 CLUSTERS = Path(__file__).parent / "clusters"
 SESSIONS = ("ada", "bob", "eve")

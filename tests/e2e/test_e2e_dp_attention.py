@@ -3,11 +3,19 @@
 from __future__ import annotations
 
 import pytest
-from agents import TURNS, Session, forget_caches, play_all, reads, reads_of, settled_status
 from conftest import CLUSTERS
 
-from launch.config import load
-from scheduler_svc.protocol import Path, Role
+from dualpath_sgl.evals.agents.sessions import (
+    TURNS,
+    Session,
+    forget_caches,
+    play_all,
+    reads,
+    reads_of,
+    settled_status,
+)
+from dualpath_sgl.launch.config.cluster import load
+from scheduler_svc.wire.protocol import Path, Role
 
 pytestmark = pytest.mark.slow
 

@@ -7,13 +7,13 @@ import sys
 import time
 
 import pytest
-from agents import TURNS, Session, forget_caches, play_all, reads
 from conftest import CLUSTERS
 
-from launch.config import ClusterConfig, load
-from launch.supervisor import Cluster
-from scheduler_svc.client import SchedulerClient
-from scheduler_svc.keys import generate
+from dualpath_sgl.evals.agents.sessions import TURNS, Session, forget_caches, play_all, reads
+from dualpath_sgl.launch.config.cluster import ClusterConfig, load
+from dualpath_sgl.launch.supervision.supervisor import Cluster
+from scheduler_svc.wire.client import SchedulerClient
+from scheduler_svc.wire.keys import generate
 
 pytestmark = pytest.mark.slow
 
@@ -57,7 +57,7 @@ def test_the_router_is_given_places_and_a_stranger_nothing(cluster):
 
 
 def test_status_finds_the_keys_in_the_run_directory(cluster):
-    command = [sys.executable, "-m", "launch.cli", "status", "--run-dir", str(cluster.run_dir)]
+    command = [sys.executable, "-m", "dualpath_sgl.cli", "status", "--run-dir", str(cluster.run_dir)]
     asked = subprocess.run(command, capture_output=True, text=True)
     assert asked.returncode == 0 and "decode-0" in asked.stdout and "rooms open" in asked.stdout, asked.stderr
 

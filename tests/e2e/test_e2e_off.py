@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from agents import TURNS, forget_caches, play_all
-
-from launch.config import Mode
+from dualpath_sgl.evals.agents.sessions import TURNS, forget_caches, play_all
+from dualpath_sgl.launch.config.cluster import Mode
 
 
 def test_with_dualpath_off_a_patched_cluster_serves_as_upstream_does(

@@ -7,7 +7,8 @@ import secrets
 import time
 
 import pytest
-from agents import (
+
+from dualpath_sgl.evals.agents.sessions import (
     SETTLE_TIMEOUT_S,
     TURNS,
     Session,
@@ -17,9 +18,8 @@ from agents import (
     reads,
     settled_status,
 )
-
-from launch.supervisor import Cluster
-from scheduler_svc.protocol import Path
+from dualpath_sgl.launch.supervision.supervisor import Cluster
+from scheduler_svc.wire.protocol import Path
 
 
 def played_from_store(cluster: Cluster, sessions: list[Session], reference: dict) -> None:

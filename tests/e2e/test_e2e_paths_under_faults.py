@@ -7,7 +7,7 @@ import threading
 import time
 import urllib.error
 
-from agents import TURNS, forget_caches, play_all, reads, wait_until_served
+from dualpath_sgl.evals.agents.sessions import TURNS, forget_caches, play_all, reads, wait_until_served
 
 REQUEST_ANSWERED_WITHIN_S = 60.0
 """After the death of its decode engine; not a target, only the difference from a hang."""

@@ -7,9 +7,8 @@ import threading
 import time
 from contextlib import suppress
 
-from agents import flush, forget_caches, play_all, post
-
-from launch.commands import BOOTSTRAP_TIMEOUT
+from dualpath_sgl.evals.agents.sessions import flush, forget_caches, play_all, post
+from dualpath_sgl.launch.processes.commands import BOOTSTRAP_TIMEOUT
 
 MARGIN_S = 5.0
 LOADING_S = 2.0

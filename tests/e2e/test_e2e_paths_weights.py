@@ -3,10 +3,18 @@
 from __future__ import annotations
 
 import pytest
-from agents import TURNS, Session, forget_caches, play_all, post, reads, update_weights
 
-from launch.supervisor import Cluster
-from scheduler_svc.protocol import Path
+from dualpath_sgl.evals.agents.sessions import (
+    TURNS,
+    Session,
+    forget_caches,
+    play_all,
+    post,
+    reads,
+    update_weights,
+)
+from dualpath_sgl.launch.supervision.supervisor import Cluster
+from scheduler_svc.wire.protocol import Path
 
 pytestmark = pytest.mark.slow
 

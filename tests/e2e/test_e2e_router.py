@@ -11,15 +11,15 @@ from collections.abc import Iterator
 from urllib.parse import urlsplit
 
 import pytest
-from agents import TURNS, forget_caches, generate, play_all, reads
 
-from evals.measure import counter
-from launch import commands
-from launch.config import Router, RouterKind
-from launch.ports import FreePorts
-from launch.process import ManagedProcess
-from launch.supervisor import Cluster
-from scheduler_svc.protocol import Role
+from dualpath_sgl.evals.agents.sessions import TURNS, forget_caches, generate, play_all, reads
+from dualpath_sgl.evals.compare.measure import counter
+from dualpath_sgl.launch.config.cluster import Router, RouterKind
+from dualpath_sgl.launch.processes import commands
+from dualpath_sgl.launch.processes.ports import FreePorts
+from dualpath_sgl.launch.processes.process import ManagedProcess
+from dualpath_sgl.launch.supervision.supervisor import Cluster
+from scheduler_svc.wire.protocol import Role
 
 WAIT_S = 60.0
 
@@ -102,9 +102,7 @@ def services_and_spans(cluster: Cluster, trace_id: str) -> set[str]:
     return found
 
 
-def test_a_client_that_leaves_in_the_middle_of_a_long_answer_aborts_it_on_the_decode_engine(
-    cluster, placing
-):
+def test_a_client_that_leaves_in_the_middle_of_a_long_answer_aborts_it_on_the_decode_engine(cluster, placing):
     (decode,) = [engine.url for engine in cluster.engines if engine.role is Role.DECODE]
     before = aborted(decode)
     sampling = {"temperature": 0, "max_new_tokens": 4000, "ignore_eos": True}

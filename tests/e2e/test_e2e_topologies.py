@@ -6,7 +6,9 @@ import re
 import urllib.error
 
 import pytest
-from agents import (
+from conftest import CLUSTERS
+
+from dualpath_sgl.evals.agents.sessions import (
     Session,
     forget_caches,
     generate,
@@ -16,9 +18,7 @@ from agents import (
     settled_status,
     wait_until_served,
 )
-from conftest import CLUSTERS
-
-from launch.config import load
+from dualpath_sgl.launch.config.cluster import load
 
 TURNS = 2
 CROWD = ("ada", "bob", "eve", "mia", "kim", "lee", "sam", "tom", "una", "zoe")

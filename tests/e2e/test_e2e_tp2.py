@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import pytest
-from agents import TURNS, Session, forget_caches, play_all, reads
 from conftest import CLUSTERS
 
-from launch.config import load
+from dualpath_sgl.evals.agents.sessions import TURNS, Session, forget_caches, play_all, reads
+from dualpath_sgl.launch.config.cluster import load
 
 
 @pytest.fixture(scope="module")

@@ -8,9 +8,9 @@ from pathlib import Path
 import pytest
 from otlp_samples import otlp, span
 
-from evals.balance import CLUSTER, balance, placed_by, shrunk
-from evals.errors import EvalError
-from launch.config import RouterKind, load
+from dualpath_sgl.evals.common.errors import EvalError
+from dualpath_sgl.evals.compare.balance import CLUSTER, balance, placed_by, shrunk
+from dualpath_sgl.launch.config.cluster import RouterKind, load
 
 
 def test_equal_reads_are_1_and_one_reader_alone_is_the_number_of_engines():

@@ -7,12 +7,12 @@ import json
 
 import pytest
 
-from evals import bench_router
-from evals.errors import EvalError
+from dualpath_sgl.evals.common.errors import EvalError
+from dualpath_sgl.evals.router import bench
 
 
 def test_the_summary_holds_the_figures_of_both_kinds_of_answers(tmp_path):
-    bench_router.main(seconds=1, clients=4, pairs=1, out=tmp_path)
+    bench.main(seconds=1, clients=4, pairs=1, out=tmp_path)
     summary = json.loads((tmp_path / "summary.json").read_text())
     for kind in ("whole", "streamed"):
         found = summary[kind]
@@ -26,7 +26,7 @@ def test_the_summary_holds_the_figures_of_both_kinds_of_answers(tmp_path):
 def test_a_router_that_does_not_start_is_an_error_with_its_last_words(tmp_path):
     log = tmp_path / "router.log"
     with (
-        bench_router._running_router("tcp://127.0.0.1:1", [], log) as (router, url),
+        bench._running_router("tcp://127.0.0.1:1", [], log) as (router, url),
         pytest.raises(EvalError, match="give at least one --prefill and one --decode"),
     ):
-        asyncio.run(bench_router._wait_until_placing(router, url))
+        asyncio.run(bench._wait_until_placing(router, url))

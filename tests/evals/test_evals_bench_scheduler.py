@@ -6,16 +6,16 @@ import json
 
 import pytest
 
-from evals import bench_scheduler
-from evals.bench_scheduler import TARGETS
-from evals.scheduler_load import HIT_PAGES, LOCAL_PAGES, PAGE_BYTES
-from scheduler_svc.client import SchedulerClient
+from dualpath_sgl.evals.scheduler import bench
+from dualpath_sgl.evals.scheduler.bench import TARGETS
+from dualpath_sgl.evals.scheduler.load import HIT_PAGES, LOCAL_PAGES, PAGE_BYTES
+from scheduler_svc.wire.client import SchedulerClient
 
 WAIT_S = 60.0
 
 
 def test_each_counted_request_was_placed_reported_planned_and_done():
-    with bench_scheduler._loaded(16) as (_, generator), SchedulerClient(generator.address) as observer:
+    with bench._loaded(16) as (_, generator), SchedulerClient(generator.address) as observer:
         generator.run_for(0.5, in_flight=8, progress=lambda count: None)
         generator.drain()
         status = observer.status(WAIT_S)
@@ -33,16 +33,14 @@ def test_each_counted_request_was_placed_reported_planned_and_done():
 
 def test_engines_report_in_turn_and_not_all_at_once():
     """In step they would measure a burst of a thousand heartbeats instead of a plan."""
-    with bench_scheduler._loaded(16) as (_, generator):
+    with bench._loaded(16) as (_, generator):
         due_s = [due for due, _, _ in generator._heartbeats]
         gaps_s = [later - sooner for sooner, later in zip(due_s, due_s[1:], strict=False)]
         assert gaps_s == pytest.approx([generator.heartbeat_s / 16] * 15)
 
 
 def test_the_summary_holds_every_figure_with_a_target(tmp_path):
-    bench_scheduler.main(
-        seconds=1, engines=16, memory_engines=16, memory_rooms=20, repeats=2, out=tmp_path
-    )
+    bench.main(seconds=1, engines=16, memory_engines=16, memory_rooms=20, repeats=2, out=tmp_path)
     summary = json.loads((tmp_path / "summary.json").read_text())
     assert all(summary[target.name] > 0 for target in TARGETS)
     for name, figure in (("throughput_runs", "requests_per_s"), ("latency_runs", "plan_p99_ms")):

@@ -12,12 +12,8 @@ from otlp_samples import REQUESTS, TRACE, otlp, span
 from rich.console import Console
 from typer.testing import CliRunner
 
-from evals import jaeger, run, waterfall
-from evals.cli import eval_app
-from evals.errors import EvalError
-from evals.subset import write_subset
-from evals.summary import ByRole, ModeResult, PathCounts, Quantiles, WorkloadInfo
-from evals.trace import (
+from dualpath_sgl.evals.agents.subset import write_subset
+from dualpath_sgl.evals.agents.trace import (
     Sharing,
     TraceRequest,
     TraceSession,
@@ -26,7 +22,12 @@ from evals.trace import (
     shared_blocks,
     sharings,
 )
-from evals.workload import build
+from dualpath_sgl.evals.agents.workload import build
+from dualpath_sgl.evals.cli import eval_app
+from dualpath_sgl.evals.common.errors import EvalError
+from dualpath_sgl.evals.compare import run
+from dualpath_sgl.evals.compare.summary import ByRole, ModeResult, PathCounts, Quantiles, WorkloadInfo
+from dualpath_sgl.evals.spans import jaeger, waterfall
 
 SESSION = {"id": "s", "block_size": 4, "requests": [{"in": 8, "out": 2, "hash_ids": [1, 2]}]}
 TEXT = json.dumps(SESSION)

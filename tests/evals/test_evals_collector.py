@@ -11,7 +11,7 @@ from opentelemetry.sdk.resources import Resource
 from opentelemetry.sdk.trace import TracerProvider
 from opentelemetry.sdk.trace.export import SimpleSpanProcessor
 
-from evals import jaeger
+from dualpath_sgl.evals.spans import jaeger
 
 EXIT_TIMEOUT_S = 60
 
@@ -22,7 +22,16 @@ def start_collector(tmp_path):
 
     def start(name: str, *arguments: str):
         out = tmp_path / f"{name}.jsonl"
-        command = [sys.executable, "-m", "launch.collector", "--port", "0", "--out", str(out), *arguments]
+        command = [
+            sys.executable,
+            "-m",
+            "dualpath_sgl.launch.processes.collector",
+            "--port",
+            "0",
+            "--out",
+            str(out),
+            *arguments,
+        ]
         process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
         started.append(process)
         ready = process.stdout.readline()
@@ -110,6 +119,14 @@ def test_an_endpoint_that_is_away_costs_one_log_line_and_no_span(start_collector
 def test_a_taken_port_is_refused_with_the_remedy(start_collector, tmp_path):
     _, _, address = start_collector("first")
     port = address.split(":")[1]
-    command = [sys.executable, "-m", "launch.collector", "--port", port, "--out", str(tmp_path / "x")]
+    command = [
+        sys.executable,
+        "-m",
+        "dualpath_sgl.launch.processes.collector",
+        "--port",
+        port,
+        "--out",
+        str(tmp_path / "x"),
+    ]
     second = subprocess.run(command, capture_output=True, text=True, timeout=EXIT_TIMEOUT_S)
     assert second.returncode == 1 and f"port {port}" in second.stderr and "--port" in second.stderr

@@ -6,10 +6,10 @@ from dataclasses import replace
 import pytest
 from otlp_samples import otlp, span
 
-from evals import jaeger
-from evals.gpu_goodput import PLAIN, Forward, Goodput, forwards
-from evals.gpu_loads import Cell, LoadPlan
-from evals.gpu_loads_report import burst_limit, load_s, stage_times, tables
+from dualpath_sgl.evals.gpu.goodput import PLAIN, Forward, Goodput, forwards
+from dualpath_sgl.evals.gpu.loads import Cell, LoadPlan
+from dualpath_sgl.evals.gpu.report import burst_limit, load_s, stage_times, tables
+from dualpath_sgl.evals.spans import jaeger
 
 PLAN = LoadPlan(lengths=(64, 128), repetitions=1, burst_requests=2, burst_tokens=64, burst_repetitions=1)
 

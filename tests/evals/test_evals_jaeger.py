@@ -5,8 +5,8 @@ import json
 import pytest
 from otlp_samples import LOST, REQUESTS, ROOT, TRACE
 
-from evals import jaeger
-from evals.errors import EvalError
+from dualpath_sgl.evals.common.errors import EvalError
+from dualpath_sgl.evals.spans import jaeger
 
 
 def tags(converted: dict) -> dict:

@@ -8,11 +8,11 @@ import pytest
 from pydantic import ValidationError
 from rich.console import Console
 
-from evals import load_plot
-from evals.bench_load import LoadOptions, print_summary, run, unmet
-from evals.bench_load_command import CLUSTER
-from evals.errors import EvalError
-from evals.load_summary import (
+from dualpath_sgl.evals.common.errors import EvalError
+from dualpath_sgl.evals.load import plot
+from dualpath_sgl.evals.load.bench import LoadOptions, print_summary, run, unmet
+from dualpath_sgl.evals.load.command import CLUSTER
+from dualpath_sgl.evals.load.summary import (
     TARGETS,
     Cell,
     Details,
@@ -23,7 +23,7 @@ from evals.load_summary import (
     figure_values,
     figures,
 )
-from launch.config import ClusterConfig, load
+from dualpath_sgl.launch.config.cluster import ClusterConfig, load
 
 PAGE_BYTES = 1 << 20
 NAMES = [
@@ -192,5 +192,5 @@ def test_the_table_shows_every_figure_with_its_verdict_and_the_plot_is_a_picture
     for target in TARGETS.values():
         assert target.what in out.getvalue()
     assert "met" in out.getvalue() and "not measured" in out.getvalue()
-    load_plot.draw(found, tmp_path / "jct.png")
+    plot.draw(found, tmp_path / "jct.png")
     assert (tmp_path / "jct.png").read_bytes().startswith(b"\x89PNG")

@@ -2,8 +2,8 @@
 
 import pytest
 
-from evals.errors import EvalError
-from evals.raw_rates import Place, raw_rates
+from dualpath_sgl.evals.common.errors import EvalError
+from dualpath_sgl.evals.load.raw_rates import Place, raw_rates
 
 HERE = Place("127.0.0.1")
 

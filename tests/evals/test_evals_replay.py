@@ -10,12 +10,12 @@ from contextlib import asynccontextmanager
 import pytest
 from aiohttp import web
 
-from evals import replay as module
-from evals.errors import EvalError
-from evals.replay import ReplayError, replay
-from evals.trace import TraceRequest, TraceSession
-from evals.workload import build
-from scheduler_svc.tracing import init_tracing, shutdown
+from dualpath_sgl.evals.agents import replay as module
+from dualpath_sgl.evals.agents.replay import ReplayError, replay
+from dualpath_sgl.evals.agents.trace import TraceRequest, TraceSession
+from dualpath_sgl.evals.agents.workload import build
+from dualpath_sgl.evals.common.errors import EvalError
+from scheduler_svc.telemetry.tracing import init_tracing, shutdown
 
 SESSION = TraceSession(
     id="s",

@@ -8,11 +8,11 @@ import pytest
 from prometheus_client import CollectorRegistry, Counter, start_http_server
 from pydantic import ValidationError
 
-from evals import measure, report
-from evals.demo import unmet
-from evals.errors import EvalError
-from evals.run import MODES, EvalOptions, cluster_config, evaluate
-from evals.summary import (
+from dualpath_sgl.evals.common.errors import EvalError
+from dualpath_sgl.evals.compare import measure, report
+from dualpath_sgl.evals.compare.demo import unmet
+from dualpath_sgl.evals.compare.run import MODES, EvalOptions, cluster_config, evaluate
+from dualpath_sgl.evals.compare.summary import (
     ByRole,
     EngineRead,
     Mismatch,
@@ -22,9 +22,9 @@ from evals.summary import (
     Summary,
     WorkloadInfo,
 )
-from launch.config import ClusterConfig, Mode
-from scheduler_svc.protocol import Engine, EngineStatus, Load, Role, Status
-from scheduler_svc.protocol import Path as LoadPath
+from dualpath_sgl.launch.config.cluster import ClusterConfig, Mode
+from scheduler_svc.wire.protocol import Engine, EngineStatus, Load, Role, Status
+from scheduler_svc.wire.protocol import Path as LoadPath
 
 ZERO = Quantiles(p50=0.1, p99=0.2, mean=0.15)
 CLUSTER = ClusterConfig(name="c", device="cpu")

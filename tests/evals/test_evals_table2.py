@@ -4,8 +4,8 @@ from statistics import fmean
 
 import pytest
 
-from evals.table2 import ROWS, trajectories
-from evals.trace import sharings
+from dualpath_sgl.evals.agents.table2 import ROWS, trajectories
+from dualpath_sgl.evals.agents.trace import sharings
 
 
 @pytest.mark.parametrize("name", ROWS)

@@ -11,8 +11,8 @@ from itertools import chain
 
 import pytest
 
-from evals.topology.network import Network, NetworkError, clean, obstacles
-from evals.topology.plan import (
+from dualpath_sgl.launch.topology.network import Network, NetworkError, clean, obstacles
+from dualpath_sgl.launch.topology.plan import (
     Rates,
     build_commands,
     enter,
@@ -201,8 +201,8 @@ def test_the_host_reaches_every_member_over_the_storage_network_and_stops_doing_
 def test_what_a_killed_owner_left_is_removed_and_a_living_owners_network_stays():
     code = """
         import sys, time
-        from evals.topology.network import Network
-        from evals.topology.plan import Rates
+        from dualpath_sgl.launch.topology.network import Network
+        from dualpath_sgl.launch.topology.plan import Rates
         network = Network.build(["prefill-0", "decode-0"], Rates(None, None))
         print(network.plan.slot, flush=True)
         time.sleep(600)

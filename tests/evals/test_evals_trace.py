@@ -5,11 +5,17 @@ from pathlib import Path
 
 import pytest
 
-from evals.errors import EvalError
-from evals.subset import write_subset
-from evals.trace import Sharing, load_session, load_sessions, sharings, theoretical_hit_rate
+from dualpath_sgl.evals.agents.subset import write_subset
+from dualpath_sgl.evals.agents.trace import (
+    Sharing,
+    load_session,
+    load_sessions,
+    sharings,
+    theoretical_hit_rate,
+)
+from dualpath_sgl.evals.common.errors import EvalError
 
-SHIPPED = Path(__file__).parents[2] / "evals" / "data" / "claude-code-weka"
+SHIPPED = Path(__file__).parents[2] / "evals" / "agents" / "data" / "claude-code-weka"
 
 
 def session_file(folder: Path, **changes) -> Path:

@@ -8,9 +8,9 @@ from otlp_samples import REQUESTS, TRACE, otlp, span
 from rich.console import Console
 from typer.testing import CliRunner
 
-from evals import jaeger, waterfall
-from evals.cli import trace_app
-from evals.errors import EvalError
+from dualpath_sgl.evals.cli import trace_app
+from dualpath_sgl.evals.common.errors import EvalError
+from dualpath_sgl.evals.spans import jaeger, waterfall
 
 OTHER = "0af76519ffffffffffffffffffffffff"
 

@@ -4,10 +4,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from evals.conversation import Conversation
-from evals.errors import EvalError
-from evals.trace import TraceRequest, TraceSession, sharings
-from evals.workload import MIN_OUTPUT_TOKENS, SessionPlan, build, scale_session
+from dualpath_sgl.evals.agents.conversation import Conversation
+from dualpath_sgl.evals.agents.trace import TraceRequest, TraceSession, sharings
+from dualpath_sgl.evals.agents.workload import MIN_OUTPUT_TOKENS, SessionPlan, build, scale_session
+from dualpath_sgl.evals.common.errors import EvalError
 
 BLOCK = 16
 PAGE = 4

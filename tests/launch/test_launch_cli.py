@@ -10,7 +10,9 @@ import psutil
 
 
 def dualpath(*arguments: str) -> subprocess.CompletedProcess:
-    return subprocess.run([sys.executable, "-m", "launch.cli", *arguments], capture_output=True, text=True)
+    return subprocess.run(
+        [sys.executable, "-m", "dualpath_sgl.cli", *arguments], capture_output=True, text=True
+    )
 
 
 def run_directory(path: Path, started_s: float) -> str:

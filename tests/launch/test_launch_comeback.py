@@ -12,15 +12,15 @@ from pathlib import Path
 
 import pytest
 
-from launch import comeback
-from launch.comeback import MANY_DEATHS, Comeback
-from launch.config import load
-from launch.direct_http import answers
-from launch.engine_watch import EngineWatch
-from launch.ports import FreePorts
-from launch.process import ProcessDied
-from launch.supervisor import Cluster, Supervisor
-from scheduler_svc.client import SchedulerClient
+from dualpath_sgl.launch.config.cluster import load
+from dualpath_sgl.launch.processes.ports import FreePorts
+from dualpath_sgl.launch.processes.process import ProcessDied
+from dualpath_sgl.launch.supervision import comeback
+from dualpath_sgl.launch.supervision.comeback import MANY_DEATHS, Comeback
+from dualpath_sgl.launch.supervision.direct_http import answers
+from dualpath_sgl.launch.supervision.engine_watch import EngineWatch
+from dualpath_sgl.launch.supervision.supervisor import Cluster, Supervisor
+from scheduler_svc.wire.client import SchedulerClient
 
 PATIENCE_S = 30.0
 SLEEP = "import time; print('up', flush=True); time.sleep(600)"
@@ -161,7 +161,7 @@ ENGINE = """
 
 
 def test_an_engine_that_hangs_is_noticed_and_so_is_its_return(monkeypatch):
-    monkeypatch.setattr("launch.engine_watch.ANSWER_WITHIN_S", 0.2)
+    monkeypatch.setattr("dualpath_sgl.launch.supervision.engine_watch.ANSWER_WITHIN_S", 0.2)
     port = FreePorts("127.0.0.1").take()
     engine = subprocess.Popen([sys.executable, "-c", textwrap.dedent(ENGINE), str(port)])
     url = f"http://127.0.0.1:{port}"
@@ -179,7 +179,7 @@ def test_an_engine_that_hangs_is_noticed_and_so_is_its_return(monkeypatch):
 
 
 class Refusing(http.server.BaseHTTPRequestHandler):
-    def do_GET(self):  # noqa: N802
+    def do_GET(self):
         self.send_response(503)
         self.end_headers()
 

@@ -4,9 +4,9 @@ import json
 
 import pytest
 
-from evals.topology.plan import Rates, make_plan
-from launch.addresses import Addresses, on_network, on_one_host
-from launch.commands import (
+from dualpath_sgl.launch.config.addresses import Addresses, on_network, on_one_host
+from dualpath_sgl.launch.config.cluster import ClusterConfig
+from dualpath_sgl.launch.processes.commands import (
     EngineSpec,
     Ports,
     engine_command,
@@ -17,7 +17,7 @@ from launch.commands import (
     scheduler_command,
     single_server_command,
 )
-from launch.config import ClusterConfig
+from dualpath_sgl.launch.topology.plan import Rates, make_plan
 
 HERE = on_one_host("127.0.0.1")
 PORTS = Ports(master=1, master_metrics=2, scheduler=3, collector=4, router=5, router_metrics=6)
@@ -74,7 +74,8 @@ def test_the_dualpath_backend_is_named_to_sglang_as_a_class_to_import():
 
 
 @pytest.mark.parametrize(
-    ("mode", "backend"), [("basic", "LimitedStore"), ("both", "LimitedStore"), ("dualpath", "DualPathStorage")]
+    ("mode", "backend"),
+    [("basic", "LimitedStore"), ("both", "LimitedStore"), ("dualpath", "DualPathStorage")],
 )
 def test_a_read_rate_limits_every_mode_alike(mode, backend):
     config = cluster(mode=mode, store={"read_rate": "80mbit"})

@@ -5,7 +5,14 @@ from pathlib import Path
 import pytest
 import yaml
 
-from launch.config import ClusterConfig, ConfigError, Mode, bits_per_s, kv_bytes_per_token, load
+from dualpath_sgl.launch.config.cluster import (
+    ClusterConfig,
+    ConfigError,
+    Mode,
+    bits_per_s,
+    kv_bytes_per_token,
+    load,
+)
 
 EXAMPLES = sorted((Path(__file__).parents[2] / "launch" / "clusters").glob("*.yaml"))
 

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from launch.config import ConfigError, load
+from dualpath_sgl.launch.config.cluster import ConfigError, load
 
 SMALL = "name: t\ndevice: cpu\n"
 LONGEST_ANSWER_CHARS = 9000

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from dualpath_sgl.cpu_profile.install import SITE, install
 
 sys.path.append(str(SITE))
-from sgl_kernel import assign_req_to_token_pool_cpu, kvcacheio  # noqa: E402
+from sgl_kernel import assign_req_to_token_pool_cpu, kvcacheio
 
 LAYERS, PAGE_TOKENS, PAGES, HEADS, DIM = 3, 4, 6, 2, 8
 SLOTS = PAGES * PAGE_TOKENS
@@ -101,7 +101,7 @@ from importlib.metadata import EntryPoint
 broken = EntryPoint("dualpath_cpu", "dualpath_sgl.cpu_profile.absent:activate", "sglang.srt.plugins")
 plugins.entry_points = lambda group: [broken]
 import runpy
-runpy.run_module("launch.engine", run_name="__mp_main__")  # As in a spawned child of an engine.
+runpy.run_module("dualpath_sgl.launch.engine", run_name="__mp_main__")  # As in a spawned child of an engine.
 print("went on")
 """
 

@@ -9,12 +9,12 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner
 
-from launch import doctor
-from launch.cli import app
-from launch.config import load
-from launch.doctor import FLAGS, MACHINE, Finding, Level
-from launch.flag_check import Judgement, judge
-from launch.tiny_model import TinyModel, build
+from dualpath_sgl.launch.checks import doctor
+from dualpath_sgl.launch.checks.doctor import FLAGS, MACHINE, Finding, Level
+from dualpath_sgl.launch.checks.flag_check import Judgement, judge
+from dualpath_sgl.cli.__main__ import app
+from dualpath_sgl.launch.config.cluster import load
+from dualpath_sgl.launch.setup.tiny_model import TinyModel, build
 
 PROJECT = Path(__file__).parents[2]
 CLUSTERS = PROJECT / "launch" / "clusters"
@@ -34,7 +34,7 @@ def environment(**changes: str) -> dict[str, str]:
 def readme_flags() -> list[str]:
     """The flags of README's section on GPU clusters."""
     section = (PROJECT / "README.md").read_text().split("## On a GPU cluster")[1].split("\n## ")[0]
-    (command,) = re.findall(r"-m launch\.engine \.\.\. (.*?)```", section, re.S)
+    (command,) = re.findall(r"-m dualpath_sgl\.launch\.engine \.\.\. (.*?)```", section, re.S)
     return shlex.split(command.replace("\\\n", " "))
 
 

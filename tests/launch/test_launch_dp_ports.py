@@ -1,6 +1,6 @@
 """A server with DP attention listens beside its HTTP port, on ports that nobody told the launcher."""
 
-from launch.ports import DP_ATTENTION_OFFSETS, FreePorts
+from dualpath_sgl.launch.processes.ports import DP_ATTENTION_OFFSETS, FreePorts
 
 
 def test_what_sglang_derives_from_a_servers_port_is_nobody_elses():

@@ -9,12 +9,12 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 import pytest
 import requests
 
-from launch.addresses import on_one_host
-from launch.commands import Ports, engine_environment, engine_specs
-from launch.config import ClusterConfig
-from launch.direct_http import fetch
-from launch.environment import foreign, forget_foreign_tracing, inherited
-from launch.ports import FreePorts
+from dualpath_sgl.launch.config.addresses import on_one_host
+from dualpath_sgl.launch.config.cluster import ClusterConfig
+from dualpath_sgl.launch.processes.commands import Ports, engine_environment, engine_specs
+from dualpath_sgl.launch.processes.environment import foreign, forget_foreign_tracing, inherited
+from dualpath_sgl.launch.processes.ports import FreePorts
+from dualpath_sgl.launch.supervision.direct_http import fetch
 
 PORTS = Ports(*range(1, 7))
 CONFIG = ClusterConfig.model_validate(
@@ -98,7 +98,7 @@ def test_the_clusters_addresses_are_exempt_from_every_proxy_beside_what_was_exem
 
 
 class Answer(BaseHTTPRequestHandler):
-    def do_GET(self):  # noqa: N802
+    def do_GET(self):
         self.send_response(200)
         self.end_headers()
         self.wfile.write(b"here")
@@ -151,12 +151,18 @@ def test_the_spans_of_an_evaluation_do_not_follow_the_users_exporter():
 def test_spans_in_plain_text_reach_the_collector_past_a_proxy(tmp_path):
     port = FreePorts("127.0.0.1").take()
     spans = tmp_path / "spans.jsonl"
-    argv = [sys.executable, "-m", "launch.collector", f"--port={port}", f"--out={spans}"]
+    argv = [
+        sys.executable,
+        "-m",
+        "dualpath_sgl.launch.processes.collector",
+        f"--port={port}",
+        f"--out={spans}",
+    ]
     collector = subprocess.Popen(argv, stdout=subprocess.PIPE, text=True)
     try:
         assert "collector ready" in collector.stdout.readline()
         code = (
-            "from scheduler_svc.tracing import init_tracing, shutdown\n"
+            "from scheduler_svc.telemetry.tracing import init_tracing, shutdown\n"
             f"init_tracing('x', 'http://127.0.0.1:{port}').start_span('past the proxy').end()\n"
             "shutdown()\n"
         )

@@ -6,13 +6,26 @@ from pathlib import Path
 
 import pytest
 
-from launch.addresses import on_one_host
-from launch.commands import Ports, engine_command, engine_environment, engine_specs, router_command
-from launch.config import ClusterConfig, ConfigError, Router, RouterKind, at_its_address, load
-from launch.hosts import checked_endpoint, local_address
-from scheduler_svc.addresses import authority
-from launch.ports import FreePorts
-from launch.supervisor import Cluster, SingleServer
+from dualpath_sgl.launch.config.addresses import on_one_host
+from dualpath_sgl.launch.config.cluster import (
+    ClusterConfig,
+    ConfigError,
+    Router,
+    RouterKind,
+    at_its_address,
+    load,
+)
+from dualpath_sgl.launch.config.hosts import checked_endpoint, local_address
+from dualpath_sgl.launch.processes.commands import (
+    Ports,
+    engine_command,
+    engine_environment,
+    engine_specs,
+    router_command,
+)
+from dualpath_sgl.launch.processes.ports import FreePorts
+from dualpath_sgl.launch.supervision.supervisor import Cluster, SingleServer
+from scheduler_svc.wire.addresses import authority
 
 TINY = {"kind": "tiny", "layers": 1, "hidden": 16, "heads": 2, "kv_heads": 1, "head_dim": 8}
 ELSEWHERE = "192.0.2.77"
@@ -66,7 +79,16 @@ def test_a_host_of_another_machine_is_refused_before_anything_starts(tmp_path, h
 
 def test_up_says_in_one_sentence_that_the_host_is_elsewhere(tmp_path):
     path = described(tmp_path, ELSEWHERE)
-    argv = [sys.executable, "-m", "launch.cli", "up", "-c", str(path), "--run-dir", str(tmp_path / "run")]
+    argv = [
+        sys.executable,
+        "-m",
+        "dualpath_sgl.cli",
+        "up",
+        "-c",
+        str(path),
+        "--run-dir",
+        str(tmp_path / "run"),
+    ]
     result = subprocess.run(argv, capture_output=True, text=True)
     assert result.returncode == 1
     assert f"{path}: host: got '{ELSEWHERE}'; is no address of this machine" in result.stderr

@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from launch import patching
-from launch.patching import PatchError, Stack, State, Tree, stacks
+from dualpath_sgl.launch.setup import patching
+from dualpath_sgl.launch.setup.patching import PatchError, Stack, State, Tree, stacks
 
 ONE = "".join(f"one {line}\n" for line in range(20))
 TWO = "".join(f"two {line}\n" for line in range(20))

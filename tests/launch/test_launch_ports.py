@@ -1,6 +1,6 @@
 """Ports are drawn long before they are bound."""
 
-from launch import ports
+from dualpath_sgl.launch.processes import ports
 
 
 def test_a_port_is_drawn_once_whoever_asks(monkeypatch):

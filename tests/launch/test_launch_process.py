@@ -13,8 +13,8 @@ import grpc
 import psutil
 import pytest
 
-from launch.process import ManagedProcess, ProcessDied, stop_all
-from launch.supervisor import StartTimeout, Supervisor
+from dualpath_sgl.launch.processes.process import ManagedProcess, ProcessDied, stop_all
+from dualpath_sgl.launch.supervision.supervisor import StartTimeout, Supervisor
 
 PATIENCE_S = 30.0
 

@@ -9,11 +9,11 @@ from pathlib import Path
 import psutil
 import pytest
 
-from launch.run_dir import Claim, ClusterState, ProcessState, RunDirError, read_state
+from dualpath_sgl.launch.processes.run_dir import Claim, ClusterState, ProcessState, RunDirError, read_state
 
 
 def dualpath(*arguments: str) -> subprocess.CompletedProcess:
-    argv = [sys.executable, "-m", "launch.cli", *arguments]
+    argv = [sys.executable, "-m", "dualpath_sgl.cli", *arguments]
     return subprocess.run(argv, capture_output=True, text=True, env=os.environ | {"COLUMNS": "200"})
 
 
@@ -40,7 +40,7 @@ def test_the_claim_of_a_killed_process_is_gone_though_its_child_lives_on(tmp_pat
     code = f"""
 import subprocess, sys, time
 from pathlib import Path
-from launch.run_dir import Claim
+from dualpath_sgl.launch.processes.run_dir import Claim
 claim = Claim(Path({str(tmp_path)!r}))
 child = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)"])
 print(child.pid, flush=True)

@@ -14,24 +14,24 @@ import pytest
 import yaml
 from typer.testing import CliRunner
 
-from dualpath_sgl.config import settings
-from dualpath_sgl.peer_keys import PeerKeys
-from evals.topology.plan import Rates, make_plan
-from launch import exposure
-from launch.addresses import Addresses, on_network, on_one_host
-from launch.cli import app
-from launch.commands import (
+from dualpath_sgl.lanes.peer_keys import PeerKeys
+from dualpath_sgl.cli.__main__ import app
+from dualpath_sgl.launch.config.addresses import Addresses, on_network, on_one_host
+from dualpath_sgl.launch.config.cluster import ClusterConfig, ConfigError, load
+from dualpath_sgl.launch.config.security import OPERATOR, key_files
+from dualpath_sgl.launch.processes.commands import (
     Ports,
     engine_environment,
     engine_specs,
     router_command,
     scheduler_command,
 )
-from launch.config import ClusterConfig, ConfigError, load
-from launch.security import OPERATOR, key_files
-from launch.supervisor import Cluster
-from scheduler_svc.keys import generate, load_public, load_secret
-from scheduler_svc.reach import is_private
+from dualpath_sgl.launch.supervision import exposure
+from dualpath_sgl.launch.supervision.supervisor import Cluster
+from dualpath_sgl.launch.topology.plan import Rates, make_plan
+from dualpath_sgl.start.config import settings
+from scheduler_svc.wire.keys import generate, load_public, load_secret
+from scheduler_svc.wire.reach import is_private
 
 PORTS = Ports(master=1, master_metrics=2, scheduler=3, collector=4, router=5, router_metrics=6)
 LOOPBACK = ("127.0.0.1", "127.0.0.2", "127.8.9.1", "::1", "localhost")

@@ -1,6 +1,6 @@
 import pytest
 
-from launch.system_check import LIBRARIES, Library, explain, missing_libraries
+from dualpath_sgl.launch.setup.system_check import LIBRARIES, Library, explain, missing_libraries
 
 ABSENT = Library("libdualpath-absent.so.9", "libabsent9", "this test needs it")
 

@@ -2,7 +2,7 @@ import hashlib
 import json
 from pathlib import Path
 
-from launch.tiny_model import TinyModel, build
+from dualpath_sgl.launch.setup.tiny_model import TinyModel, build
 
 SMALL = TinyModel(layers=1, hidden=16, heads=2, kv_heads=1, head_dim=8, context_length=256)
 

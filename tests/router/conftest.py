@@ -11,7 +11,7 @@ import pytest
 sys.path.insert(0, str(Path(__file__).parent))
 sys.path.insert(0, str(Path(__file__).parents[1] / "scheduler"))
 
-from router_world import World  # noqa: E402
+from router_world import World
 
 
 @pytest.fixture(scope="session")

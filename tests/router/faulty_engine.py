@@ -17,8 +17,8 @@ from typing import NamedTuple
 
 from aiohttp import web
 
-from launch.ports import FreePorts
-from scheduler_svc.protocol import Engine, Role
+from dualpath_sgl.launch.processes.ports import FreePorts
+from scheduler_svc.wire.protocol import Engine, Role
 
 WAIT_S = 30.0
 Behaviour = Callable[["FaultyEngine", web.Request, dict], Awaitable[web.StreamResponse]]
@@ -119,7 +119,9 @@ async def stream_without_end(engine: FaultyEngine, request: web.Request, body: d
         await asyncio.sleep(0.005)
 
 
-async def fail_inside_the_stream(engine: FaultyEngine, request: web.Request, body: dict) -> web.StreamResponse:
+async def fail_inside_the_stream(
+    engine: FaultyEngine, request: web.Request, body: dict
+) -> web.StreamResponse:
     """As SGLang says it: status 200, then an error event."""
     stream = await engine.begin_stream(request)
     await stream.write(event({"error": {"message": "out of host memory", "code": 500}}))
@@ -141,9 +143,7 @@ def event(content: dict) -> bytes:
 class FaultyEngine:
     """Runs on an event loop of another thread; every public method may be called from the test."""
 
-    def __init__(
-        self, name: str, loop: asyncio.AbstractEventLoop, rooms: defaultdict[int, Room]
-    ) -> None:
+    def __init__(self, name: str, loop: asyncio.AbstractEventLoop, rooms: defaultdict[int, Room]) -> None:
         """`rooms` are shared by all engines."""
         self.name = name
         self.rooms = rooms

@@ -23,10 +23,10 @@ from faulty_engine import WAIT_S, Behaviour, FaultyEngine, Room
 from opentelemetry.proto.trace.v1.trace_pb2 import Span
 from otlp_collector import attributes, collector
 
-from launch.ports import FreePorts
-from launch.process import ManagedProcess
-from scheduler_svc.client import SchedulerClient
-from scheduler_svc.protocol import Heartbeat, Load, Role
+from dualpath_sgl.launch.processes.ports import FreePorts
+from dualpath_sgl.launch.processes.process import ManagedProcess
+from scheduler_svc.wire.client import SchedulerClient
+from scheduler_svc.wire.protocol import Heartbeat, Load, Role
 
 HEARTBEAT_S = 0.5
 START_TIMEOUT_S = 180.0

@@ -10,9 +10,9 @@ from typing import NamedTuple
 import pytest
 from router_world import World
 
-from dualpath_sgl.router.admission import Admission, EngineUrl, UrlPrefix
-from dualpath_sgl.router.engines import MAX_REFUSED, EngineDirectory
-from scheduler_svc.protocol import Engine, Role
+from dualpath_sgl.router.fleet.engines import MAX_REFUSED, EngineDirectory
+from dualpath_sgl.router.settings.admission import Admission, EngineUrl, UrlPrefix
+from scheduler_svc.wire.protocol import Engine, Role
 
 HEALTH_CHECK_S = 1.0
 """Of the placing router."""

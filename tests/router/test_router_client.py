@@ -15,13 +15,13 @@ from pathlib import Path
 import pytest
 from scheduler_vocabulary import heartbeat
 
+from dualpath_sgl.launch.processes.ports import FreePorts
+from dualpath_sgl.launch.processes.process import ManagedProcess
 from dualpath_sgl.router import placement
 from dualpath_sgl.router.placement import PlacementClient, SchedulerAway
-from launch.ports import FreePorts
-from launch.process import ManagedProcess
-from scheduler_svc.client import SchedulerClient
-from scheduler_svc.keys import generate
-from scheduler_svc.protocol import Place
+from scheduler_svc.wire.client import SchedulerClient
+from scheduler_svc.wire.keys import generate
+from scheduler_svc.wire.protocol import Place
 
 WAIT_S = 30.0
 

@@ -17,7 +17,7 @@ from faulty_engine import (
 from otlp_collector import attributes
 from router_world import Router, World
 
-from scheduler_svc.protocol import Role
+from scheduler_svc.wire.protocol import Role
 
 
 @pytest.fixture

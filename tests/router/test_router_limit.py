@@ -7,9 +7,9 @@ from contextlib import AsyncExitStack
 
 import pytest
 
-from dualpath_sgl.router.errors import TooMany
+from dualpath_sgl.router.fleet.errors import TooMany
 from dualpath_sgl.router.limit import RequestLimit
-from dualpath_sgl.router.settings import LimitSettings
+from dualpath_sgl.router.settings.settings import LimitSettings
 
 FOR_EVER_S = 60.0
 

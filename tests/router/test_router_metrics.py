@@ -21,7 +21,7 @@ from faulty_engine import (
 from prometheus_client.parser import text_string_to_metric_families
 from router_world import STRICT_BODY_BYTES, Router, World
 
-from scheduler_svc.protocol import Role
+from scheduler_svc.wire.protocol import Role
 
 
 @pytest.fixture

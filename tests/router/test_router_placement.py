@@ -8,7 +8,7 @@ import pytest
 from otlp_collector import attributes
 from router_world import Router, World
 
-from scheduler_svc.protocol import Role
+from scheduler_svc.wire.protocol import Role
 
 
 @pytest.fixture

@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from router_world import World
 
-from dualpath_sgl.router.errors import BadRequest
+from dualpath_sgl.router.fleet.errors import BadRequest
 from dualpath_sgl.router.request import ClientRequest
 
 PATHS = ("/generate", "/v1/completions", "/v1/chat/completions")

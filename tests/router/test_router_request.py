@@ -7,10 +7,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dualpath_sgl.router.engines import Engine
-from dualpath_sgl.router.errors import BadRequest
+from dualpath_sgl.router.fleet.engines import Engine
+from dualpath_sgl.router.fleet.errors import BadRequest
 from dualpath_sgl.router.request import ClientRequest, prompt_tokens
-from scheduler_svc.protocol import Role
+from scheduler_svc.wire.protocol import Role
 
 LONG = "word" * 100
 
@@ -73,8 +73,12 @@ def test_engines_get_everything_the_client_said_and_the_bootstrap_of_the_prefill
 
 anything = st.recursive(
     st.none() | st.booleans() | st.integers(-(2**63), 2**63 - 1) | st.floats() | st.text(),
-    lambda inner: st.lists(inner, max_size=4)
-    | st.dictionaries(st.sampled_from(["content", "text", "function", "arguments", "id"]), inner, max_size=3),
+    lambda inner: (
+        st.lists(inner, max_size=4)
+        | st.dictionaries(
+            st.sampled_from(["content", "text", "function", "arguments", "id"]), inner, max_size=3
+        )
+    ),
     max_leaves=10,
 )
 fields = st.sampled_from(["input_ids", "text", "prompt", "messages", "tools", "session_id", "session_params"])

@@ -8,7 +8,7 @@ import pytest
 from sglang_router.launch_router import parse_router_args
 
 from dualpath_sgl.router.app import serve
-from dualpath_sgl.router.settings import RouterSettings
+from dualpath_sgl.router.settings.settings import RouterSettings
 
 GOOD = [
     "--mini-lb", "--pd-disaggregation", "--dualpath-scheduler=tcp://127.0.0.1:5557",

@@ -14,7 +14,7 @@ from faulty_engine import die, die_mid_stream, hang, one_chunk_then_wait, stream
 from otlp_collector import attributes
 from router_world import Router, World
 
-from scheduler_svc.protocol import Role
+from scheduler_svc.wire.protocol import Role
 
 WAIT_S = 30
 

@@ -19,4 +19,3 @@ def test_the_rust_router_still_starts_and_serves(world):
     router = world.rust_router()
     world.wait_until_served(router)  # it looks for its engines after it answers
     assert router.ask().json["text"] == "d0"
-

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import re
 
-from scheduler_svc.engines import EngineTable
-from scheduler_svc.placement import placement_policy
-from scheduler_svc.policies import path_policy
-from scheduler_svc.protocol import (
+from scheduler_svc.ledger.engines import EngineTable
+from scheduler_svc.ledger.rooms import RoomTable
+from scheduler_svc.policies.path_policies import path_policy
+from scheduler_svc.policies.placement_policies import placement_policy
+from scheduler_svc.state import Cluster, Result
+from scheduler_svc.wire.protocol import (
     Done,
     Engine,
     Heartbeat,
@@ -20,8 +22,6 @@ from scheduler_svc.protocol import (
     decode_request,
     encode,
 )
-from scheduler_svc.rooms import RoomTable
-from scheduler_svc.state import Cluster, Result
 
 PAGE_TOKENS = 16
 PAGE_BYTES = 1000

@@ -7,9 +7,9 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
 from scheduler_vocabulary import PAGE_BYTES, cluster, decode_report, done, heartbeat, lane, prefill_report
 
-from scheduler_svc.engines import ENGINE_EXPIRY_S
-from scheduler_svc.protocol import Error, Path
-from scheduler_svc.rooms import CLOSED_LINGER_S, ROOM_TTL_S
+from scheduler_svc.ledger.engines import ENGINE_EXPIRY_S
+from scheduler_svc.ledger.rooms import CLOSED_LINGER_S, ROOM_TTL_S
+from scheduler_svc.wire.protocol import Error, Path
 
 ENGINES = [(name, rank) for name in ("p0", "p1", "d0", "d1") for rank in (0, 1)]
 MAX_ROOMS = 4

@@ -14,9 +14,9 @@ from scheduler_vocabulary import (
     receivers,
 )
 
-from scheduler_svc.engine_names import check_server_id, engine_name, server_id
-from scheduler_svc.protocol import Path, Place, decode_request, encode
 from scheduler_svc.state import NOTHING
+from scheduler_svc.wire.engine_names import check_server_id, engine_name, server_id
+from scheduler_svc.wire.protocol import Path, Place, decode_request, encode
 
 
 def dp_beats(server: str, dp_size: int = 2):
@@ -72,7 +72,9 @@ def test_a_placement_chooses_dp_ranks():
 def test_a_placed_request_that_reaches_other_dp_ranks_is_planned_where_it_is():
     state = two_servers()
     placed = state.handle(Place(request_id="r", prompt_tokens=100_000), 1.0).reply
-    there = [f"{kind}0/dp{1 - engine.dp_rank}" for kind, engine in (("p", placed.prefill), ("d", placed.decode))]
+    there = [
+        f"{kind}0/dp{1 - engine.dp_rank}" for kind, engine in (("p", placed.prefill), ("d", placed.decode))
+    ]
     assert state.handle(decode_report(placed.room, 0, by=there[1]), 1.1) == NOTHING
     plan = plan_of(state.handle(prefill_report(placed.room, 0, 9, by=there[0]), 1.2))
     assert (plan.prefill_id, plan.decode_id, plan.path) == (*there, Path.DECODE)

@@ -23,7 +23,7 @@ from scheduler_vocabulary import (
 )
 from test_scheduler_server import WAIT_S, pair, running
 
-from scheduler_svc.protocol import Error, ErrorCode, Ping, Place, StatusRequest, encode
+from scheduler_svc.wire.protocol import Error, ErrorCode, Ping, Place, StatusRequest, encode
 
 VALID = [
     encode(message)

@@ -28,14 +28,16 @@ from scheduler_vocabulary import (
 )
 from test_scheduler_server import WAIT_S, cluster_without_engines, pair, running, settled
 
-from scheduler_svc import protocol
-from scheduler_svc.client import SchedulerClient, SchedulerError
-from scheduler_svc.engines import ENGINE_EXPIRY_S, STATUS_ENGINES, EngineTable
-from scheduler_svc.log_limit import MOST_LINES, PERIOD_S, LimitedLog
+from scheduler_svc.ledger.engines import ENGINE_EXPIRY_S, STATUS_ENGINES, EngineTable
+from scheduler_svc.ledger.rooms import MAX_RECORDS, RoomTable
 from scheduler_svc.metrics import Metrics
-from scheduler_svc.placement import placement_policy
-from scheduler_svc.policies import path_policy
-from scheduler_svc.protocol import (
+from scheduler_svc.policies.path_policies import path_policy
+from scheduler_svc.policies.placement_policies import placement_policy
+from scheduler_svc.state import MAX_FALLBACK_REASONS, Cluster
+from scheduler_svc.telemetry.log_limit import MOST_LINES, PERIOD_S, LimitedLog
+from scheduler_svc.wire import protocol
+from scheduler_svc.wire.client import SchedulerClient, SchedulerError
+from scheduler_svc.wire.protocol import (
     MAX_COUNT,
     MAX_LANES,
     MAX_MESSAGE_BYTES,
@@ -49,8 +51,6 @@ from scheduler_svc.protocol import (
     decode_reply,
     encode,
 )
-from scheduler_svc.rooms import MAX_RECORDS, RoomTable
-from scheduler_svc.state import MAX_FALLBACK_REASONS, Cluster
 
 WRONG_URLS = (
     "http://[", "http://", "h:1", "file:///etc/passwd", "ftp://h:1", "http://h:0", "http://h:65536",
@@ -404,27 +404,26 @@ def test_a_peer_that_invents_engines_keeps_no_other_one_out():
     state = cluster_without_engines()
     state.engines = EngineTable(max_engines=20, max_ranks=30)
     state.engines.watch(state._placement_policy, state.faults)
-    with running(state) as scheduler:
-        with scheduler.connect() as flooder:
-            for number in range(100):
-                flooder.send(heartbeat(f"p{number + 1}"))
-            refused = 0
-            for _ in range(80):
-                reply = flooder.receive(WAIT_S)
-                refused += reply.code is ErrorCode.CONFLICT and "registered already" in reply.message
-            assert refused == 80
-            prefill, decode = pair(scheduler)
-            for number in range(100):
-                flooder.send(heartbeat(f"p{number + 1}"))
-            prefill.send(heartbeat("p0"))
-            settled(prefill)
-            names = {one.engine.engine_id for one in decode.status(WAIT_S).engines}
-            assert {"p0", "d0"} <= names and len(names) == 20
-            for rank in range(12):  # ranks are bounded too
-                prefill.send(heartbeat("p200", rank=rank, tp_size=16))
-            settled(prefill)
-            assert len(state.engines._by_age) <= 30
-            assert sum(state.engines._held.values()) == len(state.engines._by_age)
+    with running(state) as scheduler, scheduler.connect() as flooder:
+        for number in range(100):
+            flooder.send(heartbeat(f"p{number + 1}"))
+        refused = 0
+        for _ in range(80):
+            reply = flooder.receive(WAIT_S)
+            refused += reply.code is ErrorCode.CONFLICT and "registered already" in reply.message
+        assert refused == 80
+        prefill, decode = pair(scheduler)
+        for number in range(100):
+            flooder.send(heartbeat(f"p{number + 1}"))
+        prefill.send(heartbeat("p0"))
+        settled(prefill)
+        names = {one.engine.engine_id for one in decode.status(WAIT_S).engines}
+        assert {"p0", "d0"} <= names and len(names) == 20
+        for rank in range(12):  # ranks are bounded too
+            prefill.send(heartbeat("p200", rank=rank, tp_size=16))
+        settled(prefill)
+        assert len(state.engines._by_age) <= 30
+        assert sum(state.engines._held.values()) == len(state.engines._by_age)
 
 
 def test_a_fleet_that_is_too_large_is_told_so_and_those_that_are_in_stay():
@@ -436,7 +435,7 @@ def test_a_fleet_that_is_too_large_is_told_so_and_those_that_are_in_stay():
 
 
 def test_metrics_of_engines_that_come_and_go_for_ever_are_bounded(monkeypatch):
-    monkeypatch.setattr("scheduler_svc.tally.MAX_SERIES", 3)
+    monkeypatch.setattr("scheduler_svc.telemetry.tally.MAX_SERIES", 3)
     metrics, state = Metrics(), cluster()
     for number in range(10):
         state.handle(heartbeat(f"p{number}"), 0.0)

@@ -13,12 +13,13 @@ from scheduler_vocabulary import cluster
 from test_scheduler_server import WAIT_S, Running
 from typer.testing import CliRunner
 
-from scheduler_svc.authenticator import PeerAuthenticator
-from scheduler_svc.authorized_keys import AuthorizedKeys
-from scheduler_svc.client import SchedulerClient
-from scheduler_svc.keys import KeyFileError, generate, keys_app, load_public, load_secret
+from scheduler_svc.keys_command import keys_app
 from scheduler_svc.metrics import Metrics
 from scheduler_svc.server import BindRefused, Server, check_bind
+from scheduler_svc.wire.authenticator import PeerAuthenticator
+from scheduler_svc.wire.authorized_keys import AuthorizedKeys
+from scheduler_svc.wire.client import SchedulerClient
+from scheduler_svc.wire.keys import KeyFileError, generate, load_public, load_secret
 
 REFUSED_S = 0.5
 """A refused peer gets silence; an admitted one answers far sooner, and `WAIT_S` is given to it."""

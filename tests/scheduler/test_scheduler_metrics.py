@@ -9,8 +9,8 @@ from prometheus_client.parser import text_string_to_metric_families
 from scheduler_vocabulary import cluster, decode_report, done, heartbeat, lane, prefill_report
 
 from scheduler_svc.metrics import Metrics
-from scheduler_svc.protocol import Load, Place
-from scheduler_svc.tally import CounterTally, HistogramTally
+from scheduler_svc.telemetry.tally import CounterTally, HistogramTally
+from scheduler_svc.wire.protocol import Load, Place
 
 BOUNDS = (0.0, 0.5, 2.0, 3.0)
 

@@ -13,10 +13,16 @@ from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, 
 from msgspec.structs import replace
 from scheduler_vocabulary import PAGE_TOKENS, cluster, heartbeat, prefill_report
 
-from scheduler_svc.lazy_heap import SLACK_ENTRIES, LazyHeap
-from scheduler_svc.placed_work import PLACED_TTL_S, PlacedWork
-from scheduler_svc.placement import MAX_GROUP_ENGINES, PLACEMENT_POLICIES, RandomPlacement, placement_policy
-from scheduler_svc.placement_rules import (
+from scheduler_svc.ledger.placed_work import PLACED_TTL_S, PlacedWork
+from scheduler_svc.ledger.token_rate import TokenRate
+from scheduler_svc.policies.lazy_heap import SLACK_ENTRIES, LazyHeap
+from scheduler_svc.policies.placement_policies import (
+    MAX_GROUP_ENGINES,
+    PLACEMENT_POLICIES,
+    RandomPlacement,
+    placement_policy,
+)
+from scheduler_svc.policies.placement_rules import (
     ALPHA_S,
     BETA_S,
     DecodeRule,
@@ -28,8 +34,7 @@ from scheduler_svc.placement_rules import (
     prefill_class,
     prefill_key,
 )
-from scheduler_svc.protocol import Error, ErrorCode, Load, Place, Role
-from scheduler_svc.token_rate import TokenRate
+from scheduler_svc.wire.protocol import Error, ErrorCode, Load, Place, Role
 
 
 @dataclass

@@ -4,8 +4,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from scheduler_svc.intervals import intersection, pages, union
-from scheduler_svc.policies import (
+from scheduler_svc.ledger.intervals import intersection, pages, union
+from scheduler_svc.policies.path_policies import (
     PATH_POLICIES,
     PathChoice,
     PathRequest,

@@ -15,9 +15,9 @@ import zmq
 from otlp_collector import attributes, collector
 from scheduler_vocabulary import PAGE_BYTES, decode_report, done, heartbeat, lane, prefill_report
 
-from scheduler_svc.client import SchedulerClient
-from scheduler_svc.keys import generate
-from scheduler_svc.protocol import Error, ErrorCode, Plan
+from scheduler_svc.wire.client import SchedulerClient
+from scheduler_svc.wire.keys import generate
+from scheduler_svc.wire.protocol import Error, ErrorCode, Plan
 
 WAIT_S = 60.0
 CALLER = "00-0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331-01"

@@ -25,11 +25,11 @@ from scheduler_vocabulary import (
     snapshot,
 )
 
-from scheduler_svc.client import SchedulerClient, SchedulerError
-from scheduler_svc.engines import ENGINE_EXPIRY_S
+from scheduler_svc.ledger.engines import ENGINE_EXPIRY_S
 from scheduler_svc.metrics import Metrics
-from scheduler_svc.protocol import MAX_MESSAGE_BYTES, Error, ErrorCode, Path, Place, Plan, Status
 from scheduler_svc.server import MAX_FRAME_BYTES, BindRefused, Server, check_bind
+from scheduler_svc.wire.client import SchedulerClient, SchedulerError
+from scheduler_svc.wire.protocol import MAX_MESSAGE_BYTES, Error, ErrorCode, Path, Place, Plan, Status
 
 WAIT_S = 30.0
 """How long a test waits for what must come; nothing passes or fails by how soon it does."""
@@ -288,9 +288,8 @@ def test_local_addresses_are_accepted(address):
 
 
 def test_a_second_scheduler_on_one_address_is_refused():
-    with running() as scheduler:
-        with pytest.raises(BindRefused, match="another scheduler"):
-            Server(scheduler.address, cluster(), Metrics())
+    with running() as scheduler, pytest.raises(BindRefused, match="another scheduler"):
+        Server(scheduler.address, cluster(), Metrics())
 
 
 def test_metrics_are_served_over_http():

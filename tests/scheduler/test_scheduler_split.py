@@ -9,8 +9,8 @@ from hypothesis import assume, given
 from hypothesis import strategies as st
 from scheduler_vocabulary import cluster, decode_report, heartbeat, plan_of, prefill_report
 
-from scheduler_svc.lane_model import MAX_RATE_RATIO, LaneModel
-from scheduler_svc.policies import (
+from scheduler_svc.policies.lane_model import MAX_RATE_RATIO, LaneModel
+from scheduler_svc.policies.path_policies import (
     FORWARD_COST_BYTES,
     FORWARD_COST_S,
     PathRequest,
@@ -18,7 +18,7 @@ from scheduler_svc.policies import (
     choose_path,
     path_policy,
 )
-from scheduler_svc.protocol import Path
+from scheduler_svc.wire.protocol import Path
 
 MIB = 1024 * 1024
 GB_PER_S = 1e9
@@ -165,7 +165,9 @@ def test_the_reason_names_path_ends_queues_and_rates():
         "queues 104857600 and 7 B, rates 1e+09 and 1e+09 B/s"
     )
     unknown = choose_path(path_policy("split"), request(rates=(0, 0)))
-    assert str(unknown.reason).startswith("split: expected ends (MB) prefill 1048.6, split 528.5, decode 1052.8;")
+    assert str(unknown.reason).startswith(
+        "split: expected ends (MB) prefill 1048.6, split 528.5, decode 1052.8;"
+    )
 
 
 def test_two_requests_at_once_are_both_split_and_their_plans_see_each_other():

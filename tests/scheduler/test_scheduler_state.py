@@ -18,12 +18,12 @@ from scheduler_vocabulary import (
     snapshot,
 )
 
-from scheduler_svc.engines import ENGINE_EXPIRY_S
 from scheduler_svc.events import LaneInputs, PlanDecided, ReadEnded
+from scheduler_svc.ledger.engines import ENGINE_EXPIRY_S
+from scheduler_svc.ledger.rooms import CLOSED_LINGER_S, ROOM_TTL_S
 from scheduler_svc.planning import PLAN_DEADLINE_S
-from scheduler_svc.protocol import Error, ErrorCode, Load, Path, Place, Placement, Role, StatusRequest
-from scheduler_svc.rooms import CLOSED_LINGER_S, ROOM_TTL_S
 from scheduler_svc.state import MAX_FALLBACK_REASONS, Result
+from scheduler_svc.wire.protocol import Error, ErrorCode, Load, Path, Place, Placement, Role, StatusRequest
 
 
 def refused(state, message, now_s=0.0) -> Error:

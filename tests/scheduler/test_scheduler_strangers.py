@@ -14,11 +14,11 @@ import zmq
 from scheduler_vocabulary import cluster, decode_report, done, heartbeat, prefill_report
 from test_scheduler_server import WAIT_S, Running
 
-from scheduler_svc.authenticator import PeerAuthenticator
-from scheduler_svc.authorized_keys import AuthorizedKeys, refusal
-from scheduler_svc.client import SchedulerClient, SchedulerError
-from scheduler_svc.keys import HANDSHAKE_MS, KeyFileError, generate, load_public, secure_client
-from scheduler_svc.protocol import Error, ErrorCode, Ping, Place, StatusRequest, encode
+from scheduler_svc.wire.authenticator import PeerAuthenticator
+from scheduler_svc.wire.authorized_keys import AuthorizedKeys, refusal
+from scheduler_svc.wire.client import SchedulerClient, SchedulerError
+from scheduler_svc.wire.keys import HANDSHAKE_MS, KeyFileError, generate, load_public, secure_client
+from scheduler_svc.wire.protocol import Error, ErrorCode, Ping, Place, StatusRequest, encode
 
 PLACE = Place(request_id="r", prompt_tokens=100)
 

@@ -8,9 +8,10 @@ from opentelemetry import trace
 from otlp_collector import attributes, collector
 from scheduler_vocabulary import cluster, decode_report, heartbeat, prefill_report
 
+from scheduler_svc.decision_spans import DecisionSpans
 from scheduler_svc.events import ReadEnded
-from scheduler_svc.protocol import Place, Role
-from scheduler_svc.tracing import DecisionSpans, context_from, init_tracing, shutdown, traceparent_of
+from scheduler_svc.telemetry.tracing import context_from, init_tracing, shutdown, traceparent_of
+from scheduler_svc.wire.protocol import Place, Role
 
 CALLER = "00-0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331-01"
 
@@ -125,7 +126,7 @@ def test_an_invalid_span_has_no_traceparent():
 def test_the_global_provider_is_left_to_sglang():
     code = (
         "from opentelemetry import trace\n"
-        "from scheduler_svc.tracing import init_tracing\n"
+        "from scheduler_svc.telemetry.tracing import init_tracing\n"
         "before = trace.get_tracer_provider()\n"
         "init_tracing('x', None)\n"
         "assert trace.get_tracer_provider() is before\n"

@@ -8,8 +8,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from scheduler_vocabulary import cluster, prefill_report
 
-from scheduler_svc import protocol
-from scheduler_svc.protocol import MAX_MESSAGE_BYTES, Role, decode_reply, decode_request, encode
+from scheduler_svc.wire import protocol
+from scheduler_svc.wire.protocol import MAX_MESSAGE_BYTES, Role, decode_reply, decode_request, encode
 
 names = st.text(st.characters(exclude_categories=("C", "Zl", "Zp")), min_size=1, max_size=20)
 counts = st.integers(0, 2**53)

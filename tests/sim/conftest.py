@@ -4,10 +4,10 @@ from pathlib import Path
 
 import pytest
 
-import evals
+from dualpath_sgl.evals import agents
 
 
 @pytest.fixture
 def data_trace() -> Path:
     """The sessions that come with the project."""
-    return Path(evals.__file__).parent / "data" / "claude-code-weka"
+    return Path(agents.__file__).parent / "data" / "claude-code-weka"

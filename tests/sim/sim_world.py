@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from evals.sim.cluster import Outcome, Simulation
-from evals.sim.hardware import Hardware
-from evals.sim.models import Dense
-from evals.sim.setup import MODES, Mode, Setup
-from evals.sim.workload import PAGE_TOKENS, Lengths, Trajectory, Workload, workload
+from dualpath_sgl.evals.sim.model.cluster import Outcome, Simulation
+from dualpath_sgl.evals.sim.model.hardware import Hardware
+from dualpath_sgl.evals.sim.model.models import Dense
+from dualpath_sgl.evals.sim.model.setup import MODES, Mode, Setup
+from dualpath_sgl.evals.sim.model.workload import PAGE_TOKENS, Lengths, Trajectory, Workload, workload
 
 MODEL = Dense("small", layers=4, hidden=256, inner=512, heads=4, kv_heads=4, head=64, value_bytes=2)
 """4 KiB of KV a token."""

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import pytest
-
-from evals.sim.hardware import Hardware
-from evals.sim.models import DS_27B
-from evals.sim.setup import MODES, Mode, Setup
-from evals.sim.workload import Lengths, table2_trajectories, workload
-from scheduler_svc import policies
-from scheduler_svc.policies import PathChoice
 from sim_world import FAST_COMPUTE, MODEL, load, setup, simulate, trajectory
+
+from dualpath_sgl.evals.sim.model.hardware import Hardware
+from dualpath_sgl.evals.sim.model.models import DS_27B
+from dualpath_sgl.evals.sim.model.setup import MODES, Mode, Setup
+from dualpath_sgl.evals.sim.model.workload import Lengths, table2_trajectories, workload
+from scheduler_svc.policies import path_policies
+from scheduler_svc.policies.path_policies import PathChoice
 
 READING_MODES = [name for name, mode in MODES.items() if not mode.oracle]
 
@@ -104,9 +104,7 @@ def test_a_prompt_above_the_quota_is_computed_in_chunks():
 
 def test_with_storage_as_the_bottleneck_two_links_are_twice_as_fast_as_one():
     agents = load([trajectory(6)], 40)
-    basic, split, shorter = (
-        simulate(setup(mode), agents)[1] for mode in ("basic", "split", "dualpath")
-    )
+    basic, split, shorter = (simulate(setup(mode), agents)[1] for mode in ("basic", "split", "dualpath"))
     assert basic.prefill_storage_busy > 0.95
     assert 1.9 < basic.jct_s / split.jct_s <= 2.0
     assert 1.9 < basic.jct_s / shorter.jct_s <= 2.0
@@ -139,7 +137,7 @@ def test_the_path_is_chosen_by_the_schedulers_own_policy_objects(scheduler, monk
             Third.asked += 1
             return PathChoice(request.hit_pages // 3, "a third on the decode side")
 
-    monkeypatch.setitem(policies.PATH_POLICIES, "third", Third)
+    monkeypatch.setitem(path_policies.PATH_POLICIES, "third", Third)
     agents = load([trajectory(4, context_pages=90)], 5)
     simulation, outcome = simulate(setup(Mode("paper", "third"), scheduler=scheduler), agents)
     assert Third.asked == agents.turns

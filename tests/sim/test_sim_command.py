@@ -7,11 +7,11 @@ import json
 import pytest
 from typer.testing import CliRunner
 
-from evals.sim import figures, paper
-from evals.sim.bench import Bench
-from evals.sim.command import sim_app
-from evals.sim.figures import Figure
-from evals.sim.sensitivity import variations
+from dualpath_sgl.evals.sim.studies import figures, paper
+from dualpath_sgl.evals.sim.studies.bench import Bench
+from dualpath_sgl.evals.sim.studies.command import sim_app
+from dualpath_sgl.evals.sim.studies.figures import Figure
+from dualpath_sgl.evals.sim.studies.sensitivity import variations
 
 TINY = paper.Size((12,), 16, 12, ("32k",), 12, 2, 12, None, None)
 
@@ -69,7 +69,9 @@ class Silent:
 
 
 def test_every_figure_of_the_paper_gets_a_row_in_the_summary(tmp_path, monkeypatch):
-    monkeypatch.setattr("evals.sim.workload.TRAJECTORIES", 12)  # more would only take longer to draw
+    monkeypatch.setattr(
+        "dualpath_sgl.evals.sim.model.workload.TRAJECTORIES", 12
+    )  # more would only take longer to draw
     bench, notes = Bench(Silent()), []
 
     def note(name, value):
@@ -96,7 +98,7 @@ def test_every_figure_of_the_paper_gets_a_row_in_the_summary(tmp_path, monkeypat
 
 
 def test_every_assumption_can_be_turned(monkeypatch):
-    monkeypatch.setattr("evals.sim.workload.TRAJECTORIES", 3)
+    monkeypatch.setattr("dualpath_sgl.evals.sim.model.workload.TRAJECTORIES", 3)
     found = variations(Bench(Silent()), agents=3)
     assert len({one.name for one in found}) == len(found) == 11
     as_calibrated, slower_gpu = found[0], found[1]

@@ -4,18 +4,18 @@ from __future__ import annotations
 
 import pytest
 
-from evals.errors import EvalError
-from evals.sim.decode import DecodeCosts, DecodeGroup
-from evals.sim.engines import Request, SimEngine
-from evals.sim.hardware import Hardware
-from evals.sim.loop import EventLoop
-from evals.sim.models import DS_27B, DS_660B, QWEN_32B
-from evals.sim.online import capacity, serve
-from evals.sim.prefill import PrefillCosts, PrefillGroup
-from evals.sim.setup import MODES, Setup
-from evals.sim.storage import StorageLink
-from evals.sim.workload import Turn, table2_trajectories, trace_trajectories, workload
-from scheduler_svc.protocol import Engine, Role
+from dualpath_sgl.evals.common.errors import EvalError
+from dualpath_sgl.evals.sim.model.decode import DecodeCosts, DecodeGroup
+from dualpath_sgl.evals.sim.model.engines import Request, SimEngine
+from dualpath_sgl.evals.sim.model.hardware import Hardware
+from dualpath_sgl.evals.sim.model.loop import EventLoop
+from dualpath_sgl.evals.sim.model.models import DS_27B, DS_660B, QWEN_32B
+from dualpath_sgl.evals.sim.model.prefill import PrefillCosts, PrefillGroup
+from dualpath_sgl.evals.sim.model.setup import MODES, Setup
+from dualpath_sgl.evals.sim.model.storage import StorageLink
+from dualpath_sgl.evals.sim.model.workload import Turn, table2_trajectories, trace_trajectories, workload
+from dualpath_sgl.evals.sim.studies.online import capacity, serve
+from scheduler_svc.wire.protocol import Engine, Role
 
 PFLOP = 1e15
 

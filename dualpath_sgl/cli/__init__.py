@@ -1,0 +1,4 @@
+"""The `dualpath` command: patch packages, run a cluster, look at it, evaluate it.
+
+__main__.py   puts together what launch/cli.py, scheduler_svc/keys_command.py and evals/cli.py offer
+"""

@@ -1,0 +1,61 @@
+"""`dualpath`, also `python -m dualpath_sgl.cli`."""
+
+from __future__ import annotations
+
+import importlib
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from dualpath_sgl import cli
+from dualpath_sgl.launch.cli import app
+from scheduler_svc.keys_command import keys_app
+
+LAZY_COMMANDS = {
+    "eval": ("dualpath_sgl.evals.cli", "eval_app", "Replay agent traces and compare modes."),
+    "sim": ("dualpath_sgl.evals.sim.studies.command", "sim_app", "Simulate clusters that are not at hand."),
+    "trace": ("dualpath_sgl.evals.cli", "trace_app", "Look at recorded request traces."),
+}
+"""The evaluations import much that the other commands do not need."""
+
+app.info.help = (cli.__doc__ or "").splitlines()[0]
+app.add_typer(keys_app, name="keys")
+
+
+@app.command()
+def demo() -> None:
+    """Replay a real agent trace through a small cluster on this machine and write a report."""
+    sys.exit(importlib.import_module("dualpath_sgl.evals.compare.demo").main())
+
+
+@app.command("bench-load")
+def bench_load(
+    quick: Annotated[
+        bool, typer.Option("--quick", help="Only 1P1D, basic and split: for development.")
+    ] = False,
+    repetitions: Annotated[int, typer.Option(min=1, help="Measurements of each burst.")] = 3,
+    config: Annotated[
+        Path | None, typer.Option("--config", "-c", help="Cluster description; default: bench-load.yaml.")
+    ] = None,
+    out: Annotated[
+        Path | None, typer.Option(help="Result folder; default: results/bench-load, which is replaced.")
+    ] = None,
+) -> None:
+    """Measure the load paths on shaped links against upstream (root; about 20 minutes)."""
+    module = importlib.import_module("dualpath_sgl.evals.load.command")
+    sys.exit(module.main(quick=quick, repetitions=repetitions, config=config, out=out))
+
+
+def main() -> None:
+    for name, (module, attribute, help_text) in LAZY_COMMANDS.items():
+        if name in sys.argv[1:2]:
+            app.add_typer(getattr(importlib.import_module(module), attribute), name=name, help=help_text)
+        else:
+            app.add_typer(typer.Typer(), name=name, help=help_text)
+    app()
+
+
+if __name__ == "__main__":
+    main()

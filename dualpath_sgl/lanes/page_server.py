@@ -1,0 +1,401 @@
+"""The DE rank's page server: tells PEs where pinned pages lie, and knows until when.
+
+A room is *open* from the DE's plan until its pages were released, its lease ended, or the DE
+needs the memory back.  Closing comes first, unpinning after it: whoever asks after the close is
+told that what it read does not count (see peer_protocol).
+
+It runs inside an engine: what a message costs in time and memory is bounded, whoever sends it.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from collections import OrderedDict
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+
+import zmq
+
+from dualpath_sgl.lanes import peer_protocol
+from dualpath_sgl.lanes.peer_keys import PeerKeys
+from dualpath_sgl.lanes.peer_protocol import Ended, Pages, Pull, Reading, Released, Waiting
+from dualpath_sgl.threads import faults
+from dualpath_sgl.threads.mailbox import Mailbox
+from scheduler_svc.telemetry.log_limit import LimitedLog
+from scheduler_svc.wire.addresses import in_url, is_ipv6
+from scheduler_svc.wire.connections import Connections, fd_of
+from scheduler_svc.wire.liveness import notice_dead_peers
+from scheduler_svc.wire.protocol import Wire, encode
+
+logger = logging.getLogger(__name__)
+
+POLL_MS = 100
+"""How often leases and silent pulls are looked for."""
+WAITING_S = 0.5
+"""How often a PE with an open room and no news is told to wait on."""
+CLOSED_REMEMBERED = 4096
+"""Rooms.  A PE that asks for one of them is told so at once and need not wait for a plan to arrive."""
+EARLY_PULLS = 1024
+"""Pulls for rooms that are not open (yet); the oldest goes when there are more."""
+MOST_UNFINISHED_BYTES = 2 * peer_protocol.MAX_MESSAGE_BYTES
+"""Beyond this without an end of the message a connection is cut."""
+MESSAGES_AT_A_TIME = 256
+"""Then pages are sent and leases looked after, however many messages wait."""
+LEASES_WHILE_READING = 10
+"""A PE that reads on keeps its room so many leases long after the DE last vouched for it, and no longer."""
+ANOTHER_ENGINE = "pulled by another engine"
+
+
+@dataclass
+class _Room:
+    first_page: int
+    prompt_hash: str | None
+    lease_until_s: float
+    subscribe_until_s: float
+    vouched_s: float
+    """When the DE last said that it needs the room."""
+    pages: list[tuple[int, ...]] = field(default_factory=list)
+    """Addresses of the blocks of page `first_page + i`."""
+    sizes: tuple[int, ...] = ()
+    subscribed: bool = False
+    """A PE has asked for it."""
+    ended: bool = False
+    reason: str | None = None
+    on_close: list[Callable[[], None]] = field(default_factory=list)
+    strangers: set[bytes] = field(default_factory=set)
+    """Lanes that asked for this room and meant another prompt: nothing of it is theirs to release."""
+    served: bytes | None = None
+    """The lane that was told where its pages lie, in this life of the room: numbers may come again."""
+
+    @property
+    def end_page(self) -> int:
+        return self.first_page + len(self.pages)
+
+
+@dataclass
+class _Puller:
+    identity: bytes
+    pull: Pull
+    since_s: float
+    next_page: int
+    news_s: float
+    state: _Room | None = None
+    """What it is served from, once the room is open."""
+
+
+class PageServer(threading.Thread):
+    def __init__(
+        self,
+        host: str,
+        session: str,
+        fingerprint: str,
+        lease_s: float,
+        subscribe_timeout_s: float,
+        keys: PeerKeys | None = None,
+    ) -> None:
+        """With `keys` it speaks CURVE, and only with the holders of those."""
+        super().__init__(name="dualpath-page-server", daemon=True)
+        self._session = session
+        self.fingerprint = fingerprint
+        """May be set at any time; only pulls that name it are served from then on."""
+        self._lease_s = lease_s
+        self._subscribe_timeout_s = subscribe_timeout_s
+        self._rooms: dict[int, _Room] = {}
+        self._closed: OrderedDict[int, None] = OrderedDict()
+        self._lock = threading.Lock()
+        """Of the two above; held for as long as one room's next message takes to make."""
+        self._pullers: OrderedDict[int, _Puller] = OrderedDict()
+        """By room; the server's own thread."""
+        self._wake: Mailbox[int] = Mailbox()
+        """Rooms of which there is news."""
+        self._noise = LimitedLog(logger)
+        self._keys = keys
+        self._socket = keys.server_socket() if keys else zmq.Context.instance().socket(zmq.ROUTER)
+        self._socket.setsockopt(zmq.LINGER, 0)
+        self._socket.setsockopt(zmq.MAXMSGSIZE, peer_protocol.MAX_MESSAGE_BYTES)
+        notice_dead_peers(self._socket)
+        self._connections = Connections(self._socket, MOST_UNFINISHED_BYTES)
+        # A lane keeps its name when its connection breaks, and is itself again on the next one.
+        self._socket.setsockopt(zmq.ROUTER_HANDOVER, 1)
+        self._socket.setsockopt(zmq.IPV6, int(is_ipv6(host)))
+        address = f"tcp://{in_url(host)}"
+        self.endpoint = f"{address}:{self._socket.bind_to_random_port(address)}"
+
+    # -- called by the DE's scheduler thread and lanes --------------------------------------
+
+    def open(self, room: int, first_page: int, prompt_hash: str | None = None) -> None:
+        """Begin to offer pages from `first_page` on, to whoever means the prompt of that hash."""
+        self.close(room)
+        now_s = time.monotonic()
+        with self._lock:
+            self._closed.pop(room, None)
+            self._rooms[room] = _Room(
+                first_page,
+                prompt_hash,
+                lease_until_s=now_s + self._lease_s,
+                subscribe_until_s=now_s + self._subscribe_timeout_s,
+                vouched_s=now_s,
+            )
+        self._wake.put(room)
+
+    def renew(self, room: int) -> None:
+        """The DE still reads for this room, however long its storage queue is."""
+        with self._lock:
+            state = self._rooms.get(room)
+            if state is not None:
+                self._vouch(state)
+
+    def publish(
+        self,
+        room: int,
+        pages: Sequence[tuple[int, ...]],
+        sizes: tuple[int, ...],
+        unpin: Callable[[], None] | None = None,
+    ) -> None:
+        """The next pages are whole and pinned; `unpin` is called once the room is closed.
+
+        Of a room that is closed already `unpin` is called at once.
+        """
+        with self._lock:
+            state = self._rooms.get(room)
+            if state is not None:
+                state.pages.extend(pages)
+                state.sizes = sizes
+                self._vouch(state)
+                if unpin is not None:
+                    state.on_close.append(unpin)
+        if state is None and unpin is not None:
+            unpin()
+        self._wake.put(room)
+
+    def end(self, room: int, reason: str | None = None) -> None:
+        """No further page will be published; `reason` says why when some are missing."""
+        with self._lock:
+            state = self._rooms.get(room)
+            if state is not None:
+                state.ended, state.reason = True, reason
+        self._wake.put(room)
+
+    def when_closed(self, room: int, callback: Callable[[], None]) -> None:
+        """Call `callback` (on any thread) once nobody may count on the room's pages any more."""
+        with self._lock:
+            state = self._rooms.get(room)
+            if state is not None:
+                state.on_close.append(callback)
+                return
+        callback()
+
+    def close(self, room: int) -> None:
+        """Take the pages back now: what is read from here on does not count."""
+        with self._lock:
+            state = self._rooms.pop(room, None)
+            if state is None:
+                return
+            self._closed[room] = None
+            if len(self._closed) > CLOSED_REMEMBERED:
+                self._closed.popitem(last=False)
+        for callback in state.on_close:
+            try:
+                callback()
+            except Exception:
+                faults.record("a page of room %d may stay pinned", room)
+
+    def close_all(self) -> None:
+        for room in list(self._rooms):
+            self.close(room)
+
+    def is_open(self, room: int) -> bool:
+        return room in self._rooms
+
+    @property
+    def open_rooms(self) -> int:
+        return len(self._rooms)
+
+    def _vouch(self, state: _Room) -> None:
+        state.vouched_s = time.monotonic()
+        state.lease_until_s = max(state.lease_until_s, state.vouched_s + self._lease_s)
+
+    # -- the server's own thread -------------------------------------------------------------
+
+    def run(self) -> None:
+        poller = zmq.Poller()
+        poller.register(self._socket, zmq.POLLIN)
+        poller.register(self._wake.fd, zmq.POLLIN)
+        poller.register(self._connections.monitor, zmq.POLLIN)
+        look_s = 0.0
+        while True:
+            try:
+                poller.poll(POLL_MS)
+                news = set(self._wake.drain())
+                news.update(self._receive_some())
+                self._connections.tick()
+                self._noise.tick()
+                self._expire()
+                if time.monotonic() >= look_s:
+                    news.update(self._pullers)
+                    look_s = time.monotonic() + POLL_MS / 1000
+                for room in news:
+                    self._push(room)
+            except zmq.ContextTerminated:
+                return
+            except Exception:
+                faults.record("the page server goes on after a step that failed")
+                time.sleep(POLL_MS / 1000)
+
+    def _receive_some(self) -> set[int]:
+        """Handle what waits, up to a limit; rooms that somebody asks for."""
+        asked = set()
+        for _ in range(MESSAGES_AT_A_TIME):
+            if not self._socket.poll(0):
+                break
+            sender, *frames = self._socket.recv_multipart(copy=False)
+            self._connections.heard(fd_of(sender))
+            if self._keys is not None and not self._keys.admits(sender):
+                continue
+            identity = sender.bytes
+            try:
+                message = peer_protocol.decode_to_server(b"".join(frame.bytes for frame in frames))
+            except ValueError as error:
+                self._warn("DualPath page server: ignored a malformed message: %s", error)
+                continue
+            if isinstance(message, Pull):
+                self._pull(identity, message)
+                asked.add(message.room)
+            elif isinstance(message, Reading):
+                self._read_on(identity, message.room)
+            else:
+                self._release(identity, message.room)
+        return asked
+
+    def _pull(self, identity: bytes, pull: Pull) -> None:
+        if refusal := self._refusal(identity, pull):
+            self._send(identity, Ended(room=pull.room, end_page=pull.first_page, reason=refusal))
+            return
+        now_s = time.monotonic()
+        self._pullers[pull.room] = _Puller(identity, pull, now_s, pull.first_page, now_s)
+        if len(self._pullers) > EARLY_PULLS + len(self._rooms):
+            self._drop_oldest_early_pull()
+
+    def _refusal(self, identity: bytes, pull: Pull) -> str | None:
+        if pull.version != peer_protocol.VERSION:
+            return f"peer protocol {pull.version}, this engine speaks {peer_protocol.VERSION}"
+        if pull.fingerprint != self.fingerprint:
+            return "layout differs"
+        other = self._pullers.get(pull.room)
+        if other is not None and other.identity != identity:
+            return ANOTHER_ENGINE
+        return None
+
+    def _drop_oldest_early_pull(self) -> None:
+        early = next((room for room in self._pullers if room not in self._rooms), None)
+        if early is not None:
+            puller = self._pullers.pop(early)
+            self._send(puller.identity, Ended(room=early, end_page=puller.next_page, reason="not offered"))
+
+    def _may_speak(self, identity: bytes, room: int, state: _Room | None) -> bool:
+        """Whether `identity` may end `room`: neither another lane's nor another prompt's."""
+        puller = self._pullers.get(room)
+        if puller is not None and puller.identity != identity:
+            return False
+        return state is None or (state.served in (None, identity) and identity not in state.strangers)
+
+    def _read_on(self, identity: bytes, room: int) -> None:
+        """The PE reads what was offered, and has not come to its end."""
+        with self._lock:
+            state = self._rooms.get(room)
+            if state is not None and state.served == identity:
+                longest_s = state.vouched_s + LEASES_WHILE_READING * self._lease_s
+                wished_s = min(time.monotonic() + self._lease_s, longest_s)
+                state.lease_until_s = max(state.lease_until_s, wished_s)
+
+    def _release(self, identity: bytes, room: int) -> None:
+        with self._lock:
+            state = self._rooms.get(room)
+        # Answered before the close unpins anything.
+        self._send(identity, Released(room=room, valid=state is not None and state.served == identity))
+        if self._may_speak(identity, room, state):
+            self._pullers.pop(room, None)
+            self.close(room)
+
+    def _expire(self) -> None:
+        now_s = time.monotonic()
+        with self._lock:
+            over = [
+                room
+                for room, state in self._rooms.items()
+                if now_s > state.lease_until_s or (not state.subscribed and now_s > state.subscribe_until_s)
+            ]
+        for room in over:
+            self._warn("DualPath: lease of room %d ended before its pages were released", room)
+            self.close(room)
+
+    def _push(self, room: int) -> None:
+        """Tell whoever pulls `room` what is new of it."""
+        puller = self._pullers.get(room)
+        if puller is None:
+            return
+        now_s = time.monotonic()
+        message = self._news(puller, now_s)
+        if message is None:
+            if now_s - puller.news_s > WAITING_S:
+                self._send(puller.identity, Waiting(room=room))
+                puller.news_s = now_s
+            return
+        self._send(puller.identity, message)
+        puller.news_s = now_s
+        if isinstance(message, Ended):
+            del self._pullers[room]
+            return
+        puller.next_page += len(message.pointers) // len(message.sizes)
+        self._wake.put(room)  # there may be more, after the other rooms' turn
+
+    def _news(self, puller: _Puller, now_s: float) -> Pages | Ended | None:
+        room = puller.pull.room
+        with self._lock:
+            state = self._rooms.get(room)
+            puller.state = puller.state or state
+            if state is not None and puller.state is state:
+                return self._news_of(puller, state)
+            closed = room in self._closed or state is not puller.state
+        if closed:
+            return Ended(room=room, end_page=puller.next_page, reason="lease ended")
+        if now_s < puller.since_s + self._subscribe_timeout_s:
+            return None  # the plan may reach the PE first
+        return Ended(room=room, end_page=puller.next_page, reason="not offered")
+
+    def _news_of(self, puller: _Puller, state: _Room) -> Pages | Ended | None:
+        pull, first = puller.pull, puller.next_page
+        if state.served not in (None, puller.identity):
+            return Ended(room=pull.room, end_page=first, reason=ANOTHER_ENGINE)
+        if state.first_page > pull.first_page:
+            return Ended(room=pull.room, end_page=first, reason="not offered")
+        if state.prompt_hash and pull.prompt_hash and state.prompt_hash != pull.prompt_hash:
+            state.strangers.add(puller.identity)
+            return Ended(room=pull.room, end_page=first, reason="another prompt")
+        state.strangers.discard(puller.identity)
+        state.subscribed = True
+        end = min(state.end_page, pull.end_page)
+        if first < end:
+            most = max(1, peer_protocol.MOST_POINTERS // len(state.sizes))
+            begin = first - state.first_page
+            offered = state.pages[begin : begin + min(most, end - first)]
+            state.served = puller.identity
+            return Pages(
+                room=pull.room,
+                session=self._session,
+                first_page=first,
+                pointers=tuple(pointer for page in offered for pointer in page),
+                sizes=state.sizes,
+            )
+        if end == pull.end_page or state.ended:
+            missing = None if end == pull.end_page else state.reason or "fewer pages than planned"
+            return Ended(room=pull.room, end_page=max(end, pull.first_page), reason=missing)
+        return None
+
+    def _warn(self, text: str, *arguments: object) -> None:
+        self._noise.log(logging.WARNING, text, *arguments)
+
+    def _send(self, identity: bytes, message: Wire) -> None:
+        self._socket.send_multipart([identity, encode(message)])

@@ -1,0 +1,108 @@
+"""What a client is told when its request cannot be answered.
+
+    400 bad_request    the body is no JSON object, or asks for what SGLang would not answer (refusals.py)
+    413 too_large      the body is longer than --max-payload-size
+    429 too_many       --max-concurrent-requests are being answered
+    502 engine_failed  an engine that had taken the request failed; the other half was ended
+    503 no_engine      no engine of a role takes requests
+    504 time_limit     the request took longer than --request-timeout-secs
+
+Anything else with status 4xx is an engine's own answer, passed on unchanged.
+"""
+
+from __future__ import annotations
+
+from http import HTTPStatus
+
+import aiohttp
+import orjson
+
+from dualpath_sgl.router.fleet.engines import Engine
+
+RETRY_AFTER_S = 1
+RETRY_LATER = (HTTPStatus.TOO_MANY_REQUESTS, HTTPStatus.SERVICE_UNAVAILABLE)
+
+
+class RouteError(Exception):
+    """Ends a request; the message names the engine, what it did and what to do."""
+
+    def __init__(self, status: HTTPStatus, kind: str, message: str) -> None:
+        super().__init__(message)
+        self.status = status
+        self.kind = kind
+
+    def body(self) -> bytes:
+        """JSON, in the form of SGLang's own errors."""
+        return orjson.dumps({"error": {"message": str(self), "type": self.kind, "code": int(self.status)}})
+
+    def event(self) -> bytes:
+        """The same as the last events of a stream that has begun."""
+        return b"data: " + self.body() + b"\n\ndata: [DONE]\n\n"
+
+
+class BadRequest(RouteError):
+    def __init__(self, message: str) -> None:
+        super().__init__(HTTPStatus.BAD_REQUEST, "bad_request", message)
+
+
+class TooLarge(RouteError):
+    def __init__(self, message: str) -> None:
+        super().__init__(HTTPStatus.REQUEST_ENTITY_TOO_LARGE, "too_large", f"{message} (--max-payload-size)")
+
+
+class TooMany(RouteError):
+    def __init__(self, message: str) -> None:
+        super().__init__(HTTPStatus.TOO_MANY_REQUESTS, "too_many", message)
+
+
+class NoEngine(RouteError):
+    def __init__(self, message: str) -> None:
+        super().__init__(HTTPStatus.SERVICE_UNAVAILABLE, "no_engine", message)
+
+
+class TimeLimit(RouteError):
+    def __init__(self, limit_s: float) -> None:
+        super().__init__(
+            HTTPStatus.GATEWAY_TIMEOUT,
+            "time_limit",
+            f"no complete answer within {limit_s:g} s; both engines were told to stop (--request-timeout-secs)",
+        )
+
+
+class EngineFailed(RouteError):
+    """After it had taken the request: nobody else gets it, because it may be what broke the engine."""
+
+    def __init__(self, engine: Engine, problem: str) -> None:
+        super().__init__(
+            HTTPStatus.BAD_GATEWAY,
+            "engine_failed",
+            f"{engine.role} engine {engine.url} failed: {problem}; the other engine's half was ended, "
+            "send the request again",
+        )
+        self.engine = engine
+
+
+class EngineRefused(Exception):
+    """An engine did not take the request: another one may."""
+
+    def __init__(self, engine: Engine, problem: str) -> None:
+        super().__init__(f"{engine.url} {problem}")
+        self.engine = engine
+        self.problem = problem
+
+
+class EngineAnswered(Exception):
+    """An engine answered that the request itself is wrong: its answer is the answer."""
+
+    def __init__(self, status: int, headers: dict[str, str], content: bytes) -> None:
+        super().__init__(f"HTTP {status}")
+        self.status = status
+        self.headers = headers
+        self.content = content
+
+
+def words_of(error: BaseException) -> str:
+    """A connection's error, never empty and without aiohttp's words about TLS."""
+    if isinstance(error, aiohttp.ClientConnectorError):
+        error = error.os_error
+    return getattr(error, "strerror", None) or str(error) or type(error).__name__

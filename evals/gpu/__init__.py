@@ -1,0 +1,7 @@
+"""The whole system on the GPUs at hand.
+
+smoke.py    the command: every token compared, loads timed
+loads.py    loads, alone and in bursts
+goodput.py  forwards beside Mooncake alone
+report.py   tables
+"""

@@ -1,0 +1,5 @@
+"""What will not work, asked before anything starts.
+
+doctor.py      `dualpath doctor`: machine, cluster file, engine flags
+flag_check.py  one engine's flags, as SGLang resolves them
+"""

@@ -1,0 +1,13 @@
+"""What one YAML file says about a cluster.
+
+cluster.py     the file as a pydantic model: every field, its bounds and its default
+yaml_file.py   reads it, so that a problem can be told with its line
+hosts.py       addresses in it, checked
+security.py    keys, and what may listen beyond this host
+addresses.py   where each part is reached: all on one address, or each on links of its own
+"""
+
+from pathlib import Path
+
+CLUSTERS = Path(__file__).resolve().parents[1] / "clusters"
+"""The cluster files that come with this package."""

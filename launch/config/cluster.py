@@ -1,0 +1,351 @@
+"""A cluster on one machine, as one YAML file describes it.
+
+Every problem of a file is reported at once, each with field path, value and remedy.
+"""
+
+from __future__ import annotations
+
+import difflib
+import json
+import re
+import reprlib
+from enum import StrEnum
+from pathlib import Path
+from typing import Annotated, Literal
+
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    ConfigDict,
+    Field,
+    ValidationError,
+    field_validator,
+    model_validator,
+)
+
+from dualpath_sgl.launch.config import CLUSTERS
+from dualpath_sgl.launch.config.hosts import checked, checked_endpoint, local_address
+from dualpath_sgl.launch.config.security import OPERATOR, ROUTER, Security
+from dualpath_sgl.launch.config.yaml_file import YamlProblem, read
+from dualpath_sgl.launch.setup.tiny_model import TinyModel, build
+from scheduler_svc.policies.path_policies import DEFAULT_PATH_POLICY, PATH_POLICIES
+from scheduler_svc.policies.placement_policies import DEFAULT_PLACEMENT, PLACEMENT_POLICIES
+from scheduler_svc.wire.reach import is_loopback
+
+
+class ConfigError(ValueError):
+    """One line per problem: field, value, remedy."""
+
+
+class Mode(StrEnum):
+    DUALPATH = "dualpath"
+    """PE and DE read the store as the scheduler plans; pages are forwarded from DE to PE."""
+    BASIC = "basic"
+    """Upstream: only the PE has HiCache and reads the store."""
+    BOTH = "both"
+    """Upstream with decode-side L3 prefetch: PE and DE both read the store."""
+
+
+MAX_PROBLEMS = 20
+"""More of one file are counted, not told."""
+MAX_PROBLEM_CHARS = 400
+BIT_UNITS = {"kbit": 10**3, "mbit": 10**6, "gbit": 10**9}
+LOWEST_RATE, HIGHEST_RATE = 10**3, 10**14
+"""Bits a second."""
+
+
+def bits_per_s(rate: str) -> int:
+    """`400mbit` -> 400000000.  Raises ValueError."""
+    found = re.fullmatch(r"([0-9]{1,9}(?:\.[0-9]{1,9})?)(kbit|mbit|gbit)", rate)
+    bits = float(found[1]) * BIT_UNITS[found[2]] if found else 0
+    if not LOWEST_RATE <= bits <= HIGHEST_RATE:
+        raise ValueError(
+            "give a number above 0 and kbit, mbit or gbit, such as 400mbit; from 1kbit to 100000gbit"
+        )
+    return round(bits)
+
+
+def _is_rate(rate: str) -> str:
+    bits_per_s(rate)
+    return rate
+
+
+BitRate = Annotated[str, AfterValidator(_is_rate)]
+
+
+def _reaches_a_process(text: str) -> str:
+    if any(character < " " and character not in "\t\n" for character in text):
+        raise ValueError("holds a control character; remove it")
+    return text
+
+
+def _is_variable(name: str) -> str:
+    if not re.fullmatch(r"[A-Za-z_][A-Za-z0-9_]*", name):
+        raise ValueError("is no name of an environment variable: letters, digits and _, no digit first")
+    return name
+
+
+ProcessText = Annotated[str, AfterValidator(_reaches_a_process)]
+"""An argument of a command line, or the value of an environment variable."""
+Variable = Annotated[str, AfterValidator(_is_variable)]
+
+
+class _Section(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+
+
+class Tiny(_Section, TinyModel):
+    """The seeded tiny model, built on first use."""
+
+    kind: Literal["tiny"] = "tiny"
+
+    def directory(self) -> Path:
+        return build(TinyModel(**self.model_dump(exclude={"kind"})))
+
+
+class ModelDirectory(_Section):
+    """A model on disk, in Hugging Face form."""
+
+    kind: Literal["directory"]
+    path: Path
+
+    @model_validator(mode="after")
+    def _has_config(self) -> ModelDirectory:
+        if not (self.path / "config.json").is_file():
+            raise ValueError(f"path {str(self.path)!r} holds no config.json: name a model directory")
+        return self
+
+    def directory(self) -> Path:
+        return self.path.resolve()
+
+
+class Store(_Section):
+    segment_bytes: int = Field(1 << 30, ge=16 << 20, le=1 << 50)
+    """DRAM that the store node contributes; engines contribute none."""
+    read_rate: BitRate | None = None
+    """Each engine reads no faster than this: for measuring where links cannot be shaped (`network`)."""
+
+
+class Scheduler(_Section):
+    policy: str = DEFAULT_PATH_POLICY
+    """Path policy of `scheduler_svc.policies.path_policies`."""
+    placement: str = DEFAULT_PLACEMENT
+    """Placement policy of `scheduler_svc.policies.placement_policies`; asked by a `placing` router."""
+
+    @field_validator("policy")
+    @classmethod
+    def _is_known(cls, policy: str) -> str:
+        if policy not in PATH_POLICIES:
+            raise ValueError(f"choose one of {', '.join(PATH_POLICIES)}")
+        return policy
+
+    @field_validator("placement")
+    @classmethod
+    def _is_a_placement(cls, placement: str) -> str:
+        if placement not in PLACEMENT_POLICIES:
+            raise ValueError(f"choose one of {', '.join(PLACEMENT_POLICIES)}")
+        return placement
+
+
+class HostPool(_Section):
+    """Size of an engine's host pool (L2): a multiple of its device pool, or gigabytes per rank."""
+
+    ratio: Annotated[float, Field(gt=1, le=1000)] | None = None
+    size_gb: Annotated[int, Field(ge=1, le=1 << 16)] | None = None
+
+    @model_validator(mode="after")
+    def _one_of_both(self) -> HostPool:
+        if (self.ratio is None) == (self.size_gb is None):
+            raise ValueError("exactly one of ratio and size_gb must be given")
+        return self
+
+
+class Group(_Section):
+    """Engines of one role, all alike."""
+
+    count: int = Field(1, ge=1, le=64)
+    tp_size: int = Field(1, ge=1, le=64)
+    max_total_tokens: Annotated[int, Field(ge=256, le=1 << 30)] | None = None
+    """Device pool (L1) in tokens; None lets SGLang take what memory allows."""
+    host_pool: HostPool = HostPool(ratio=2.0)
+    extra_args: tuple[ProcessText, ...] = ()
+    """Appended to SGLang's command line."""
+    env: dict[Variable, ProcessText] = {}
+    """Added to its environment last: what stands here wins over everything that the launcher sets."""
+
+
+class RouterKind(StrEnum):
+    RUST = "rust"
+    """SGLang's own: it chooses the engines, the scheduler only the load path."""
+    PLACING = "placing"
+    """The patched Python router: the scheduler chooses the engines too (mode dualpath)."""
+
+
+class Router(_Section):
+    kind: RouterKind = RouterKind.RUST
+    policy: Literal["random", "round_robin", "cache_aware", "power_of_two"] = "round_robin"
+    """Of the Rust router."""
+
+
+class Tracing(_Section):
+    enabled: bool = True
+    otlp_endpoint: Annotated[str, AfterValidator(checked_endpoint)] | None = None
+    """`host:port` of an OTLP/gRPC receiver (Jaeger: 4317) that gets a copy of every span."""
+
+
+class Network(_Section):
+    """Every engine in a network namespace with two shaped links of its own (needs root and iproute2).
+
+    Rates are tc's: `400mbit`, `1.5gbit`; null leaves a link unshaped.
+    """
+
+    storage_rate: BitRate | None
+    """Of each engine's link to the store."""
+    compute_rate: BitRate | None = None
+    """Of each engine's link to the other engines."""
+    store_rate: BitRate | None = None
+    """Of the store node's own link."""
+
+
+class ClusterConfig(_Section):
+    name: str = Field(pattern=r"^[a-z0-9][a-z0-9-]*$", max_length=64)
+    device: Literal["cpu", "cuda"]
+    host: Annotated[str, AfterValidator(checked)] = "127.0.0.1"
+    """Address (or a name of it) that every part binds to and is reached at."""
+    mode: Mode = Mode.DUALPATH
+    model: Annotated[Tiny | ModelDirectory, Field(discriminator="kind")] = Tiny()
+    page_size: int = Field(16, ge=1, le=1024)
+    """Tokens."""
+    store: Store = Store()
+    scheduler: Scheduler = Scheduler()
+    prefill: Group = Group()
+    decode: Group = Group()
+    router: Router = Router()
+    tracing: Tracing = Tracing()
+    network: Network | None = None
+    """None: everything on `host`."""
+    security: Security | None = None
+    """None: only on loopback, or on a shaped `network`, whose links exist on this machine only."""
+
+    @model_validator(mode="after")
+    def _same_layout_on_both_sides(self) -> ClusterConfig:
+        if self.mode is Mode.DUALPATH and self.prefill.tp_size != self.decode.tp_size:
+            raise ValueError(
+                f"decode.tp_size {self.decode.tp_size} differs from prefill.tp_size {self.prefill.tp_size}: "
+                "pages are forwarded only between equal layouts; make them equal, or use mode basic or both"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _strangers_stay_out(self) -> ClusterConfig:
+        if self.security is None and not is_loopback(self.host):
+            raise ValueError(
+                f"host is {self.host!r}, which other hosts can reach, and nothing says who may: give "
+                "security: {keys: DIRECTORY} (made by `dualpath keys generate`), security: "
+                "{trusted_network: true} if everybody on that network is trusted, or host: 127.0.0.1"
+            )
+        if self.security is not None:
+            self.security.check(self.key_names())
+        return self
+
+    def key_names(self) -> list[str]:
+        """Peers that get a key of their own: engines, a placing router, and who looks after it all."""
+        groups = {"prefill": self.prefill, "decode": self.decode}
+        engines = [f"{role}-{index}" for role, group in groups.items() for index in range(group.count)]
+        routers = [ROUTER] if self.router.kind is RouterKind.PLACING else []
+        return [*engines, *routers, OPERATOR]
+
+
+def load(path: Path) -> ClusterConfig:
+    """Read a cluster description.  Raises ConfigError."""
+    try:
+        content = read(path)
+    except OSError as error:
+        raise ConfigError(f"{path}: {error.strerror}; shipped examples: {_examples()}") from None
+    except YamlProblem as error:
+        raise ConfigError(f"{path}: {error}") from None
+    if not isinstance(content, dict):
+        raise ConfigError(f"{path}: must be a mapping of fields, got {type(content).__name__}")
+    try:
+        return ClusterConfig.model_validate(content)
+    except ValidationError as error:
+        problems = [_explain(problem) for problem in error.errors(include_url=False)]
+        told = [f"{path}: {problem[:MAX_PROBLEM_CHARS]}" for problem in problems[:MAX_PROBLEMS]]
+        if len(problems) > MAX_PROBLEMS:
+            told.append(f"{path}: and {len(problems) - MAX_PROBLEMS} problems more")
+        raise ConfigError("\n".join(told)) from None
+
+
+def at_its_address(config: ClusterConfig) -> ClusterConfig:
+    """With the address of `host`, which this machine must have, in its place.  Raises ConfigError."""
+    try:
+        return config.model_copy(update={"host": local_address(config.host)})
+    except ValueError as error:
+        raise ConfigError(f"host: got {config.host!r}; {error}") from None
+
+
+def kv_bytes_per_token(config: ClusterConfig) -> int:
+    """Bytes of KV cache per token, all layers and ranks, from the model's `config.json`.
+
+    Raises ConfigError when that does not tell.
+    """
+    path = config.model.directory() / "config.json"
+    item_bytes = 4 if config.device == "cpu" else 2
+    try:
+        model = json.loads(path.read_bytes())
+        if "kv_lora_rank" in model:  # MLA keeps one compressed vector.
+            width = model["kv_lora_rank"] + model["qk_rope_head_dim"]
+        else:
+            head_dim = model.get("head_dim") or model["hidden_size"] // model["num_attention_heads"]
+            width = 2 * model.get("num_key_value_heads", model["num_attention_heads"]) * head_dim
+        return model["num_hidden_layers"] * width * item_bytes
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise ConfigError(
+            f"model: {path} does not say how large a token's KV is ({error!r}); evaluations need a model "
+            "with one kind of attention"
+        ) from None
+
+
+def _examples() -> str:
+    return ", ".join(sorted(str(path) for path in CLUSTERS.glob("*.yaml")))
+
+
+def _explain(problem: dict) -> str:
+    # The tag of a tagged union ("tiny", "directory") is in the location, but not in the file.
+    parts = list(problem["loc"])
+    if len(parts) > 1 and parts[0] == "model" and parts[1] in ("tiny", "directory"):
+        del parts[1]
+    field = ".".join(_printable(part) for part in parts) or "file"
+    if problem["type"] == "extra_forbidden":
+        known = _fields(parts[:-1])
+        close = difflib.get_close_matches(str(parts[-1]), known, n=1)
+        hint = f"did you mean {close[0]!r}?" if close else f"known fields: {', '.join(known)}"
+        return f"{field}: unknown field; {hint}"
+    if problem["type"] == "missing":
+        return f"{field}: must be given"
+    message = problem["msg"].removeprefix("Value error, ")
+    if problem["type"] == "string_type":
+        message += ": put it in quotes"
+    if isinstance(problem["input"], dict):
+        return f"{field}: {message}"
+    return f"{field}: got {_shown.repr(problem['input'])}; {message[0].lower()}{message[1:]}"
+
+
+_shown = reprlib.Repr()
+_shown.maxstring = _shown.maxother = 80
+
+
+def _printable(part: object) -> str:
+    """A name out of the file: short, and nothing that a terminal would obey."""
+    text = str(part)
+    return text if text.isprintable() and len(text) <= 80 else _shown.repr(text)
+
+
+def _fields(path: list) -> list[str]:
+    """Names that may stand at `path` of a cluster description."""
+    sections = {"store": Store, "scheduler": Scheduler, "router": Router, "tracing": Tracing, "model": Tiny}
+    sections |= {"prefill": Group, "decode": Group, "network": Network, "security": Security}
+    model: type[BaseModel] = ClusterConfig
+    if path:
+        model = HostPool if path[-1] == "host_pool" else sections[path[0]]
+    return list(model.model_fields)

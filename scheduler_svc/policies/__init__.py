@@ -1,0 +1,8 @@
+"""The choices themselves: pure functions and objects of what engines report.
+
+path_policies.py       which side reads which pages
+lane_model.py          when a request's two storage lanes end
+placement_policies.py  which pair of engines serves a request
+placement_rules.py     the paper's rules for that
+lazy_heap.py           the least loaded of many engines, without looking at all
+"""

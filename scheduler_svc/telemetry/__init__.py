@@ -1,0 +1,7 @@
+"""What can be seen from outside; engines and router use it too.
+
+tracing.py    OpenTelemetry: exporters, trace context
+tally.py      counters and histograms for Prometheus
+faults.py     exceptions: named, counted, and over
+log_limit.py  a log that a flood of messages cannot fill
+"""
