@@ -6,9 +6,10 @@ import gc
 import logging
 import signal
 import time
+from collections.abc import Callable
 from contextlib import ExitStack
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, TypeVar
 
 import typer
 import zmq
@@ -24,6 +25,8 @@ from scheduler_svc.wire.authenticator import PeerAuthenticator
 from scheduler_svc.wire.keys import KeyFileError
 
 logger = logging.getLogger(__name__)
+
+Policy = TypeVar("Policy")
 
 
 def serve(
@@ -71,7 +74,7 @@ def serve(
         else []
     )
     with ExitStack() as running:
-        context = zmq.Context.instance()
+        context: zmq.SyncContext = zmq.Context.instance()
         authorized_keys = None
         try:
             if authorized_keys_dir is not None:
@@ -113,7 +116,7 @@ def serve(
             shutdown()
 
 
-def _named(make, name: str, option: str):
+def _named(make: Callable[[str], Policy], name: str, option: str) -> Policy:
     try:
         return make(name)
     except ValueError as error:

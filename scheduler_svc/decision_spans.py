@@ -78,7 +78,7 @@ class DecisionSpans:
             "prefill.expected_wait_s": event.prefill_wait_s,
             "decode.expected_wait_s": event.decode_wait_s,
         }
-        self._span("place", event.traceparent, attributes | event.inputs)
+        self._span("place", event.traceparent, {**attributes, **event.inputs})
 
     def _outcome(self, event: ReadEnded) -> None:
         attributes = {

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, start_http_server
 
@@ -107,7 +108,7 @@ class Metrics:
         # Zero from the start, so that an alert on its rise sees the first one.
         self._duplicate_store_pages.add(0)
 
-        self._handlers: dict[type[Event], Callable[[Event], None]] = {
+        self._handlers: dict[type[Event], Callable[[Any], None]] = {
             PlaceDecided: self._place,
             PlanDecided: self._plan,
             RankDone: self._done,
@@ -147,7 +148,9 @@ class Metrics:
 
     def _place(self, event: PlaceDecided) -> None:
         inputs = event.inputs
-        self._placements.add(1, inputs.get("prefill.class", "any"), inputs.get("decode.rule", "any"))
+        self._placements.add(
+            1, str(inputs.get("prefill.class", "any")), str(inputs.get("decode.rule", "any"))
+        )
         self._placement_wait_seconds.observe(event.prefill_wait_s, "prefill")
         self._placement_wait_seconds.observe(event.decode_wait_s, "decode")
         if inputs.get("prefill.saved_bytes"):

@@ -46,6 +46,7 @@ def decide(
 ) -> Decision:
     """The plan of `room`.  Changes nothing but the policy's own state."""
     (prefill_engine, prefill_claim), (decode_engine, decode_claim) = prefill, decode
+    assert prefill_claim.hit_pages is not None, "a prefill engine's report gives hit_pages"
     request = PathRequest(
         prefill_local_pages=prefill_claim.local_pages,
         decode_local_pages=decode_claim.local_pages,

@@ -121,7 +121,7 @@ class Server:
         insecure_bind: bool = False,
         curve_server_key_file: Path | None = None,
         authorized_keys: AuthorizedKeys | None = None,
-        context: zmq.Context | None = None,
+        context: zmq.SyncContext | None = None,
         now_s: Callable[[], float] = time.monotonic,
     ) -> None:
         """With a key file the context must have a `PeerAuthenticator` already; given its keys, each message
@@ -132,7 +132,7 @@ class Server:
         check_bind(bind, secured=curve_server_key_file is not None, insecure=insecure_bind)
         self._cluster = cluster
         self._metrics = metrics
-        self._observers = (metrics, *observers)
+        self._observers: tuple[Callable[[Event], None], ...] = (metrics, *observers)
         self._now_s = now_s
         self._authorized_keys = authorized_keys
         self._faults = cluster.faults
@@ -183,7 +183,7 @@ class Server:
             while not self._stopping.is_set():
                 try:
                     if not self._take_burst():
-                        poller.poll(LOOK_S * 1000)
+                        poller.poll(int(LOOK_S * 1000))
                     self._tick()
                 except zmq.ContextTerminated:
                     return
@@ -302,7 +302,7 @@ class Server:
             return
         key = _speaks_for(message)
         is_another = key is not None and self._owners.get(key, identity) != identity
-        if is_another and not self._may_speak(key, message):
+        if key is not None and is_another and not self._may_speak(key, message):
             self._refuse(
                 identity,
                 peer,

@@ -12,7 +12,7 @@ from __future__ import annotations
 import random
 from collections import Counter
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from scheduler_svc.events import (
     Event,
@@ -116,7 +116,7 @@ class Cluster:
         self._next_expiry_s = started_s
         self._expired: list[RankKey] = []
         self._sender = b""
-        self._handlers: dict[type[Request], Callable[[Request, float], Result]] = {
+        self._handlers: dict[type[Request], Callable[[Any, float], Result]] = {
             Heartbeat: self._heartbeat,
             Place: self._place,
             Report: self._report,
@@ -265,8 +265,8 @@ class Cluster:
         if mine is not None:
             self._check_engine(report, mine)
             if mine.claim is not None:
-                self._check_agrees(report, claim, mine)
-        if room is not None and room.plan is not None:
+                self._check_agrees(report, claim, mine.claim, by=mine.reported[0])
+        if room is not None and room.plan is not None and mine is not None:
             self._count_report(room, mine, report, now_s)
             return Result(pushes=((RankKey(report.engine_id, report.rank), room.plan),))
 
@@ -315,16 +315,17 @@ class Cluster:
             )
 
     @staticmethod
-    def _check_agrees(report: Report, claim: Claim, side: Side) -> None:
-        if claim == side.claim:
+    def _check_agrees(report: Report, claim: Claim, first: Claim, *, by: int) -> None:
+        """`first` is what rank `by` of the same engine has said."""
+        if claim == first:
             return
-        for name, said, known in zip(Claim._fields, claim, side.claim, strict=True):
+        for name, said, known in zip(Claim._fields, claim, first, strict=True):
             says_nothing = name == "prompt_hash" and None in (said, known)
             if said != known and not says_nothing:
                 raise Refused(
                     ErrorCode.CONFLICT,
                     f"{name} {said} of rank {report.rank} contradicts {known} reported by rank "
-                    f"{side.reported[0]} of {report.engine_id} for room {report.room}; "
+                    f"{by} of {report.engine_id} for room {report.room}; "
                     "ranks must agree before they report",
                 )
 
@@ -371,7 +372,7 @@ class Cluster:
             reason,
             lanes,
         )
-        events = (event,)
+        events: tuple[Event, ...] = (event,)
         if obstacle and plan.path is not Path.NONE:
             events += self._count_fallback(room, obstacle.name)
         pushes = []
@@ -425,7 +426,9 @@ class Cluster:
         new_duplicates, room.duplicate_pages = duplicates - room.duplicate_pages, duplicates
         self.duplicate_store_pages += new_duplicates
 
-        events = (RankDone(done.engine_id, store_read_bytes, forwarded_bytes, new_duplicates),)
+        events: tuple[Event, ...] = (
+            RankDone(done.engine_id, store_read_bytes, forwarded_bytes, new_duplicates),
+        )
         if done.outcome is Outcome.OK and actual_s is not None and side.expected_end_s is not None:
             events += (
                 ReadEnded(
@@ -434,6 +437,6 @@ class Cluster:
             )
         if done.outcome is Outcome.FALLBACK:
             events += self._count_fallback(room, done.fallback_reason or "unspecified")
-        if room.closed_s is None and room.is_done:
+        if not room.is_closed and room.is_done:
             self.rooms.close(room, now_s)
         return Result(events=events)

@@ -80,6 +80,9 @@ class Shape(NamedTuple):
         return len(self.fingerprints) == self.tp_size
 
 
+NO_SHAPE = Shape(1, ())
+
+
 @dataclass(slots=True, eq=False)
 class EngineState:
     """One engine between its first heartbeat and its expiry.
@@ -117,7 +120,7 @@ class EngineState:
     """As the leader rank's last heartbeat says."""
     reported_free_tokens: int | None = None
     """Least of all ranks' last heartbeats; None until one of them was not zero."""
-    shape: Shape = Shape(1, ())
+    shape: Shape = NO_SHAPE
     versions: tuple[int, int] = (1, 1)
     """Newest and oldest protocol version that all live ranks speak."""
     page_size: int = 0
@@ -222,6 +225,16 @@ class EngineWatcher(Protocol):
         """It may have less to do than before.  That it has more is not announced."""
 
 
+class _Nobody:
+    """The watcher of a table that nobody watches."""
+
+    def joined(self, engine: EngineState) -> None: ...
+
+    def left(self, engine: EngineState) -> None: ...
+
+    def lowered(self, engine: EngineState) -> None: ...
+
+
 class EngineTable:
     """Every live engine.  `expire` must be called before any question that depends on the time."""
 
@@ -245,7 +258,7 @@ class EngineTable:
         """Since `expire` said it last."""
         self._retired: OrderedDict[str, Totals] = OrderedDict()
         """Totals of expired engines, for their return."""
-        self._watcher: EngineWatcher | None = None
+        self._watcher: EngineWatcher = _Nobody()
         self._faults = Faults()
 
     def watch(self, watcher: EngineWatcher, faults: Faults) -> None:
@@ -265,7 +278,7 @@ class EngineTable:
         rank = None if state is None else state.ranks.get(engine.rank)
         if rank is None or rank.engine != engine:
             self._check(engine, others=() if state is None else state.ranks.values())
-        if rank is None:
+        if state is None or rank is None:
             self._make_room(engine.engine_id, sender, is_new_engine=state is None)
             state = self._live.get(engine.engine_id) or self._enter(engine)
             rank = state.ranks[engine.rank] = RankState(engine, load, now_s, versions, sender)
@@ -334,7 +347,7 @@ class EngineTable:
                 f"engine {engine.engine_id}: rank {engine.rank} is not below tp_size {engine.tp_size}"
             )
         for other in others:
-            names = ("role", "tp_size", "page_size")
+            names: tuple[str, ...] = ("role", "tp_size", "page_size")
             if other.engine.rank == engine.rank:  # ranks on other hosts have other addresses
                 names += ("url",)
             for name in names:
@@ -401,7 +414,7 @@ class EngineTable:
 
     def _announce(self, state: EngineState) -> None:
         """To the watcher; a fault in it costs the engine its placements until its next heartbeat."""
-        if state.is_announced or self._watcher is None:
+        if state.is_announced:
             self.lowered(state)
             return
         try:

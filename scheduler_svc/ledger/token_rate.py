@@ -24,7 +24,7 @@ class TokenRate:
         self.per_s = 0.0
         """0 while unknown."""
         self._last_tokens = 0
-        self._last_s: float | None = None
+        self._last_s = 0.0
         self._arrived = 0
         self._busy_s = 0.0
         self._retired = 0

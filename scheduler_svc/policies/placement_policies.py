@@ -213,7 +213,7 @@ class PaperPlacement:
         if group is None:
             raise NoEngine(Role.DECODE)
         chosen = choose_decode(prompt_tokens, group.engines)
-        inputs = {
+        inputs: dict[str, str | int | float] = {
             "prefill.engines": len(self._prefill),
             "prefill.class": PREFILL_CLASS_NAMES[prefill_class(prefill)],
             "decode.engines": len(self._group_of),
@@ -222,7 +222,7 @@ class PaperPlacement:
             "decode.rule": DECODE_RULE_NAMES[chosen.rule],
             "decode.limit_tokens": chosen.limit_tokens,
         }
-        return Choice(prefill, group.engines[chosen.index], inputs)
+        return Choice(prefill, group.engines[chosen.position], inputs)
 
 
 class _Session(NamedTuple):

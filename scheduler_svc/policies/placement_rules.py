@@ -133,8 +133,8 @@ DECODE_RULE_NAMES = {member: member.name.lower() for member in DecodeRule}
 
 
 class DecodeChoice(NamedTuple):
-    index: int
-    """Into the engines offered."""
+    position: int
+    """Among the engines offered."""
     rule: DecodeRule
     limit_tokens: float
     """Z."""
@@ -160,6 +160,7 @@ def choose_decode(prompt_tokens: int, engines: Sequence[EngineLoad]) -> DecodeCh
             key = (_LEAST_TOKENS, tokens, queue, 0, index)
         if best is None or key < best:
             best = key
+    assert best is not None, "the group is empty"
     return DecodeChoice(best[4], best[0], limit)
 
 

@@ -75,7 +75,8 @@ class HistogramTally:
         family = HistogramMetricFamily(self._name, self._text, labels=self._labels)
         for labels, row in self._rows.copy().items():
             *counts, total = row.copy()
-            cumulative, buckets = 0, []
+            cumulative = 0.0
+            buckets: list[tuple[str, float]] = []
             for bound, count in zip((*self._bounds, "+Inf"), counts, strict=True):
                 cumulative += count
                 buckets.append((str(bound), cumulative))

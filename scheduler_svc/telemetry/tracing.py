@@ -45,7 +45,7 @@ def init_tracing(
             insecure=insecure,
             timeout=EXPORT_TIMEOUT_S,
             # Plain text stays on a network of one's own: gRPC would take it to `http_proxy` else.
-            channel_options=(("grpc.enable_http_proxy", 0),) if insecure else None,
+            channel_options=(("grpc.enable_http_proxy", 0),) if insecure else None,  # type: ignore[arg-type]  # gRPC takes numbers
         )
         provider.add_span_processor(
             BatchSpanProcessor(

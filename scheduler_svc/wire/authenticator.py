@@ -33,7 +33,10 @@ class PeerAuthenticator:
     """
 
     def __init__(
-        self, authorized_keys_dir: Path, context: zmq.Context, on_refused: Callable[[], None] = lambda: None
+        self,
+        authorized_keys_dir: Path,
+        context: zmq.SyncContext,
+        on_refused: Callable[[], None] = lambda: None,
     ) -> None:
         """`on_refused` is called, on the thread, for each connection that is refused.
 
@@ -102,6 +105,6 @@ class PeerAuthenticator:
 def sender(frame: zmq.Frame) -> bytes:
     """Public key (Z85) of the peer that sent a frame received with `copy=False`; empty without CURVE."""
     try:
-        return frame.get("User-Id").encode()
+        return str(frame.get("User-Id")).encode()
     except zmq.ZMQError:
         return b""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from pathlib import Path
 from types import TracebackType
+from typing import TypeVar
 
 import zmq
 from msgspec.structs import replace
@@ -26,6 +27,8 @@ from scheduler_svc.wire.protocol import (
 
 SEND_TIMEOUT_S = 10.0
 
+Answer = TypeVar("Answer", bound=Wire)
+
 
 class SchedulerError(RuntimeError):
     """The scheduler answered with an error, or with something that cannot be read."""
@@ -41,7 +44,7 @@ class SchedulerClient:
     def __init__(
         self,
         address: str,
-        context: zmq.Context | None = None,
+        context: zmq.SyncContext | None = None,
         curve_key_files: tuple[Path, Path] | None = None,
     ) -> None:
         """`curve_key_files`: this client's `.key_secret` and the scheduler's `.key`.  Raises KeyFileError."""
@@ -93,17 +96,17 @@ class SchedulerClient:
         Raises TimeoutError when there is nobody to send them to: after a handshake between one side with
         CURVE and one without, ZeroMQ does not connect again.
         """
-        if not self._socket.poll(timeout_s * 1000, zmq.POLLOUT):
+        if not self._socket.poll(int(timeout_s * 1000), zmq.POLLOUT):
             raise TimeoutError(f"no connection to the scheduler at {self._address} within {timeout_s:g} s")
         self._socket.send_multipart(frames)
 
     def receive(self, timeout_s: float) -> Reply:
         """The next message.  Raises TimeoutError, Malformed."""
-        if not self._socket.poll(timeout_s * 1000):
+        if not self._socket.poll(int(timeout_s * 1000)):
             raise TimeoutError(f"no answer from the scheduler at {self._address} within {timeout_s:g} s")
         return decode_reply(self._socket.recv())
 
-    def _ask(self, request: Wire, answer: type, timeout_s: float):
+    def _ask(self, request: Wire, answer: type[Answer], timeout_s: float) -> Answer:
         # What an earlier call that timed out left behind is not the answer to this one.
         while self._socket.poll(0):
             self._socket.recv()

@@ -48,7 +48,7 @@ _RESET = struct.pack("ii", 1, 0)
 """`struct linger`: closing resets the connection."""
 
 # A key that is not authorized is `authenticator.PeerAuthenticator`'s to tell, which knows whose it is.
-_REFUSALS = {
+_REFUSALS: dict[int, tuple[str, str]] = {
     zmq.EVENT_HANDSHAKE_FAILED_PROTOCOL: (
         "protocol",
         "it speaks no ZeroMQ, or only one of us uses CURVE, or it has another server's key",
@@ -77,7 +77,7 @@ class Connections:
 
     def __init__(
         self,
-        socket: zmq.Socket,
+        socket: zmq.SyncSocket,
         most_bytes: int,
         on_refused: Callable[[str], None] = lambda kind: None,
         now_s: Callable[[], float] = time.monotonic,
@@ -118,8 +118,9 @@ class Connections:
 
     def tick(self) -> None:
         """Call it after the messages that had come were taken; most calls do nothing."""
-        while self.monitor.getsockopt(_EVENTS) & _POLLIN:
-            self._follow(recv_monitor_message(self.monitor))
+        while int(self.monitor.getsockopt(_EVENTS)) & _POLLIN:
+            message = recv_monitor_message(self.monitor)
+            self._follow(message["event"], message["value"])
         now_s = self._now_s()
         if now_s - self._ticked_s < LOOK_S:
             return
@@ -133,8 +134,8 @@ class Connections:
     def _resident_bytes(self) -> int:
         return int(os.pread(self._memory, 128, 0).split()[1]) * mmap.PAGESIZE
 
-    def _follow(self, event: dict) -> None:
-        kind, value = event["event"], int(event["value"])
+    def _follow(self, kind: int, value: int) -> None:
+        """An event of the socket; `value` is a file descriptor, or an error number where there is none."""
         if kind == zmq.EVENT_ACCEPTED:
             with suppress(OSError), _borrowed(value) as connection:  # it may be gone already
                 self._by_fd[value] = _Connection(_address(connection))
@@ -225,4 +226,5 @@ def _received_bytes(connection: tcp.socket) -> int:
     info = connection.getsockopt(tcp.IPPROTO_TCP, tcp.TCP_INFO, _RECEIVED_OFFSET + _RECEIVED.size)
     if len(info) < _RECEIVED_OFFSET + _RECEIVED.size:
         raise OSError("no tcpi_bytes_received")
-    return _RECEIVED.unpack_from(info, _RECEIVED_OFFSET)[0]
+    received_bytes: int = _RECEIVED.unpack_from(info, _RECEIVED_OFFSET)[0]
+    return received_bytes

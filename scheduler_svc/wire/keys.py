@@ -113,14 +113,14 @@ def _check_key(key: bytes) -> None:
         raise ValueError("a key has characters of Z85 only") from None
 
 
-def secure_server(socket: zmq.Socket, server_key_file: Path) -> None:
+def secure_server(socket: zmq.SyncSocket, server_key_file: Path) -> None:
     """Make a socket, not bound yet, accept CURVE only.  Who may connect is `PeerAuthenticator`'s matter."""
     socket.curve_publickey, socket.curve_secretkey = load_secret(server_key_file)
     socket.curve_server = True
     socket.setsockopt(zmq.HANDSHAKE_IVL, HANDSHAKE_MS)
 
 
-def secure_client(socket: zmq.Socket, client_key_file: Path, server_public_key_file: Path) -> None:
+def secure_client(socket: zmq.SyncSocket, client_key_file: Path, server_public_key_file: Path) -> None:
     """Make a socket, not connected yet, speak CURVE to one scheduler and prove who it is.
 
     `client_key_file` is this peer's `.key_secret`, `server_public_key_file` the scheduler's `.key`.

@@ -11,7 +11,7 @@ HANDSHAKE_S = 5.0
 """A connection that has not said who it is by then is closed."""
 
 
-def notice_dead_peers(socket: zmq.Socket) -> None:
+def notice_dead_peers(socket: zmq.SyncSocket) -> None:
     """ZeroMQ's own pings, answered by the peer's I/O thread: a busy peer is not a dead one."""
     socket.setsockopt(zmq.HEARTBEAT_IVL, int(PING_S * 1000))
     socket.setsockopt(zmq.HEARTBEAT_TIMEOUT, int(SILENCE_S * 1000))

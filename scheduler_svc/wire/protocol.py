@@ -29,7 +29,7 @@ from __future__ import annotations
 
 import re
 from enum import StrEnum
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, TypeVar
 
 import msgspec
 from msgspec import Meta
@@ -107,7 +107,7 @@ class Wire(msgspec.Struct, frozen=True, omit_defaults=True, gc=False):
     """Base of everything that travels.  Holds no reference cycles, so the collector need not look."""
 
 
-class Engine(Wire, kw_only=True):
+class Engine(Wire, frozen=True, kw_only=True):
     """One rank of one engine, as it describes itself."""
 
     engine_id: Name
@@ -137,7 +137,7 @@ class Engine(Wire, kw_only=True):
             check_endpoint(self.page_endpoint)
 
 
-class Load(Wire):
+class Load(Wire, frozen=True):
     """What an engine rank has to do right now (paper section 6: seq_e, tok_e, read_q)."""
 
     sequences: Count = 0
@@ -165,7 +165,7 @@ class Load(Wire):
     """Exceptions in the rank's DualPath code since it started, each of them in its log."""
 
 
-class Heartbeat(Wire, tag="heartbeat"):
+class Heartbeat(Wire, frozen=True, tag="heartbeat"):
     """Sent every second and on connect; registers the engine and refreshes its load."""
 
     engine: Engine
@@ -178,14 +178,14 @@ class Heartbeat(Wire, tag="heartbeat"):
     """Asks for an answer, until `Accepted` has come on this connection."""
 
 
-class Accepted(Wire, tag="accepted"):
+class Accepted(Wire, frozen=True, tag="accepted"):
     """The rank is registered; the heartbeats after this one are not answered."""
 
     version: Version
     """The newest that both speak."""
 
 
-class Place(Wire, tag="place", kw_only=True):
+class Place(Wire, frozen=True, tag="place", kw_only=True):
     """A router asks for a pair of engines."""
 
     request_id: Name
@@ -197,14 +197,14 @@ class Place(Wire, tag="place", kw_only=True):
     """As in `Heartbeat`."""
 
 
-class Placement(Wire, tag="placement"):
+class Placement(Wire, frozen=True, tag="placement"):
     request_id: Name
     room: Room
     prefill: Engine
     decode: Engine
 
 
-class Report(Wire, tag="report", kw_only=True):
+class Report(Wire, frozen=True, tag="report", kw_only=True):
     """An engine rank has matched a request against its own caches."""
 
     room: Room
@@ -228,7 +228,7 @@ class Report(Wire, tag="report", kw_only=True):
             raise ValueError(f"hit_pages {self.hit_pages} is less than local_pages {self.local_pages}")
 
 
-class Plan(Wire, tag="plan", kw_only=True):
+class Plan(Wire, frozen=True, tag="plan", kw_only=True):
     """The one plan of a room: PE gets `[L_P, split_page)` from the DE, `[split_page, K)` from the store."""
 
     room: Room
@@ -251,7 +251,7 @@ class Plan(Wire, tag="plan", kw_only=True):
             check_endpoint(endpoint)
 
 
-class LaneRecord(Wire):
+class LaneRecord(Wire, frozen=True):
     """What one lane did for one request."""
 
     lane: Literal["store", "peer"]
@@ -269,7 +269,7 @@ class LaneRecord(Wire):
             raise ValueError(f"end_page {self.end_page} is before first_page {self.first_page}")
 
 
-class Done(Wire, tag="done", kw_only=True):
+class Done(Wire, frozen=True, tag="done", kw_only=True):
     """A rank has finished its part of a room; closes the room when both sides said so."""
 
     room: Room
@@ -283,22 +283,22 @@ class Done(Wire, tag="done", kw_only=True):
     lanes: Annotated[tuple[LaneRecord, ...], Meta(max_length=MAX_LANES)] = ()
 
 
-class Ping(Wire, tag="ping"):
+class Ping(Wire, frozen=True, tag="ping"):
     """Whether the scheduler answers; costs it nothing and changes nothing."""
 
 
-class Pong(Wire, tag="pong"):
+class Pong(Wire, frozen=True, tag="pong"):
     """It does."""
 
 
-class StatusRequest(Wire, tag="status_request"):
+class StatusRequest(Wire, frozen=True, tag="status_request"):
     """A tool asks for one page of the engines, and all the rest."""
 
     after: Count = 0
     """`Status.next` of the page before."""
 
 
-class EngineStatus(Wire):
+class EngineStatus(Wire, frozen=True):
     engine: Engine
     load: Load
     age_s: Seconds
@@ -310,7 +310,7 @@ class EngineStatus(Wire):
     loaded_pages: Count = 0
 
 
-class Status(Wire, tag="status"):
+class Status(Wire, frozen=True, tag="status"):
     policy: Name
     uptime_s: Seconds
     engines: tuple[EngineStatus, ...]
@@ -346,7 +346,7 @@ class ErrorCode(StrEnum):
     """A fault in the scheduler while it handled this message; the message changed nothing."""
 
 
-class Error(Wire, tag="error"):
+class Error(Wire, frozen=True, tag="error"):
     code: ErrorCode
     message: Annotated[str, Meta(max_length=4096)]
     """Names the field, the value and the remedy."""
@@ -358,9 +358,10 @@ class Error(Wire, tag="error"):
 
 Request = Heartbeat | Place | Report | Done | StatusRequest | Ping
 Reply = Accepted | Placement | Plan | Status | Pong | Error
+Message = TypeVar("Message")
 
-_request = msgspec.json.Decoder(Request)
-_reply = msgspec.json.Decoder(Reply)
+_request: msgspec.json.Decoder[Request] = msgspec.json.Decoder(Request)
+_reply: msgspec.json.Decoder[Reply] = msgspec.json.Decoder(Reply)
 _encoder = msgspec.json.Encoder()
 
 encode = _encoder.encode
@@ -391,7 +392,7 @@ def decode_reply(frame: bytes) -> Reply:
     return decode(_reply, frame, MAX_MESSAGE_BYTES)
 
 
-def decode(decoder: msgspec.json.Decoder, frame: bytes, most_bytes: int) -> Any:
+def decode(decoder: msgspec.json.Decoder[Message], frame: bytes, most_bytes: int) -> Message:
     """Parse a frame of at most `most_bytes`.  Raises Malformed."""
     if len(frame) > most_bytes:
         raise Malformed(f"message of {len(frame)} bytes exceeds {most_bytes}", b"")
@@ -458,7 +459,7 @@ def _explained(problem: str, frame: bytes) -> str:
         value = _as_json(frame)
         for key, index in re.findall(r"(\w+)|\[(\d+)\]", path):
             value = value[int(index)] if index else value[key]
-        got = str(value)[:120]
+        got: str | bytes = str(value)[:120]
     except (LookupError, TypeError):  # no such place
         got = frame[:120]
     return f"{path or 'message'}: {text}, got {got!r}"

@@ -97,17 +97,17 @@ def test_within_z_the_fewest_sequences_win_and_beyond_it_the_fewest_tokens():
     few_tokens, few_sequences = Seen(tokens=300, sequences=9), Seen(tokens=320, sequences=1)
     far = Seen(tokens=900, sequences=0)
     chosen = choose_decode(10, [few_tokens, few_sequences, far])
-    assert (chosen.index, chosen.rule) == (1, DecodeRule.FEWEST_SEQUENCES)
+    assert (chosen.position, chosen.rule) == (1, DecodeRule.FEWEST_SEQUENCES)
     chosen = choose_decode(5000, [few_sequences, few_tokens, far])
-    assert (chosen.index, chosen.rule) == (1, DecodeRule.LEAST_TOKENS)
+    assert (chosen.position, chosen.rule) == (1, DecodeRule.LEAST_TOKENS)
 
 
 def test_only_engines_with_the_memory_are_chosen_while_there_is_one():
     full, roomy, silent = Seen(free_device_tokens=9), Seen(tokens=50, free_device_tokens=10), Seen(tokens=90)
-    assert choose_decode(10, [full, roomy]).index == 1
-    assert choose_decode(10, [full, silent]).index == 1
+    assert choose_decode(10, [full, roomy]).position == 1
+    assert choose_decode(10, [full, silent]).position == 1
     chosen = choose_decode(11, [Seen(tokens=8, free_device_tokens=1), Seen(tokens=7, free_device_tokens=10)])
-    assert (chosen.index, chosen.rule) == (1, DecodeRule.NONE_FITS)
+    assert (chosen.position, chosen.rule) == (1, DecodeRule.NONE_FITS)
 
 
 @given(st.integers(0, 10**6), st.lists(seen, min_size=1, max_size=8))
@@ -115,7 +115,7 @@ def test_the_choice_among_decode_engines_follows_the_paper_step_by_step(tokens, 
     chosen = choose_decode(tokens, engines)
     fitting = [e for e in engines if e.free_device_tokens is None or tokens <= e.free_device_tokens]
     within = [e for e in fitting if e.tokens + tokens <= chosen.limit_tokens]
-    taken = engines[chosen.index]
+    taken = engines[chosen.position]
     if within:
         assert taken in within and taken.sequences == min(e.sequences for e in within)
     else:
@@ -171,8 +171,8 @@ def test_a_pair_reads_with_both_links_and_one_that_has_not_read_is_as_fast_as_th
 
 
 def test_decode_engines_with_equally_many_requests_are_told_apart_by_their_read_queues():
-    assert choose_decode(0, [Seen(read_queue_bytes=2), Seen(read_queue_bytes=1)]).index == 1
-    assert choose_decode(0, [Seen(read_queue_bytes=1), Seen(sequences=1)]).index == 0
+    assert choose_decode(0, [Seen(read_queue_bytes=2), Seen(read_queue_bytes=1)]).position == 1
+    assert choose_decode(0, [Seen(read_queue_bytes=1), Seen(sequences=1)]).position == 0
 
 
 # Work that is placed and not reported
