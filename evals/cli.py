@@ -106,7 +106,7 @@ def show(
         if not list_all and trace_id is None:
             raise EvalError("ID is missing; give a trace id or its beginning, or --list to see them")
         traces = waterfall.read_traces(file or _newest_traces())
-        if list_all:
+        if list_all or trace_id is None:
             waterfall.list_traces(traces, console)
         else:
             waterfall.show(waterfall.find(traces, trace_id), console)

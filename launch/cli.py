@@ -101,7 +101,7 @@ def status(
     """Show the processes, addresses and scheduler state of a running cluster."""
     if (key_file is None) != (scheduler_key_file is None):
         _fail("give both --key-file and --scheduler-key-file, or neither")
-    keys = None if key_file is None else (key_file, scheduler_key_file)
+    keys = None if key_file is None or scheduler_key_file is None else (key_file, scheduler_key_file)
     if scheduler is not None:
         _ask_scheduler(scheduler, keys)
         return

@@ -9,10 +9,10 @@ longer matters.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Coroutine
 from contextlib import ExitStack
 from types import TracebackType
-from typing import NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import aiohttp
 from opentelemetry.trace import Span
@@ -31,6 +31,9 @@ _TELLING = (EngineAnswered, EngineRefused, EngineFailed)
 """Which of two errors explains more: the other one is often its consequence."""
 
 
+Found = TypeVar("Found")
+
+
 class Beginning(NamedTuple):
     """Of the DE's answer."""
 
@@ -39,7 +42,7 @@ class Beginning(NamedTuple):
     """The whole answer, or a stream's first chunk."""
 
 
-_closing: set[asyncio.Task] = set()
+_closing: set[asyncio.Task[None]] = set()
 """Exchanges whose client has everything or is gone."""
 
 
@@ -67,7 +70,7 @@ class Exchange:
             for role in (Role.PREFILL, Role.DECODE)
         )
         self._stack = ExitStack()
-        self._tasks: list[asyncio.Task] = []
+        self._tasks: list[asyncio.Task[Any]] = []
         self._merger: LogprobMerger | None = None
 
     async def __aenter__(self) -> Exchange:
@@ -75,7 +78,8 @@ class Exchange:
             self._stack.enter_context(half)
         self._computing = self._begin(self._prefill_answer())
         self._generating = self._begin(self._decode_answer())
-        self._watching = [self._begin(half.lost()) for half in (self._prefill, self._decode)]
+        for half in (self._prefill, self._decode):
+            self._begin(half.lost())
         return self
 
     async def __aexit__(
@@ -113,7 +117,7 @@ class Exchange:
         while chunk := await self._decode.chunk():
             yield self._merger.feed(chunk) if self._merger else chunk
 
-    def _begin(self, work) -> asyncio.Task:
+    def _begin(self, work: Coroutine[Any, Any, Found]) -> asyncio.Task[Found]:
         task = asyncio.create_task(work)
         self._tasks.append(task)
         return task

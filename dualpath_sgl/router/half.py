@@ -64,7 +64,12 @@ class Half:
     @property
     def headers(self) -> dict[str, str]:
         """Of the answer, for the client."""
-        return headers.to_client(self._response.headers)
+        return headers.to_client(self._answer.headers)
+
+    @property
+    def _answer(self) -> aiohttp.ClientResponse:
+        assert self._response is not None, "an answer is read after open"
+        return self._response
 
     async def open(self) -> None:
         """Until the engine has begun a good answer.
@@ -102,14 +107,14 @@ class Half:
     async def chunk(self) -> bytes:
         """What has come, as soon as something has; empty at the end.  Raises EngineFailed."""
         try:
-            return await self._response.content.readany()
+            return await self._answer.content.readany()
         except (aiohttp.ClientError, OSError) as error:
             raise self._failure(words_of(error)) from None
 
     async def whole(self) -> bytes:
         """The rest of the answer.  Raises EngineFailed."""
         try:
-            return await self._response.read()
+            return await self._answer.read()
         except (aiohttp.ClientError, OSError) as error:
             raise self._failure(words_of(error)) from None
 

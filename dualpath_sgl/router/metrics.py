@@ -10,7 +10,6 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from http import HTTPStatus
-from typing import TYPE_CHECKING
 
 from aiohttp import web
 from prometheus_client import CONTENT_TYPE_LATEST, CollectorRegistry, Gauge, generate_latest
@@ -18,9 +17,6 @@ from prometheus_client import CONTENT_TYPE_LATEST, CollectorRegistry, Gauge, gen
 from dualpath_sgl.router.reply import Reply
 from scheduler_svc.telemetry.tally import CounterTally, HistogramTally
 from scheduler_svc.wire.protocol import Role
-
-if TYPE_CHECKING:
-    from dualpath_sgl.router.pairing import PlacedBy
 
 REQUEST_BUCKETS_S = (
     *(0.01, 0.02, 0.05, 0.1, 0.2, 0.5),
@@ -111,9 +107,9 @@ class RouterMetrics:
             error = reply.error or (NO_ERROR if reply.ended else unfinished)
             self._requests.add(1, NO_STATUS if reply.status is None else f"{reply.status // 100}xx", error)
             stream = "true" if reply.streams else "false"
-            ended_s = reply.ended_s if reply.ended else time.monotonic()
+            ended_s = time.monotonic() if reply.ended_s is None else reply.ended_s
             self._request_seconds.observe(ended_s - arrived_s, stream)
-            if reply.status == HTTPStatus.OK:
+            if reply.status == HTTPStatus.OK and reply.begun_s is not None:
                 self._first_byte_seconds.observe(reply.begun_s - arrived_s, stream)
 
     @contextmanager
@@ -123,8 +119,9 @@ class RouterMetrics:
         yield
         self._scheduler_seconds.observe(time.monotonic() - asked_s)
 
-    def placed(self, placed_by: PlacedBy) -> None:
-        self._placements.add(1, placed_by.value)
+    def placed(self, placed_by: str) -> None:
+        """`placed_by`: one of `pairing.PlacedBy`."""
+        self._placements.add(1, placed_by)
 
     def not_admitted(self, role: Role) -> None:
         self._not_admitted.add(1, role.value)

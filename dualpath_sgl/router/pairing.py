@@ -69,7 +69,7 @@ class Pairing:
             except SchedulerAway as away:
                 pair = self._own(_new_room(), {}, {}, {}, str(away))
             span.set_attributes(attributes_of(pair))
-            self._metrics.placed(pair.placed_by)
+            self._metrics.placed(pair.placed_by.value)
             return pair
 
     def again(self, before: Pair, refusals: Mapping[Engine, str]) -> Pair:

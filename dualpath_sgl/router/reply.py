@@ -38,21 +38,20 @@ class Reply:
         return self.ended_s is not None
 
     async def whole(self, status: int, headers: dict[str, str], content: bytes) -> web.StreamResponse:
-        await self._prepare(web.Response(status=status, headers=headers, body=content))
+        response = await self._prepare(web.Response(status=status, headers=headers, body=content))
         await self.end()
-        return self._response
+        return response
 
     async def begin(self, headers: dict[str, str]) -> web.StreamResponse:
-        await self._prepare(web.StreamResponse(status=HTTPStatus.OK, headers=headers))
-        return self._response
+        return await self._prepare(web.StreamResponse(status=HTTPStatus.OK, headers=headers))
 
     async def write(self, chunk: bytes) -> None:
         if chunk:
             self._event_is_open = not chunk.endswith(EVENT_END)
-            await self._response.write(chunk)
+            await self._begun.write(chunk)
 
     async def end(self) -> None:
-        await self._response.write_eof()
+        await self._begun.write_eof()
         self.ended_s = time.monotonic()
 
     async def fail(self, error: RouteError) -> web.StreamResponse:
@@ -68,7 +67,13 @@ class Reply:
             await self.end()
         return self._response
 
-    async def _prepare(self, response: web.StreamResponse) -> None:
+    async def _prepare(self, response: web.StreamResponse) -> web.StreamResponse:
         self._response = response
         self.begun_s = time.monotonic()
         await response.prepare(self._request)
+        return response
+
+    @property
+    def _begun(self) -> web.StreamResponse:
+        assert self._response is not None, "an answer is written after whole or begin"
+        return self._response

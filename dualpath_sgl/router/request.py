@@ -57,13 +57,13 @@ class ClientRequest:
         """
         host = urlsplit(prefill.url).hostname or ""
         return orjson.dumps(
-            self._body
-            | {
+            {
+                **self._body,
                 "bootstrap_host": in_url(host),
                 "bootstrap_port": prefill.bootstrap_port,
                 "bootstrap_room": room,
+                **ranks,
             }
-            | ranks
         )
 
 

@@ -142,7 +142,7 @@ class _Player:
         self, http: aiohttp.ClientSession, session: str, index: int, turn: Turn, prompt: list[int]
     ) -> tuple[RequestRecord, list[int]]:
         hit_tokens = turn.hit_tokens(self._page_size)
-        attributes = {
+        attributes: dict[str, str | int] = {
             "dualpath.session": session,
             "dualpath.turn": index,
             "dualpath.prompt.tokens": len(prompt),

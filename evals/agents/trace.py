@@ -170,8 +170,8 @@ def _flat(requests: list[Any]) -> Iterator[Any]:
         request = next(open_lists[-1], _END)
         if request is _END:
             open_lists.pop()
-        elif isinstance(request, dict) and request.get("type") == "subagent" and _nested(request) is not None:
-            open_lists.append(iter(_nested(request)))
+        elif (nested := _nested(request)) is not None:
+            open_lists.append(iter(nested))
         else:
             yield request
 
@@ -179,6 +179,9 @@ def _flat(requests: list[Any]) -> Iterator[Any]:
 _END = object()
 
 
-def _nested(request: dict[str, Any]) -> list[Any] | None:
+def _nested(request: object) -> list[Any] | None:
+    """The requests of a sub-agent; None for anything else."""
+    if not isinstance(request, dict) or request.get("type") != "subagent":
+        return None
     nested = request.get("requests")
     return nested if isinstance(nested, list) else None

@@ -130,7 +130,7 @@ def scale_session(
             if cut > path[0].scaled:
                 parent, kept, keeps_answer = shared.parent + offset, cut, False
 
-        context = kept + (turns[parent].output_tokens if keeps_answer else 0)
+        context = kept + (turns[parent].output_tokens if parent is not None and keeps_answer else 0)
         new = max(1, round((request.prompt_tokens - raw_kept) * factor))
         turns.append(
             Turn(

@@ -21,6 +21,7 @@ import time
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Annotated
 
@@ -194,7 +195,9 @@ def _measure(config: ClusterConfig, workload: Workload, concurrency: int, out: P
                     placement=setting.placement,
                     max_over_mean=balance(reads),
                     store_read_bytes=reads,
-                    busiest_link=limit and max(reads.values()) * 8 / bits_per_s(limit) / run.job_s,
+                    busiest_link=None
+                    if limit is None
+                    else max(reads.values()) * 8 / bits_per_s(limit) / run.job_s,
                     job_s=run.job_s,
                     requests=len(run.records),
                     placed_by=placed_by(running.spans_path, begun_ns),
@@ -250,7 +253,7 @@ def _print(results: list[Result]) -> None:
 
     row("max/mean of store reads", lambda result: f"{result.max_over_mean:.3f}")
     for engine in results[0].store_read_bytes:
-        row(f"  {engine}", lambda result, engine=engine: f"{result.store_read_bytes[engine] / 1e6:.1f} MB")
+        row(f"  {engine}", partial(_read_of, engine))
     row(
         "link of the one that read most, busy",
         lambda result: "-" if result.busiest_link is None else f"{result.busiest_link:.0%}",
@@ -269,3 +272,7 @@ def _print(results: list[Result]) -> None:
 
 if __name__ == "__main__":
     typer.run(main)
+
+
+def _read_of(engine: str, result: Result) -> str:
+    return f"{result.store_read_bytes[engine] / 1e6:.1f} MB"

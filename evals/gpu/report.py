@@ -48,8 +48,10 @@ def stage_times(
         began = [span for span in spans if first_ns <= span.begun_ns < last_ns]
         for role in {role for role, _ in STAGES}:
             of_role = [span for span in began if span.role == role]
+            if not of_role:
+                continue
             # Health checks pass through engines too; the request is the longest thing in its window.
-            request = max(of_role, key=lambda span: span.ended_ns - span.begun_ns, default=None)
+            request = max(of_role, key=lambda span: span.ended_ns - span.begun_ns)
             for name in {span.name for span in of_role if (role, span.name) in STAGES}:
                 parts = [span for span in of_role if span.name == name and span.trace == request.trace]
                 if parts:

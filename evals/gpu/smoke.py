@@ -107,7 +107,7 @@ def difference(answers: Answers, reference: Answers) -> dict:
     """How many answers differ; only a session's first differing answer had an equal prompt."""
     turns = [(name, turn) for name in reference for turn in range(TURNS)]
     unequal = [(name, turn) for name, turn in turns if answers[name][turn] != reference[name][turn]]
-    first = {}
+    first: dict[str, list[int]] = {}
     for name, turn in unequal:
         pair = zip(answers[name][turn], reference[name][turn], strict=True)
         first.setdefault(name, [turn, next(index for index, (a, b) in enumerate(pair) if a != b)])

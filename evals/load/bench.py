@@ -17,6 +17,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple, TypeVar
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
@@ -71,11 +72,10 @@ class LoadOptions:
 
 def run(options: LoadOptions, console: Console) -> LoadSummary:
     """Measure everything and write the results.  Raises EvalError, NotReady and start-up errors."""
-    _check(options)
-    bench = _Bench(options, console)
+    bench = _Bench(options, _checked(options), console)
     with bench.progress:
-        bench.upstream_1p1d()
-        bench.dualpath_1p1d()
+        near_bits_per_s = bench.upstream_1p1d()
+        bench.dualpath_1p1d(near_bits_per_s)
         if not options.quick:
             bench.split_1p2d()
             bench.basic("1p2d", prefill=1, decode=2)
@@ -87,11 +87,28 @@ def run(options: LoadOptions, console: Console) -> LoadSummary:
     return summary
 
 
+class _Links(NamedTuple):
+    """Rates in bits per second."""
+
+    storage: int
+    compute: int | None
+
+
+class _Forwards(NamedTuple):
+    began_ns: int
+    ended_ns: int
+    raw_bytes_per_s: list[float]
+    """Mooncake alone, between them."""
+
+
+Measured = TypeVar("Measured")
+
+
 class _Bench:
-    def __init__(self, options: LoadOptions, console: Console):
+    def __init__(self, options: LoadOptions, links: _Links, console: Console) -> None:
         self._options = options
         self._config = options.cluster
-        self._console = console
+        self._links = links
         self._begun_s = time.monotonic()
         generator = random.Random(SEED)
         self._prompts = [
@@ -102,29 +119,37 @@ class _Bench:
         self._cells: dict[str, Cell] = {}
         self._goodput: Goodput | None = None
         self._store_capacity: float | None = None
-        self._near_bits_per_s: int | None = None
         columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
         self.progress = Progress(*columns, console=console)
         self._task = self.progress.add_task("clusters", total=2 if options.quick else 8)
 
     # -- one cluster each --------------------------------------------------------------------------
 
-    def upstream_1p1d(self) -> None:
-        def measure(on: LoadCluster) -> None:
+    def upstream_1p1d(self) -> int:
+        """Returns the rate of the `near_bound` cells' storage links, in bits per second."""
+
+        def measure(on: LoadCluster) -> int:
             for _ in range(self._options.repetitions):
                 self._burst(on, "1p1d", "basic")
             for _ in range(self._lone_repetitions):
+                on.flush()
                 self._sample(on, "1p1d", "basic", "lone", 1)
-            self._near_bits_per_s = self._near_bound_rate()
+            near_bits_per_s = self._near_bound_rate()
             self._oracle(on, "oracle_upstream")
-            self._near_bound(on, "basic")
+            self._near_bound(on, "basic", near_bits_per_s)
+            return near_bits_per_s
 
-        self._on_cluster("1p1d-basic", self._variant(Mode.BASIC, 1, 1), measure)
+        return self._on_cluster("1p1d-basic", self._variant(Mode.BASIC, 1, 1), measure)[1]
 
-    def dualpath_1p1d(self) -> None:
-        cluster = self._on_cluster("1p1d-dualpath", self._variant(Mode.DUALPATH, 1, 1), self._paths)
-        began_ns, ended_ns, raw = self._forwarded
-        rates = forward_rates(cluster, began_ns, ended_ns)
+    def dualpath_1p1d(self, near_bits_per_s: int) -> None:
+        def measure(on: LoadCluster) -> _Forwards:
+            self._paths(on)
+            on.cluster.set_policy("split")
+            self._near_bound(on, "split", near_bits_per_s)
+            return self._forward(on)
+
+        cluster, forwards = self._on_cluster("1p1d-dualpath", self._variant(Mode.DUALPATH, 1, 1), measure)
+        rates = forward_rates(cluster, forwards.began_ns, forwards.ended_ns)
         if not rates:
             raise EvalError(
                 f"no forward span in {cluster.spans_path}; is tracing.enabled in the cluster file?"
@@ -132,7 +157,7 @@ class _Bench:
         self._goodput = Goodput(
             size_bytes=rates[0][0],
             forward_bytes_per_s=[rate for _, rate in rates],
-            raw_bytes_per_s=raw,
+            raw_bytes_per_s=forwards.raw_bytes_per_s,
         )
 
     def both_1p1d(self) -> None:
@@ -172,6 +197,7 @@ class _Bench:
                 self._unshape(on)
             for _ in range(UNSHAPED_SAMPLES * self._options.repetitions):
                 for mode, on in in_turns.items():
+                    on.flush()
                     self._sample(on, "1p1d", mode, "unshaped", REQUESTS)
 
         self._on_cluster(
@@ -194,29 +220,29 @@ class _Bench:
         for _ in range(self._lone_repetitions):
             for policy in LONE_POLICIES:
                 on.cluster.set_policy(policy)
+                on.flush()
                 self._sample(on, "1p1d", policy, "lone", 1)
         for policy in RESIDENT_POLICIES:
             on.cluster.set_policy(policy)
-            self._sample(on, "1p1d", policy, "resident", 1, flush=Role.PREFILL)
-        on.cluster.set_policy("split")
-        self._near_bound(on, "split")
-        self._forward(on)
+            on.flush(Role.PREFILL)
+            self._sample(on, "1p1d", policy, "resident", 1)
 
     def _oracle(self, on: LoadCluster, mode: str) -> None:
         """Nothing is emptied before: whatever the answers cost besides loading."""
         on.measure(self._prompts)
         for _ in range(self._lone_repetitions):
-            self._sample(on, "1p1d", mode, "lone", 1, flush=None)
+            self._sample(on, "1p1d", mode, "lone", 1)
         for _ in range(self._options.repetitions):
-            self._sample(on, "1p1d", mode, "burst", REQUESTS, flush=None)
+            self._sample(on, "1p1d", mode, "burst", REQUESTS)
 
-    def _near_bound(self, on: LoadCluster, mode: str) -> None:
+    def _near_bound(self, on: LoadCluster, mode: str, storage_bits_per_s: int) -> None:
         compute_bits_per_s = on.network.plan.link("prefill-0", "compute").bits_per_s
-        on.shape_storage(self._near_bits_per_s)
+        on.shape_storage(storage_bits_per_s)
         if compute_bits_per_s is not None:
-            on.shape_compute(max(compute_bits_per_s, COMPUTE_OVER_STORAGE * self._near_bits_per_s))
+            on.shape_compute(max(compute_bits_per_s, COMPUTE_OVER_STORAGE * storage_bits_per_s))
         self._learn_rates(on)
         for _ in range(self._options.repetitions):
+            on.flush()
             self._sample(on, "1p1d", mode, "near_bound", REQUESTS)
 
     def _unshape(self, on: LoadCluster) -> None:
@@ -224,7 +250,7 @@ class _Bench:
         on.shape_compute(None)
         self._learn_rates(on)
 
-    def _forward(self, on: LoadCluster) -> None:
+    def _forward(self, on: LoadCluster) -> _Forwards:
         """Forward a whole prompt out of the decode engine's memory, unshaped.
 
         Mooncake alone moves as many bytes before each forward, so that both see the same machine.
@@ -236,13 +262,14 @@ class _Bench:
             self._store_capacity = statistics.median(rate() for _ in range(FORWARDS))
         on.flush()
         on.measure(self._prompts[:1])
-        began_ns, raw = time.time_ns(), []
+        raw: list[float] = []
+        began_ns = time.time_ns()
         with on.raw_reads("prefill-0", "decode-0", "compute", size_bytes) as rate:
             for _ in range(FORWARDS):
                 on.flush(Role.PREFILL)
                 raw.append(rate())
                 on.measure(self._prompts[:1])
-        self._forwarded = (began_ns, time.time_ns(), raw)
+        return _Forwards(began_ns, time.time_ns(), raw)
 
     def _learn_rates(self, on: LoadCluster) -> None:
         """Links have changed: one burst that does not count, for engines that measure them."""
@@ -250,19 +277,11 @@ class _Bench:
         on.measure(self._prompts)
 
     def _burst(self, on: LoadCluster, topology: str, mode: str) -> None:
+        on.flush()
         self._sample(on, topology, mode, "burst", REQUESTS)
 
-    def _sample(
-        self,
-        on: LoadCluster,
-        topology: str,
-        mode: str,
-        load: str,
-        requests: int,
-        flush: Role | str | None = "all",
-    ) -> None:
-        if flush is not None:
-            on.flush(None if flush == "all" else flush)
+    def _sample(self, on: LoadCluster, topology: str, mode: str, load: str, requests: int) -> None:
+        """One measurement of a cell; whose caches are empty is the caller's matter."""
         sample = on.measure(self._prompts[:requests])
         cell = Cell(
             topology=topology,
@@ -282,7 +301,7 @@ class _Bench:
         A burst takes loading plus the rest; the rest stays when the link gets faster.
         """
         cell = self._cells["1p1d/basic/burst"]
-        load_s = cell.storage_bytes * 8 / cell.storage_bits_per_s
+        load_s = cell.storage_bytes * 8 / self._links.storage
         rest_s = max(cell.job_s - load_s, 0.01 * cell.job_s)
         wanted_s = NEAR_BOUND / (1 - NEAR_BOUND) * rest_s
         return round(cell.storage_bytes * 8 / wanted_s)
@@ -304,8 +323,8 @@ class _Bench:
         )
 
     def _on_cluster(
-        self, name: str, config: ClusterConfig, measure: Callable[[LoadCluster], None]
-    ) -> Cluster:
+        self, name: str, config: ClusterConfig, measure: Callable[[LoadCluster], Measured]
+    ) -> tuple[Cluster, Measured]:
         self.progress.update(self._task, description=name)
         cluster = Cluster(config, self._options.out / name)
         cluster.start(lambda text: self._say(f"{name}: {text}") if "ready" in text else None)
@@ -319,13 +338,13 @@ class _Bench:
             on.flush()
             on.measure(self._prompts[:1])
             try:
-                measure(on)
+                measured = measure(on)
             except (EvalError, OSError):
                 cluster.check()  # A dead engine explains more than the error it caused.
                 raise
         self.progress.advance(self._task)
         self._save()
-        return cluster
+        return cluster, measured
 
     def _save(self) -> None:
         """What is known so far: an interrupted run has measured what it has measured."""
@@ -343,7 +362,6 @@ class _Bench:
         samples = [sample for cell in self._cells.values() for sample in cell.samples]
         basic, near = self._cells["1p1d/basic/burst"], self._cells["1p1d/basic/near_bound"]
         near_split = self._cells.get("1p1d/split/near_bound")
-        compute_rate = self._config.network.compute_rate
         return LoadSummary(
             **values,
             tokens_equal=self._cold_equal and all(sample.tokens_equal for sample in samples),
@@ -351,8 +369,8 @@ class _Bench:
                 figures=figures(values),
                 cells=self._cells,
                 goodput=self._goodput,
-                storage_bits_per_s=bits_per_s(self._config.network.storage_rate),
-                compute_bits_per_s=bits_per_s(compute_rate) if compute_rate else None,
+                storage_bits_per_s=self._links.storage,
+                compute_bits_per_s=self._links.compute,
                 kv_bytes_per_token=kv_bytes_per_token(self._config),
                 prompt_tokens=PROMPT_TOKENS,
                 requests=REQUESTS,
@@ -400,10 +418,10 @@ def print_summary(summary: LoadSummary, console: Console) -> None:
         )
     console.print(cells)
     details = summary.details
-    storage_bound = (
-        "storage-bound" if details.basic_utilisation >= STORAGE_BOUND else "[red]not storage-bound[/]"
-    )
-    console.print(f"basic keeps its storage link {details.basic_utilisation:.1%} busy ({storage_bound})")
+    if details.basic_utilisation is not None:
+        is_bound = details.basic_utilisation >= STORAGE_BOUND
+        bound = "storage-bound" if is_bound else "[red]not storage-bound[/]"
+        console.print(f"basic keeps its storage link {details.basic_utilisation:.1%} busy ({bound})")
     if details.near_bound_jct_ratio is not None:
         console.print(
             f"with faster links, {details.near_bound_utilisation:.1%} busy, JCT basic/split is "
@@ -445,7 +463,8 @@ def _describe(cell: Cell, sample: Sample) -> str:
     )
 
 
-def _check(options: LoadOptions) -> None:
+def _checked(options: LoadOptions) -> _Links:
+    """Raises EvalError, NotReady."""
     config = options.cluster
     if config.network is None or config.network.storage_rate is None:
         raise EvalError(
@@ -460,3 +479,5 @@ def _check(options: LoadOptions) -> None:
                 f"{role}.max_total_tokens is {group.max_total_tokens}; the burst needs {needed_tokens}"
             )
     require_ready(config)
+    compute_rate = config.network.compute_rate
+    return _Links(bits_per_s(config.network.storage_rate), bits_per_s(compute_rate) if compute_rate else None)

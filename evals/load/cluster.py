@@ -18,7 +18,7 @@ from dualpath_sgl.launch.config.cluster import Mode
 from dualpath_sgl.launch.supervision.direct_http import fetch
 from dualpath_sgl.launch.supervision.supervisor import Cluster
 from dualpath_sgl.launch.topology.network import Network
-from dualpath_sgl.launch.topology.plan import STORE
+from dualpath_sgl.launch.topology.plan import STORE, Kind
 from scheduler_svc.wire.protocol import Role, Status
 
 STORED_BYTES = "master_allocated_bytes"
@@ -60,7 +60,11 @@ class LoadCluster:
                     "written; is store.segment_bytes large enough?"
                 )
             time.sleep(POLL_S)
-        return answers == self.expected[: len(prompts)]
+        return self._are_expected(answers)
+
+    def _are_expected(self, answers: list[tuple[int, ...]]) -> bool:
+        assert self.expected is not None, "warm says what is expected"
+        return answers == self.expected[: len(answers)]
 
     def shape_storage(self, bits_per_s: int | None) -> None:
         """Of every engine."""
@@ -91,8 +95,10 @@ class LoadCluster:
             compute_bytes={name: after[name][1] - before[name][1] for name in names},
             store_sent_bytes=sent,
             cached_tokens=sum(answer.cached_tokens for answer in burst.answers),
-            tokens_equal=[answer.tokens for answer in burst.answers] == self.expected[: len(prompts)],
-            planned_read_bytes=None if planned is None else planned - planned_before,
+            tokens_equal=self._are_expected([answer.tokens for answer in burst.answers]),
+            planned_read_bytes=None
+            if planned is None or planned_before is None
+            else planned - planned_before,
         )
 
     def flush(self, role: Role | None = None) -> None:
@@ -101,12 +107,12 @@ class LoadCluster:
         self.cluster.flush_caches(role)
 
     def raw_reads(
-        self, reader: str, server: str, kind: str, size_bytes: int
+        self, reader: str, server: str, kind: Kind, size_bytes: int
     ) -> AbstractContextManager[Callable[[], float]]:
         """Mooncake alone between two members, over their links as they are; see `dualpath_sgl.evals.load.raw_rates`."""
         return raw_reads(self._place(server, kind), self._place(reader, kind), size_bytes)
 
-    def _place(self, member: str, kind: str) -> Place:
+    def _place(self, member: str, kind: Kind) -> Place:
         return Place(self.network.plan.link(member, kind).address, partial(self.network.enter, member))
 
     def _utilisation(self, storage: dict[str, int], burst: Burst) -> dict[str, float] | None:

@@ -7,7 +7,7 @@ import sys
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
-from typing import NamedTuple
+from typing import IO, NamedTuple
 
 from dualpath_sgl.evals.common.errors import EvalError
 
@@ -40,7 +40,7 @@ def raw_reads(
     size = [f"--bytes={size_bytes}", *(["--pinned"] if pinned else [])]
     with _process(server.enter([*module, "serve", f"--host={server.address}", *size])) as serving:
         # Mooncake also writes to standard output; the line begins with the address.
-        found = next((line for line in serving.stdout if line.startswith(f"{server.address}:")), None)
+        found = next((line for line in serving.lines if line.startswith(f"{server.address}:")), None)
         if found is None:
             raise EvalError(f"raw read: the server on {server.address} did not start")
         session, memory = found.split()
@@ -49,16 +49,16 @@ def raw_reads(
         with _process(reader.enter([*read, f"--session={session}", f"--address={memory}"])) as reading:
 
             def rate() -> float:
-                overdue = threading.Timer(TIMEOUT_S, reading.kill)
+                overdue = threading.Timer(TIMEOUT_S, reading.process.kill)
                 overdue.start()
                 try:
                     with suppress(BrokenPipeError):
-                        print(file=reading.stdin, flush=True)
-                    seconds = next((line for line in reading.stdout if _is_number(line.strip())), None)
+                        print(file=reading.commands, flush=True)
+                    seconds = next((line for line in reading.lines if _is_number(line.strip())), None)
                 finally:
                     overdue.cancel()
                 if seconds is None:
-                    raise EvalError(f"read from {session} failed with status {reading.wait()}")
+                    raise EvalError(f"read from {session} failed with status {reading.process.wait()}")
                 return size_bytes / float(seconds)
 
             yield rate
@@ -70,13 +70,20 @@ def raw_rates(server: Place, reader: Place, size_bytes: int, repetitions: int, *
         return [rate() for _ in range(repetitions)]
 
 
+class _Running(NamedTuple):
+    process: subprocess.Popen[str]
+    commands: IO[str]
+    lines: IO[str]
+
+
 @contextmanager
-def _process(command: list[str]) -> Iterator[subprocess.Popen]:
+def _process(command: list[str]) -> Iterator[_Running]:
     """It ends when its standard input does, which is when the block does."""
     pipe = subprocess.PIPE
     with subprocess.Popen(command, stdin=pipe, stdout=pipe, stderr=subprocess.DEVNULL, text=True) as process:
+        assert process.stdin is not None and process.stdout is not None, "both are pipes"
         try:
-            yield process
+            yield _Running(process, process.stdin, process.stdout)
         finally:
             with suppress(BrokenPipeError):
                 process.stdin.close()

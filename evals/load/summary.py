@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import statistics
+from collections.abc import Callable
 from typing import NamedTuple
 
 from pydantic import BaseModel, ConfigDict
@@ -84,38 +85,147 @@ class Goodput(_Record):
     raw_bytes_per_s: list[float]
     """Of one `batch_transfer_sync_read` of as many bytes between the same two namespaces."""
 
+    @property
+    def ratio(self) -> float:
+        return statistics.median(self.forward_bytes_per_s) / statistics.median(self.raw_bytes_per_s)
+
+
+class Found(NamedTuple):
+    """Everything measured, by `Cell.name`."""
+
+    cells: dict[str, Cell]
+    goodput: Goodput | None
+    page_bytes: int
+
+    def jct(self, name: str) -> float | None:
+        return self.cells[name].job_s if name in self.cells else None
+
+    def ttft(self, name: str) -> float | None:
+        return self.cells[name].ttft_s if name in self.cells else None
+
+    def storage_bytes(self, name: str) -> float | None:
+        return self.cells[name].storage_bytes if name in self.cells else None
+
+    def load_s(self, mode: str, oracle: str) -> float | None:
+        """What loading adds to a lone request's TTFT: TTFT minus that of a request that loads nothing."""
+        loaded, resident = self.cells.get(f"1p1d/{mode}/lone"), self.cells.get(f"1p1d/{oracle}/lone")
+        return loaded.ttft_s - resident.ttft_s if loaded and resident else None
+
+
+def _resident_bytes(found: Found) -> int | None:
+    """Most bytes of pages read in a measurement: what the scheduler counted or the links carried.
+
+    The links also carry questions to the store's master; only whole pages count.
+    """
+    samples = [
+        sample for name, cell in found.cells.items() if name.endswith("/resident") for sample in cell.samples
+    ]
+    if not samples:
+        return None
+    return max(
+        max(
+            sample.planned_read_bytes or 0,
+            sum(sample.storage_bytes.values()) // found.page_bytes * found.page_bytes,
+        )
+        for sample in samples
+    )
+
+
+def _ratio(above: float | None, below: float | None) -> float | None:
+    return None if above is None or below is None else above / below
+
 
 class Target(NamedTuple):
+    """One figure: how it is made of what was measured, and what it should be."""
+
     what: str
     limit: float | None
     """What physics allows; None: has none."""
     target: float
     at_least: bool
     paper: str
+    value: Callable[[Found], float | None]
+    """None where its cells are missing."""
 
     def met(self, value: float) -> bool:
         return value >= self.target if self.at_least else value <= self.target
 
 
+def _jct(above: str, below: str) -> Callable[[Found], float | None]:
+    return lambda found: _ratio(found.jct(above), found.jct(below))
+
+
 TARGETS = {
-    "jct_ratio_1p1d_split": Target("offline JCT basic/split, 1P1D", 2.0, 1.85, True, "1.78"),
-    "jct_ratio_1p2d_split": Target("offline JCT basic/split, 1P2D", 3.0, 2.6, True, "2.46"),
-    "jct_ratio_1p1d_shorter_queue": Target("offline JCT basic/shorter_queue, 1P1D", 2.0, 1.75, True, "1.78"),
+    "jct_ratio_1p1d_split": Target(
+        "offline JCT basic/split, 1P1D", 2.0, 1.85, True, "1.78", _jct("1p1d/basic/burst", "1p1d/split/burst")
+    ),
+    "jct_ratio_1p2d_split": Target(
+        "offline JCT basic/split, 1P2D", 3.0, 2.6, True, "2.46", _jct("1p2d/basic/burst", "1p2d/split/burst")
+    ),
+    "jct_ratio_1p1d_shorter_queue": Target(
+        "offline JCT basic/shorter_queue, 1P1D",
+        2.0,
+        1.75,
+        True,
+        "1.78",
+        _jct("1p1d/basic/burst", "1p1d/shorter_queue/burst"),
+    ),
     "jct_split_1p1d_over_basic_2p1d": Target(
-        "equal storage links: JCT split 1P1D / basic 2P1D", 1.0, 1.1, False, '"equal"'
+        "equal storage links: JCT split 1P1D / basic 2P1D",
+        1.0,
+        1.1,
+        False,
+        '"equal"',
+        _jct("1p1d/split/burst", "2p1d/basic/burst"),
     ),
     "load_ratio_lone_split": Target(
-        "lone request, all stored: load time split/basic", 0.5, 0.56, False, "not offered"
+        "lone request, all stored: load time split/basic",
+        0.5,
+        0.56,
+        False,
+        "not offered",
+        lambda found: _ratio(found.load_s("split", "oracle"), found.load_s("basic", "oracle_upstream")),
     ),
     "ttft_ratio_lone_decode_over_prefill": Target(
-        "lone request: TTFT decode/prefill path", 1.0, 1.08, False, "-"
+        "lone request: TTFT decode/prefill path",
+        1.0,
+        1.08,
+        False,
+        "-",
+        lambda found: _ratio(found.ttft("1p1d/decode/lone"), found.ttft("1p1d/prefill/lone")),
     ),
     "store_bytes_when_resident": Target(
-        "pages forwarded from the decode engine's memory: store bytes read", 0, 0, False, "not offered"
+        "pages forwarded from the decode engine's memory: store bytes read",
+        0,
+        0,
+        False,
+        "not offered",
+        _resident_bytes,
     ),
-    "jct_ratio_not_storage_bound": Target("store not the bottleneck: JCT basic/split", None, 0.98, True, "-"),
-    "forward_goodput_ratio": Target("forward goodput / raw Mooncake read of equal size", 1.0, 0.9, True, "-"),
-    "store_bytes_ratio_both_over_split": Target("store bytes per request both/split", 2.0, 1.9, True, "-"),
+    "jct_ratio_not_storage_bound": Target(
+        "store not the bottleneck: JCT basic/split",
+        None,
+        0.98,
+        True,
+        "-",
+        _jct("1p1d/basic/unshaped", "1p1d/split/unshaped"),
+    ),
+    "forward_goodput_ratio": Target(
+        "forward goodput / raw Mooncake read of equal size",
+        1.0,
+        0.9,
+        True,
+        "-",
+        lambda found: found.goodput.ratio if found.goodput else None,
+    ),
+    "store_bytes_ratio_both_over_split": Target(
+        "store bytes per request both/split",
+        2.0,
+        1.9,
+        True,
+        "-",
+        lambda found: _ratio(found.storage_bytes("1p1d/both/burst"), found.storage_bytes("1p1d/split/burst")),
+    ),
 }
 
 
@@ -153,7 +263,7 @@ class Details(_Record):
 
 
 class LoadSummary(_Record):
-    """`summary.json`: the figures by name, and what they were made of under `details`."""
+    """`summary.json`: the figures by name (those of `TARGETS`), and what they were made of under `details`."""
 
     jct_ratio_1p1d_split: float | None
     jct_ratio_1p2d_split: float | None
@@ -169,77 +279,9 @@ class LoadSummary(_Record):
     details: Details
 
 
-class Found(NamedTuple):
-    """Everything measured, by `Cell.name`."""
-
-    cells: dict[str, Cell]
-    goodput: Goodput | None
-    page_bytes: int
-
-    def jct(self, name: str) -> float | None:
-        return self.cells[name].job_s if name in self.cells else None
-
-    def load_s(self, mode: str, oracle: str) -> float | None:
-        """What loading adds to a lone request's TTFT: TTFT minus that of a request that loads nothing."""
-        loaded, resident = self.cells.get(f"1p1d/{mode}/lone"), self.cells.get(f"1p1d/{oracle}/lone")
-        return loaded.ttft_s - resident.ttft_s if loaded and resident else None
-
-
 def figure_values(found: Found) -> dict[str, float | None]:
-    """The value of every figure; None where its cells are missing."""
-    cells = found.cells
-
-    def jct_ratio(above: str, below: str) -> float | None:
-        return _ratio(found.jct(above), found.jct(below))
-
-    decode, prefill = cells.get("1p1d/decode/lone"), cells.get("1p1d/prefill/lone")
-    both, split = cells.get("1p1d/both/burst"), cells.get("1p1d/split/burst")
-    goodput = found.goodput
-    return {
-        "jct_ratio_1p1d_split": jct_ratio("1p1d/basic/burst", "1p1d/split/burst"),
-        "jct_ratio_1p2d_split": jct_ratio("1p2d/basic/burst", "1p2d/split/burst"),
-        "jct_ratio_1p1d_shorter_queue": jct_ratio("1p1d/basic/burst", "1p1d/shorter_queue/burst"),
-        "jct_split_1p1d_over_basic_2p1d": jct_ratio("1p1d/split/burst", "2p1d/basic/burst"),
-        "load_ratio_lone_split": _ratio(
-            found.load_s("split", "oracle"), found.load_s("basic", "oracle_upstream")
-        ),
-        "ttft_ratio_lone_decode_over_prefill": _ratio(
-            decode.ttft_s if decode else None, prefill.ttft_s if prefill else None
-        ),
-        "store_bytes_when_resident": _resident_bytes(found),
-        "jct_ratio_not_storage_bound": jct_ratio("1p1d/basic/unshaped", "1p1d/split/unshaped"),
-        "forward_goodput_ratio": _ratio(
-            statistics.median(goodput.forward_bytes_per_s), statistics.median(goodput.raw_bytes_per_s)
-        )
-        if goodput
-        else None,
-        "store_bytes_ratio_both_over_split": _ratio(
-            both.storage_bytes if both else None, split.storage_bytes if split else None
-        ),
-    }
-
-
-def _resident_bytes(found: Found) -> int | None:
-    """Most bytes of pages read in a measurement: what the scheduler counted or the links carried.
-
-    The links also carry questions to the store's master; only whole pages count.
-    """
-    samples = [
-        sample for name, cell in found.cells.items() if name.endswith("/resident") for sample in cell.samples
-    ]
-    if not samples:
-        return None
-    return max(
-        max(
-            sample.planned_read_bytes or 0,
-            sum(sample.storage_bytes.values()) // found.page_bytes * found.page_bytes,
-        )
-        for sample in samples
-    )
-
-
-def _ratio(above: float | None, below: float | None) -> float | None:
-    return None if above is None or below is None else above / below
+    """The value of every figure."""
+    return {name: target.value(found) for name, target in TARGETS.items()}
 
 
 def figures(values: dict[str, float | None]) -> dict[str, Figure]:
@@ -251,7 +293,7 @@ def figures(values: dict[str, float | None]) -> dict[str, Figure]:
             at_least=target.at_least,
             limit=target.limit,
             paper=target.paper,
-            met=None if values[name] is None else target.met(values[name]),
+            met=None if (value := values[name]) is None else target.met(value),
         )
         for name, target in TARGETS.items()
     }

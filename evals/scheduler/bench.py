@@ -146,6 +146,7 @@ def running_scheduler() -> Iterator[tuple[psutil.Process, str]]:
     """A scheduler process as `dualpath up` starts it, and its address."""
     command = [sys.executable, "-m", "scheduler_svc", "--bind=tcp://127.0.0.1:0", "--metrics-port=0"]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    assert process.stdout is not None and process.stderr is not None, "both are pipes"
     try:
         ready = process.stdout.readline()
         if not ready:
@@ -246,7 +247,7 @@ def _memory(engines: int, rooms: int) -> dict[str, float]:
 
 def machine_facts(real_time: bool) -> dict[str, str | int | float]:
     return {
-        "cores": os.cpu_count(),
+        "cores": os.cpu_count() or 1,
         "real_time": real_time,
         "load_average": os.getloadavg()[0],
         "python": sys.version.split()[0],

@@ -13,6 +13,7 @@ import time
 from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import Literal
 
 import zmq
 
@@ -124,7 +125,7 @@ class LoadGenerator:
         for socket in self._sockets:
             socket.send(b'{"type":"status_request"}')
         for socket in self._sockets:
-            if not socket.poll(STALL_S * 1000):
+            if not socket.poll(int(STALL_S * 1000)):
                 raise Stalled(f"no status within {STALL_S:g} s of {self.engines} heartbeats")
             socket.recv()
 
@@ -276,7 +277,7 @@ def _done(name: str) -> Done:
     )
 
 
-def _lane(name: str, first: int, end: int) -> LaneRecord:
+def _lane(name: Literal["store", "peer"], first: int, end: int) -> LaneRecord:
     moved = (end - first) * PAGE_BYTES
     return LaneRecord(
         lane=name, first_page=first, end_page=end, bytes=moved, queue_s=0.01, busy_s=moved / RATE_BYTES_PER_S

@@ -226,12 +226,16 @@ def _of_engine(about: str, judgement: Judgement) -> list[Finding]:
 
 def _memory(judged: Sequence[tuple[int, Judgement]], store_bytes: int) -> Iterable[Finding]:
     """Host pools of all ranks, and the store's segment, against what SGLang would find free."""
-    sized = [(count, found) for count, found in judged if found.pool_bytes is not None and found.resolved]
+    sized = [
+        (count * found.ranks, found.pool_bytes, found.available_bytes)
+        for count, found in judged
+        if found.pool_bytes is not None and found.resolved
+    ]
     if not sized:
         return
-    free_bytes = min(found.available_bytes for _, found in sized) - HICACHE_RESERVE_BYTES
-    largest_bytes = max(found.pool_bytes for _, found in sized)
-    pools_bytes = sum(count * found.ranks * found.pool_bytes for count, found in sized)
+    free_bytes = min(available_bytes for _, _, available_bytes in sized) - HICACHE_RESERVE_BYTES
+    largest_bytes = max(pool_bytes for _, pool_bytes, _ in sized)
+    pools_bytes = sum(pools * pool_bytes for pools, pool_bytes, _ in sized)
     text = (
         f"host pools {pools_bytes / GB:.1f} GB and store {store_bytes / GB:.1f} GB, free for them "
         f"{max(0, free_bytes) / GB:.1f} GB (SGLang leaves 10 GiB alone)"

@@ -9,6 +9,7 @@ import difflib
 import json
 import re
 import reprlib
+from collections.abc import Sequence
 from enum import StrEnum
 from pathlib import Path
 from typing import Annotated, Literal
@@ -22,6 +23,7 @@ from pydantic import (
     field_validator,
     model_validator,
 )
+from pydantic_core import ErrorDetails
 
 from dualpath_sgl.launch.config import CLUSTERS
 from dualpath_sgl.launch.config.hosts import checked, checked_endpoint, local_address
@@ -310,7 +312,7 @@ def _examples() -> str:
     return ", ".join(sorted(str(path) for path in CLUSTERS.glob("*.yaml")))
 
 
-def _explain(problem: dict) -> str:
+def _explain(problem: ErrorDetails) -> str:
     # The tag of a tagged union ("tiny", "directory") is in the location, but not in the file.
     parts = list(problem["loc"])
     if len(parts) > 1 and parts[0] == "model" and parts[1] in ("tiny", "directory"):
@@ -341,11 +343,17 @@ def _printable(part: object) -> str:
     return text if text.isprintable() and len(text) <= 80 else _shown.repr(text)
 
 
-def _fields(path: list) -> list[str]:
+def _fields(path: Sequence[int | str]) -> list[str]:
     """Names that may stand at `path` of a cluster description."""
-    sections = {"store": Store, "scheduler": Scheduler, "router": Router, "tracing": Tracing, "model": Tiny}
+    sections: dict[str, type[BaseModel]] = {
+        "store": Store,
+        "scheduler": Scheduler,
+        "router": Router,
+        "tracing": Tracing,
+        "model": Tiny,
+    }
     sections |= {"prefill": Group, "decode": Group, "network": Network, "security": Security}
     model: type[BaseModel] = ClusterConfig
     if path:
-        model = HostPool if path[-1] == "host_pool" else sections[path[0]]
+        model = HostPool if path[-1] == "host_pool" else sections[str(path[0])]
     return list(model.model_fields)

@@ -41,7 +41,7 @@ def local_address(host: str) -> str:
         with socket.socket(family, socket.SOCK_STREAM) as probe:
             try:
                 probe.bind((address[0], 0))
-                return address[0]
+                return str(address[0])
             except OSError as error:
                 if error.errno != errno.EADDRNOTAVAIL:
                     raise

@@ -7,6 +7,7 @@ deep nesting, two equal keys, numbers that no field could take.
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Protocol
 
 import yaml
 
@@ -108,8 +109,16 @@ class _Loader(yaml.SafeLoader):
         return value
 
 
-def _problem(mark: yaml.Mark, problem: str) -> YamlProblem:
-    return YamlProblem(f"line {mark.line + 1}, column {mark.column + 1}: {problem[:200]}")
+class _Mark(Protocol):
+    """PyYAML has two classes of them, counting from 0."""
+
+    line: int
+    column: int
+
+
+def _problem(mark: _Mark | None, problem: str) -> YamlProblem:
+    where = "" if mark is None else f"line {mark.line + 1}, column {mark.column + 1}: "
+    return YamlProblem(f"{where}{problem[:200]}")
 
 
 def _short(value: object) -> str:

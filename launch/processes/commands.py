@@ -55,13 +55,13 @@ CPU_FLAGS = (
     "--sleep-on-idle",
 )
 CUDA_FLAGS = ("--device=cuda", "--dtype=bfloat16")
-DUALPATH_BACKEND = {
+DUALPATH_BACKEND: dict[str, str | int] = {
     "backend_name": "dualpath",
     "module_path": "dualpath_sgl.storage",
     "class_name": "DualPathStorage",
     "interface_v1": 1,
 }
-LIMITED_BACKEND = {
+LIMITED_BACKEND: dict[str, str | int] = {
     "backend_name": "mooncake_limited",
     "module_path": "dualpath_sgl.limits.limited_store",
     "class_name": "LimitedStore",
@@ -333,9 +333,8 @@ def _host_pool_flag(group: Group) -> str:
 
 
 def _hicache_flags(config: ClusterConfig, group: Group) -> list[str]:
-    extra = {
-        "prefetch_threshold": config.page_size
-    }  # SGLang's default of 256 tokens would hide short prefixes.
+    # SGLang's default of 256 tokens would hide short prefixes.
+    extra: dict[str, str | int] = {"prefetch_threshold": config.page_size}
     rate = config.store.read_rate
     backend = "mooncake"
     if config.mode is Mode.DUALPATH:

@@ -17,6 +17,7 @@ import hashlib
 import os
 import re
 import shutil
+import sys
 import tempfile
 from dataclasses import dataclass
 from enum import StrEnum
@@ -118,7 +119,7 @@ class Tree:
     def __init__(self, stack: Stack, site_packages: Path | None = None):
         self.stack = stack
         distribution = _find(stack, site_packages)
-        self._root = Path(os.fspath(distribution.locate_file("")))
+        self._root = Path(str(distribution.locate_file("")))
         self._recorded = {
             str(file): file.hash.value for file in distribution.files or () if file.hash is not None
         }
@@ -227,8 +228,8 @@ def _summary(states: set[State]) -> State:
 
 
 def _find(stack: Stack, site_packages: Path | None) -> metadata.Distribution:
-    where = {} if site_packages is None else {"path": [str(site_packages)]}
-    found = next(iter(metadata.distributions(name=stack.package, **where)), None)
+    path = sys.path if site_packages is None else [str(site_packages)]
+    found = next(iter(metadata.distributions(name=stack.package, path=path)), None)
     pinned = f"{stack.package}=={stack.version}"
     if found is None:
         raise PatchError(
@@ -305,10 +306,10 @@ def _replace_all(root: Path, contents: dict[str, str | None], before: dict[str, 
             _drop_bytecode(root / name)
     except BaseException:
         for name in done:
-            if before[name] is None:
+            if (content := before[name]) is None:
                 (root / name).unlink()
             else:
-                os.replace(_stage(root / name, before[name]), root / name)
+                os.replace(_stage(root / name, content), root / name)
             _drop_bytecode(root / name)
         raise
     finally:

@@ -213,6 +213,7 @@ def _mla_weights(model: TinyModel, random: Callable) -> dict:
     import torch
 
     rank, heads = model.kv_lora_rank, model.heads
+    assert rank is not None, "a model with MLA"
     return {
         # No norms on query and key here: larger weights make attention as sharp as above.
         "q_proj": random(heads * (model.head_dim + ROPE_DIM), model.hidden, scale=2.0),

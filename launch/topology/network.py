@@ -167,7 +167,7 @@ def _remove(slot: int) -> bool:
 def _subnets_of_this_machine() -> list[ipaddress.IPv4Network]:
     addresses = json.loads(_run(["ip", "-j", "-4", "address", "show"]))
     return [
-        ipaddress.ip_network(f"{entry['local']}/{entry['prefixlen']}", strict=False)
+        ipaddress.IPv4Network(f"{entry['local']}/{entry['prefixlen']}", strict=False)
         for interface in addresses
         for entry in interface.get("addr_info", ())
     ]

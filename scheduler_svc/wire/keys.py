@@ -17,6 +17,7 @@ import stat
 import struct
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import zmq
 import zmq.auth
@@ -120,7 +121,7 @@ def secure_server(socket: zmq.SyncSocket, server_key_file: Path) -> None:
     socket.setsockopt(zmq.HANDSHAKE_IVL, HANDSHAKE_MS)
 
 
-def secure_client(socket: zmq.SyncSocket, client_key_file: Path, server_public_key_file: Path) -> None:
+def secure_client(socket: zmq.Socket[Any], client_key_file: Path, server_public_key_file: Path) -> None:
     """Make a socket, not connected yet, speak CURVE to one scheduler and prove who it is.
 
     `client_key_file` is this peer's `.key_secret`, `server_public_key_file` the scheduler's `.key`.

@@ -117,13 +117,15 @@ class EngineDirectory:
         try:
             address = EngineUrl.parse(url)
         except ValueError as error:
-            return self._refuse(role, url, str(error))
+            self._refuse(role, url, str(error))
+            return None
         engine = self._engines[role].get(str(address))
         if engine is None:
             if not self._admission.admits(address):
-                return self._refuse(
+                self._refuse(
                     role, url, f"if it is yours, list it or give --dualpath-engine-url-prefix {address}"
                 )
+                return None
             engine = Engine(role, str(address), bootstrap_port, listed=False)
             self._add(engine)
         elif bootstrap_port is not None:

@@ -58,10 +58,10 @@ class DecodeGroup:
             request = engine.ready[0]
             turn = request.turn
             needed = turn.prompt_tokens + turn.output_tokens
-            if needed > engine.free_device_tokens:
+            if needed > _free_tokens(engine):
                 return
             engine.ready.popleft()
-            engine.free_device_tokens -= needed
+            engine.free_device_tokens = _free_tokens(engine) - needed
             copy_s = (turn.hit_bytes + turn.new_bytes) / self._costs.nic_bytes_per_s
             engine.nic_free_s = max(engine.nic_free_s, now_s) + copy_s
             self._loop.at(engine.nic_free_s, self._begin, request)
@@ -113,7 +113,7 @@ class DecodeGroup:
         while self._running and self._running[0][0] <= self._steps + 1e-6:
             request = heappop(self._running)[2]
             engine, turn = request.decode, request.turn
-            engine.free_device_tokens += turn.prompt_tokens + turn.output_tokens
+            engine.free_device_tokens = _free_tokens(engine) + turn.prompt_tokens + turn.output_tokens
             self._resize(engine, -1)
             ended.append(request)
         for request in ended:
@@ -121,3 +121,8 @@ class DecodeGroup:
         self._schedule()
         for request in ended:
             self._finished(request)
+
+
+def _free_tokens(engine: SimEngine) -> int:
+    assert engine.free_device_tokens is not None, "a decode engine has memory"
+    return engine.free_device_tokens

@@ -21,22 +21,41 @@ class Work(NamedTuple):
 
 
 class Model(Protocol):
-    name: str
-    layers: int
-    kv_bytes_per_token: int
-    expert_weight_bytes: float
-    """Spread over an expert-parallel group."""
-    other_weight_bytes: float
-    """On every engine."""
-    prefill_group_nodes: int
-    """Nodes of prefill engines that step together; 0: every engine steps alone."""
-    decode_group_nodes: int
+    @property
+    def name(self) -> str: ...
+
+    @property
+    def layers(self) -> int: ...
+
+    @property
+    def kv_bytes_per_token(self) -> int: ...
+
+    @property
+    def expert_weight_bytes(self) -> float:
+        """Spread over an expert-parallel group."""
+
+    @property
+    def other_weight_bytes(self) -> float:
+        """On every engine."""
+
+    @property
+    def prefill_group_nodes(self) -> int:
+        """Nodes of prefill engines that step together; 0: every engine steps alone."""
+
+    @property
+    def decode_group_nodes(self) -> int: ...
 
     def prefill_work(self, new_tokens: int, context_tokens: int) -> Work:
         """To compute `new_tokens` behind `context_tokens` that are stored."""
 
     def decode_sequence_s(self, context_tokens: float, hardware: Hardware) -> float:
         """What one more sequence adds to a decode step."""
+
+
+KV_RANK = 512
+ROPE = 64
+HEAD = 128
+"""MLA's dimensions in every published DeepSeek configuration."""
 
 
 class SparseMoE(NamedTuple):
@@ -65,11 +84,6 @@ class SparseMoE(NamedTuple):
     """KV of one token and layer.  Paper, derived sizes: 512 values of one byte, 16 B of scales, 128 B
     of RoPE; without the indexer's 132 B, as the paper counts for its GB/PFLOP."""
 
-    KV_RANK = 512
-    ROPE = 64
-    HEAD = 128
-    """MLA's dimensions in every published DeepSeek configuration."""
-
     @property
     def kv_bytes_per_token(self) -> int:
         return self.token_bytes * self.layers
@@ -77,10 +91,10 @@ class SparseMoE(NamedTuple):
     @property
     def _attention_weights(self) -> int:
         """Of one layer, indexer included."""
-        head_q, source = self.HEAD + self.ROPE, self.q_rank or self.hidden
+        head_q, source = HEAD + ROPE, self.q_rank or self.hidden
         q = source * self.heads * head_q + self.hidden * self.q_rank
-        kv = self.hidden * (self.KV_RANK + self.ROPE) + self.KV_RANK * self.heads * 2 * self.HEAD
-        out = self.heads * self.HEAD * self.hidden
+        kv = self.hidden * (KV_RANK + ROPE) + KV_RANK * self.heads * 2 * HEAD
+        out = self.heads * HEAD * self.hidden
         index = source * self.index_heads * self.index_dim + self.hidden * (self.index_dim + self.index_heads)
         return q + kv + out + index
 
@@ -106,7 +120,7 @@ class SparseMoE(NamedTuple):
     def prefill_work(self, new_tokens: int, context_tokens: int) -> Work:
         keys = context_tokens + new_tokens / 2
         attended = min(keys, self.top_k)
-        core = 2 * self.heads * (2 * self.KV_RANK + self.ROPE) * attended
+        core = 2 * self.heads * (2 * KV_RANK + ROPE) * attended
         index = 2 * self.index_heads * self.index_dim * keys
         attention = (2 * self._attention_weights + core + index) * self.layers
         return Work(attention * new_tokens, 2 * self._active_expert_weights * new_tokens)

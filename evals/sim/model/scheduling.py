@@ -10,10 +10,11 @@ from __future__ import annotations
 
 import random
 from collections.abc import Sequence
-from typing import NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol, cast
 
 from dualpath_sgl.evals.common.errors import EvalError
-from dualpath_sgl.evals.sim.model.engines import Request, SimEngine
+from dualpath_sgl.evals.sim.model.engines import Request as SimRequest
+from dualpath_sgl.evals.sim.model.engines import SimEngine
 from dualpath_sgl.evals.sim.model.loop import EventLoop
 from dualpath_sgl.evals.sim.model.storage import StorageLink
 from scheduler_svc.policies.path_policies import PathPolicy, PathRequest, StoreQueue, choose_path, path_policy
@@ -24,8 +25,20 @@ from scheduler_svc.policies.placement_policies import (
     placement_policy,
 )
 from scheduler_svc.policies.placement_rules import ALPHA_S
-from scheduler_svc.state import Cluster
-from scheduler_svc.wire.protocol import Done, Error, Heartbeat, LaneRecord, Load, Outcome, Place, Report, Role
+from scheduler_svc.state import Cluster, Result
+from scheduler_svc.wire.protocol import (
+    Done,
+    Error,
+    Heartbeat,
+    LaneRecord,
+    Load,
+    Outcome,
+    Place,
+    Placement,
+    Report,
+    Request,
+    Role,
+)
 
 HEARTBEAT_S = 1.0
 """As engines send them (`scheduler_svc.wire.protocol.Heartbeat`)."""
@@ -66,13 +79,13 @@ class Scheduler(Protocol):
     def read_ended(self, link: StorageLink, bytes_: int) -> None:
         """A read on `link` has ended; `link.queued_bytes` counts it no more."""
 
-    def loaded(self, request: Request) -> None:
+    def loaded(self, request: SimRequest) -> None:
         """All of its reads have ended."""
 
-    def prefilled(self, request: Request) -> None:
+    def prefilled(self, request: SimRequest) -> None:
         """Its PE has nothing more to do for it."""
 
-    def finished(self, request: Request) -> None:
+    def finished(self, request: SimRequest) -> None:
         """Nor has its DE."""
 
     def stop(self) -> None:
@@ -89,18 +102,29 @@ def _leave(engine: SimEngine, tokens: int) -> None:
     engine.sequences -= 1
 
 
+class _SimPlacement(Protocol):
+    """A `PlacementPolicy` over simulated engines, which have all that the policies in `PLACEMENTS` look at."""
+
+    def joined(self, engine: SimEngine) -> None: ...
+
+    def lowered(self, engine: SimEngine) -> None: ...
+
+    def place(self, session_id: str | None, prompt_tokens: int) -> tuple[SimEngine, SimEngine, Any, int, int]:
+        """A `Choice`."""
+
+
 class PolicyScheduler:
     """The policies see every engine's present load."""
 
     def __init__(
         self, engines: Sequence[SimEngine], placement: PlacementPolicy, path: PathPolicy, page_bytes: int
     ) -> None:
-        self._placement = placement
+        self._placement = cast(_SimPlacement, placement)
         self._path = path
         self._page_bytes = page_bytes
         self._prefill_by_link: dict[StorageLink, list[SimEngine]] = {}
         for engine in engines:
-            placement.joined(engine)
+            self._placement.joined(engine)
             if engine.role is Role.PREFILL:
                 self._prefill_by_link.setdefault(engine.storage, []).append(engine)
 
@@ -127,14 +151,14 @@ class PolicyScheduler:
             for engine in self._prefill_by_link.get(link, ()):
                 self._placement.lowered(engine)
 
-    def loaded(self, request: Request) -> None:
+    def loaded(self, request: SimRequest) -> None:
         pass
 
-    def prefilled(self, request: Request) -> None:
+    def prefilled(self, request: SimRequest) -> None:
         _leave(request.prefill, request.turn.prompt_tokens)
         self._placement.lowered(request.prefill)
 
-    def finished(self, request: Request) -> None:
+    def finished(self, request: SimRequest) -> None:
         _leave(request.decode, request.turn.prompt_tokens)
         self._placement.lowered(request.decode)
 
@@ -180,7 +204,7 @@ class ServiceScheduler:
         )
         self._send(Heartbeat(engine=engine.leader, load=load))
 
-    def _send(self, message):
+    def _send(self, message: Request) -> Result:
         result = self.cluster.handle(message, self._loop.now_s)
         if isinstance(result.reply, Error):
             raise AssertionError(f"the scheduler refused {message}: {result.reply.message}")
@@ -189,6 +213,7 @@ class ServiceScheduler:
     def plan(self, prompt_tokens: int, hit_pages: int) -> Planned:
         self._placed += 1
         placement = self._send(Place(request_id=str(self._placed), prompt_tokens=prompt_tokens)).reply
+        assert isinstance(placement, Placement)
         room = placement.room
         prefill = self._engines[placement.prefill.engine_id]
         decode = self._engines[placement.decode.engine_id]
@@ -218,13 +243,13 @@ class ServiceScheduler:
     def read_ended(self, link: StorageLink, bytes_: int) -> None:
         pass  # Heartbeats and Done say so.
 
-    def loaded(self, request: Request) -> None:
+    def loaded(self, request: SimRequest) -> None:
         split, hit = request.split_page, request.turn.hit_pages
         self._done(request, request.prefill, split, hit)
         self._done(request, request.decode, 0, split)
 
-    def _done(self, request: Request, engine: SimEngine, first_page: int, end_page: int) -> None:
-        lanes = ()
+    def _done(self, request: SimRequest, engine: SimEngine, first_page: int, end_page: int) -> None:
+        lanes: tuple[LaneRecord, ...] = ()
         if end_page > first_page:
             lanes = (
                 LaneRecord(
@@ -247,10 +272,10 @@ class ServiceScheduler:
             )
         )
 
-    def prefilled(self, request: Request) -> None:
+    def prefilled(self, request: SimRequest) -> None:
         _leave(request.prefill, request.turn.prompt_tokens)
 
-    def finished(self, request: Request) -> None:
+    def finished(self, request: SimRequest) -> None:
         _leave(request.decode, request.turn.prompt_tokens)
 
     def stop(self) -> None:

@@ -11,7 +11,7 @@ from typing import Annotated
 import typer
 from rich.console import Console
 from rich.markup import escape
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
 from dualpath_sgl.evals.common.errors import EvalError
@@ -198,7 +198,7 @@ class _Bars:
             console=console,
             disable=not console.is_terminal,
         )
-        self._task = None
+        self._task: TaskID | None = None
 
     def __enter__(self) -> _Bars:
         self._progress.start()
@@ -215,7 +215,8 @@ class _Bars:
         self._task = self._progress.add_task(name, total=turns)
 
     def made(self, turns: int) -> None:
-        self._progress.advance(self._task, turns)
+        if self._task is not None:
+            self._progress.advance(self._task, turns)
 
 
 def _mode(name: str) -> Mode:
