@@ -11,11 +11,10 @@ from scheduler_svc.policies.lane_model import LaneModel
 from scheduler_svc.policies.path_policies import (
     PathChoice,
     PathPolicy,
-    PathRequest,
     SplitReason,
-    StoreQueue,
     choose_path,
 )
+from scheduler_svc.policies.path_request import PathRequest, StoreQueue
 from scheduler_svc.wire.protocol import PLAN_TIMEOUT_S, Path, Plan, common_version
 
 PLAN_DEADLINE_S = 0.8 * PLAN_TIMEOUT_S

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
+from contextlib import suppress
 from queue import Empty, SimpleQueue
 from typing import Generic, TypeVar
 
@@ -23,10 +24,8 @@ class Mailbox(Generic[T]):
         os.eventfd_write(self.fd, 1)
 
     def drain(self) -> Iterator[T]:
-        try:
+        with suppress(BlockingIOError):
             os.eventfd_read(self.fd)
-        except BlockingIOError:
-            pass
         while True:
             try:
                 yield self._items.get_nowait()

@@ -26,6 +26,7 @@ a single generated token before it (the paper's rule), so that copies share noth
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import pairwise
 from typing import NamedTuple
 
 from dualpath_sgl.evals.agents import trace
@@ -219,7 +220,7 @@ def _longest(turns: Sequence[Turn]) -> int:
 
 def _place(marks: Sequence[_Mark], raw: int) -> int:
     """Scaled place of raw token `raw`, between the marks around it."""
-    for left, right in zip(marks, marks[1:], strict=False):
+    for left, right in pairwise(marks):
         if left.raw <= raw <= right.raw:
             share = (raw - left.raw) * (right.scaled - left.scaled)
             return left.scaled + (share // (right.raw - left.raw) if right.raw > left.raw else 0)

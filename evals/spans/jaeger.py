@@ -114,7 +114,7 @@ class _Trace:
         return {
             "traceID": self._id,
             "spans": spans,
-            "processes": {process_id: process for process_id, process in self._processes.values()},
+            "processes": dict(self._processes.values()),
             "warnings": None,
         }
 

@@ -24,6 +24,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
+from types import MappingProxyType
 
 import psutil
 
@@ -76,7 +77,7 @@ class Supervisor:
 
     stop_order: tuple[tuple[str, ...], ...] = ()
     """Names (or their beginnings) in the order of stopping; the rest stops last."""
-    spared: Mapping[str, str] = {}
+    spared: Mapping[str, str] = MappingProxyType({})
     """Processes that `wait` starts again when they die -> what holds until they are back."""
 
     def __init__(self, run_dir: Path):
@@ -263,13 +264,15 @@ class Cluster(Supervisor):
     """The cluster that `config` describes.  Entering the context starts it, if it is not started."""
 
     stop_order = (("router",), ("prefill-", "decode-"), ("scheduler", "store"))
-    spared = {
-        "scheduler": "engines go on with the prefill path",
-        "collector": "spans are lost meanwhile",
-        "router": "clients are refused meanwhile",
-        "master": "prompts are computed meanwhile, and what was stored is forgotten",
-        "store": "prompts are computed meanwhile, and what was stored is gone",
-    }
+    spared = MappingProxyType(
+        {
+            "scheduler": "engines go on with the prefill path",
+            "collector": "spans are lost meanwhile",
+            "router": "clients are refused meanwhile",
+            "master": "prompts are computed meanwhile, and what was stored is forgotten",
+            "store": "prompts are computed meanwhile, and what was stored is gone",
+        }
+    )
 
     def __init__(self, config: ClusterConfig, run_dir: Path):
         super().__init__(run_dir)

@@ -1,5 +1,6 @@
 """The choices themselves: pure functions and objects of what engines report.
 
+path_request.py        what a path policy may know
 path_policies.py       which side reads which pages
 lane_model.py          when a request's two storage lanes end
 placement_policies.py  which pair of engines serves a request

@@ -14,10 +14,9 @@ P/D ratios it recommends no compute link is the bottleneck).
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
-if TYPE_CHECKING:
-    from scheduler_svc.policies.path_policies import PathRequest
+from scheduler_svc.policies.path_request import PathRequest
 
 LEAST_RATE_BYTES_PER_S = 1.0
 """A rate below this was not measured."""

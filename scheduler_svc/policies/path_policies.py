@@ -10,10 +10,10 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import NamedTuple, Protocol
 
 from scheduler_svc.policies.lane_model import LaneModel
+from scheduler_svc.policies.path_request import PathRequest
 
 FORWARD_COST_S = 0.005
 """What it costs to forward anything at all: the plan's way to the DE, its first batch's way back and
@@ -23,36 +23,6 @@ FORWARD_COST_BYTES = 4 * 1024 * 1024
 """The same while no rate is known: 5 ms of a link of 0.8 GB/s."""
 
 DEFAULT_PATH_POLICY = "split"
-
-
-class StoreQueue(NamedTuple):
-    """One engine's storage link, over all its ranks."""
-
-    read_queue_bytes: int = 0
-    """Reported or planned already."""
-    read_rate_bytes_per_s: float = 0.0
-    """Measured drain rate; 0 while unknown."""
-
-
-@dataclass(frozen=True, slots=True)
-class PathRequest:
-    """What a policy may know about one request."""
-
-    prefill_local_pages: int
-    """L_P."""
-    decode_local_pages: int
-    """L_D; may exceed K."""
-    hit_pages: int
-    """K."""
-    page_bytes: int
-    """Bytes of one page over all ranks of one engine."""
-    prefill: StoreQueue
-    decode: StoreQueue
-
-    @property
-    def least_split(self) -> int:
-        """x of the pure prefill path: what the DE holds is forwarded, never read again."""
-        return min(self.decode_local_pages, self.hit_pages)
 
 
 class SplitReason(NamedTuple):

@@ -167,7 +167,7 @@ class Rank:
 
     def store(self, load: PageLoad, pages: torch.Tensor) -> None:
         """Let the store hold `pages` (see bytes_of) as the first pages of `load`."""
-        for name, page in zip(load.operation.hash_value, pages):
+        for name, page in zip(load.operation.hash_value, pages, strict=False):
             self.controller.storage_backend.pages[name] = page
 
     def fill(self, indices: torch.Tensor, pages: Sequence[torch.Tensor]) -> None:

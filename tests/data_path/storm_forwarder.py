@@ -12,6 +12,7 @@ import math
 import random
 import threading
 import time
+from typing import ClassVar
 
 from dualpath_sgl.lanes import forward
 from dualpath_sgl.lanes.forward import Forwarder
@@ -26,7 +27,7 @@ FATES = ("well",) * 11 + ("pauses", "pauses", "pauses", "refused", "writes later
 class StormForwarder(Forwarder):
     chance = random.Random(0)
     """One for the process: the storm's seed decides."""
-    late_writes: list[LateWrites] = []
+    late_writes: ClassVar[list[LateWrites]] = []
 
     def read(self, session, local, remote, lengths, patience_s=math.inf) -> bool:
         fate = self.chance.choice(FATES)

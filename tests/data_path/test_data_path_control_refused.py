@@ -264,7 +264,7 @@ def test_a_message_that_cannot_be_sent_costs_only_itself():
                     prompt_tokens=9,
                     local_pages=0,
                     hit_pages=0,
-                )  # fmt: skip
+                )
             )
             eventually(lambda: prefill.no_plans == [5], "nobody waits for it")
             assert {one.room for one in plan_between(prefill, decode, room=6)} == {6}

@@ -8,6 +8,8 @@ import sys
 
 os.environ.setdefault("MC_LOG_LEVEL", "ERROR")
 
+from itertools import pairwise
+
 import pytest
 import torch
 from hypothesis import given
@@ -60,7 +62,7 @@ def test_merging_copies_the_same_bytes_in_fewer_blocks(blocks):
 @given(block_lists())
 def test_no_two_merged_blocks_could_be_joined(blocks):
     runs = sorted(zip(*merge_runs(*blocks), strict=True))
-    for (here, there, length), (next_here, next_there, _) in zip(runs, runs[1:]):
+    for (here, there, length), (next_here, next_there, _) in pairwise(runs):
         assert (here + length, there + length) != (next_here, next_there)
 
 

@@ -8,7 +8,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import pytest
 import torch
@@ -313,7 +313,7 @@ def test_a_de_that_hangs_before_the_first_contact_costs_its_time_out_and_no_page
 
 def test_a_de_that_hangs_at_the_first_contact_holds_up_no_read_from_another(world):
     """Mooncake would make that contact under a lock that every other read needs."""
-    load, room = world.pull(4)
+    _load, room = world.pull(4)
     world.de.hears(Pull)
     world.peer.pause()
     world.de.offers(room, 0, 4)
@@ -430,7 +430,7 @@ class SlowLink:
         self._do(f"ip netns del {self._space}")
 
     @staticmethod
-    def _do(command: str, prefix: list[str] = []) -> None:
+    def _do(command: str, prefix: Sequence[str] = ()) -> None:
         subprocess.run([*prefix, *command.split()], check=True, capture_output=True)
 
 

@@ -7,7 +7,7 @@ import subprocess
 import sys
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 
 import pytest
 import torch
@@ -180,7 +180,7 @@ def test_pages_published_before_and_after_the_pull_arrives_all_land(decode, pref
     lane.pull(load, room)
     for batch in (2, 3):
         read = batches[batch][0] * prefill.page_bytes
-        eventually(lambda: load.clocks[0].bytes == read, "the batches so far are read")
+        eventually(lambda read=read: load.clocks[0].bytes == read, "the batches so far are read")
         assert load.prefix == 0, "pages count only once the DE has confirmed them"
         publish(batch)
     until_acknowledged(load)
@@ -229,7 +229,7 @@ def test_a_quiet_but_living_de_is_waited_for(decode, prefill, server):
     for _ in range(2):
         eventually(lambda: room in patient.lane._pulls, "the pull is known")
         before_s = pull().deadline_s
-        eventually(lambda: pull().deadline_s > before_s, "a sign of life")
+        eventually(lambda before_s=before_s: pull().deadline_s > before_s, "a sign of life")
     server.publish(room, *decode.blocks(pages))
     until_acknowledged(load)
     assert patient.missing_of(load) == [] and load.prefix == 2
@@ -587,12 +587,13 @@ def test_a_lane_ignores_malformed_frames_and_words_about_strangers(decode, prefi
 
     def answers(message) -> list[bytes]:
         room = message.room
-        noise = GARBAGE + [wire(Released(room=room + 10**6, valid=True))]
+        noise = [*GARBAGE, wire(Released(room=room + 10**6, valid=True))]
         if isinstance(message, Release):
-            return noise + [wire(Released(room=room, valid=True))]
+            return [*noise, wire(Released(room=room, valid=True))]
         flat = tuple(pointer for page in pointers for pointer in page)
         session = decode.forwarder.session
-        return noise + [
+        return [
+            *noise,
             wire(Pages(room=room, session=session, first_page=0, pointers=flat, sizes=sizes)),
             wire(Ended(room=room, end_page=4)),
         ]
@@ -692,10 +693,8 @@ def test_a_callback_that_fails_does_not_keep_the_others_from_being_called(decode
     server.open(room, first_page=0)
     server.when_closed(room, fail)
     server.publish(room, *decode.blocks(decode.pages(2)), unpin=unpin)
-    try:
+    with suppress(ValueError):
         server.close(room)
-    except ValueError:
-        pass
     assert unpin.count == 1
 
 

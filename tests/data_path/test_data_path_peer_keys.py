@@ -159,7 +159,7 @@ def test_a_load_goes_all_the_way_with_keys_everywhere(world, prefill):
                 prompt_tokens=4 * PAGES,
                 local_pages=0,
                 hit_pages=PAGES,
-            )  # fmt: skip
+            )
         )
         plan = plans.get(timeout=WAIT_S)
         assert (plan.decode_id, plan.decode_endpoints) == ("decode-0", (world.endpoint,))

@@ -203,7 +203,7 @@ def test_whatever_happens_between_flushes_ranks_announce_the_same(ranks, seed):
         landed = [{each.request_id: rng.randint(0, 9) * 16 for each in operations} for _ in ranks]
         over = {each.request_id for each in operations if rng.random() < 0.7}
 
-        def play(number: int, operations=operations, landed=landed, over=over) -> None:
+        def play(number: int, operations=operations, landed=landed, over=over, generation=generation) -> None:
             own = random.Random(f"{seed}/{generation}/{number}")
             rank = ranks[number]
             for each in operations:
@@ -223,7 +223,9 @@ def test_whatever_happens_between_flushes_ranks_announce_the_same(ranks, seed):
         both = {name: min(one[name] for one in landed) for name in landed[0]}
         expected = {name: tokens for name, tokens in both.items() if tokens}
         for rank in ranks:
-            eventually(lambda rank=rank: set(rank.over) == over, "every operation that is over ends")
+            eventually(
+                lambda rank=rank, over=over: set(rank.over) == over, "every operation that is over ends"
+            )
             eventually(lambda rank=rank, e=expected: rank.announced == e, "all common progress is announced")
         assert ranks[0].over == ranks[1].over
         flush(ranks)

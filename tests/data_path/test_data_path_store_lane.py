@@ -258,7 +258,7 @@ def test_a_read_that_hangs_ends_its_load_and_keeps_its_pages_until_it_is_over(ra
 
 
 def test_behind_a_read_that_hangs_other_loads_are_read(rank, hanging_store):
-    gate, entered = hanging_store
+    gate, _entered = hanging_store
     lane = StoreLane()
     lane.start()
     hung, _ = stored(rank)

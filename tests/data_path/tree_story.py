@@ -22,7 +22,7 @@ import threading
 import time
 from array import array
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 os.environ.setdefault("SGLANG_USE_CPU_ENGINE", "1")
 os.environ.setdefault("MC_LOG_LEVEL", "ERROR")
@@ -288,7 +288,7 @@ class Engine:
         """The store holds the first `pages` pages of the prompt, or all of them."""
         for page, keys in list(zip(self.contents(tokens), self.keys(tokens), strict=True))[:pages]:
             halves = [half.numpy().tobytes() for half in page] * 2  # a side pool's are the same
-            self.store.objects.update(zip(keys, halves))
+            self.store.objects.update(zip(keys, halves, strict=False))
 
     def computed(self, tokens: Sequence[int], pages: int | None = None) -> None:
         """A request with this prompt has run: the first `pages` pages are on the device, and on their way
@@ -415,7 +415,7 @@ class Peer:
     """The engine of the other role: a host pool whose pages fit, a forwarding engine, and by `role` a page
     server ("decode") or a lane to the engine under test ("prefill")."""
 
-    _made: list[Peer] = []
+    _made: ClassVar[list[Peer]] = []
     """Mooncake takes a second to end an engine that is forgotten; the test's process just ends."""
 
     def __init__(
@@ -497,7 +497,7 @@ class Peer:
         landed = self.rank.landed(load, 0, load.prefix)
         return [
             page
-            for page, name in zip(landed, names)
+            for page, name in zip(landed, names, strict=False)
             if not torch.equal(page, content(name, self._engine.page_tokens))
         ]
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from itertools import pairwise
 
 import pytest
 
@@ -35,7 +36,7 @@ def test_engines_report_in_turn_and_not_all_at_once():
     """In step they would measure a burst of a thousand heartbeats instead of a plan."""
     with bench._loaded(16) as (_, generator):
         due_s = [due for due, _, _ in generator._heartbeats]
-        gaps_s = [later - sooner for sooner, later in zip(due_s, due_s[1:], strict=False)]
+        gaps_s = [later - sooner for sooner, later in pairwise(due_s)]
         assert gaps_s == pytest.approx([generator.heartbeat_s / 16] * 15)
 
 

@@ -1,5 +1,6 @@
 """Synthetic sessions have the statistics they claim."""
 
+from itertools import pairwise
 from statistics import fmean
 
 import pytest
@@ -14,7 +15,7 @@ def test_means_of_synthetic_sessions_are_those_of_the_papers_table(name):
     sessions = trajectories(row, 500, seed=1)
 
     def appends(requests):
-        pairs = zip(requests, requests[1:], strict=False)
+        pairs = pairwise(requests)
         return fmean(
             after.prompt_tokens - before.prompt_tokens - before.output_tokens for before, after in pairs
         )

@@ -54,7 +54,9 @@ def played(plan: SessionPlan, seed: int = 0) -> tuple[list[list[int]], list[list
 
 
 def common(left: list[int], right: list[int]) -> int:
-    return next((i for i, (a, b) in enumerate(zip(left, right)) if a != b), min(len(left), len(right)))
+    return next(
+        (i for i, (a, b) in enumerate(zip(left, right, strict=False)) if a != b), min(len(left), len(right))
+    )
 
 
 factors = st.floats(0.01, 1.0)
@@ -95,7 +97,7 @@ def test_at_full_size_a_left_context_is_left_where_the_trace_leaves_it(session):
     # Answers that are shorter than the floor, or longer than what the next prompt grew by, shift
     # later places; sessions where neither happens keep every place.
     shares = sharings(session)
-    for request, shared in zip(session.requests, shares):
+    for request, shared in zip(session.requests, shares, strict=True):
         if request.output_tokens < MIN_OUTPUT_TOKENS:
             return
         if shared and shared.extends:
@@ -105,7 +107,7 @@ def test_at_full_size_a_left_context_is_left_where_the_trace_leaves_it(session):
         elif request.prompt_tokens == (shared.blocks * BLOCK if shared else 0):
             return
     turns = scale_session(session, shares, 1.0)
-    for turn, request, shared in zip(turns, session.requests, shares):
+    for turn, request, shared in zip(turns, session.requests, shares, strict=True):
         assert turn.prompt_tokens == request.prompt_tokens
         if shared and not shared.extends:
             assert turn.kept_tokens == shared.blocks * BLOCK
@@ -116,7 +118,7 @@ def test_scaling_is_monotone(session, one, other):
     shares = sharings(session)
     small = scale_session(session, shares, min(one, other))
     large = scale_session(session, shares, max(one, other))
-    for less, more in zip(small, large):
+    for less, more in zip(small, large, strict=True):
         assert less.prompt_tokens <= more.prompt_tokens and less.output_tokens <= more.output_tokens
 
 

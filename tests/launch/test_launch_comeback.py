@@ -9,6 +9,7 @@ import textwrap
 import threading
 import time
 from pathlib import Path
+from types import MappingProxyType
 
 import pytest
 
@@ -37,7 +38,7 @@ def until(condition) -> None:
 class WithScheduler(Supervisor):
     """A real scheduler and a stand-in for an engine."""
 
-    spared = {"scheduler": "engines go on"}
+    spared = MappingProxyType({"scheduler": "engines go on"})
 
     def __init__(self, run_dir: Path):
         super().__init__(run_dir)

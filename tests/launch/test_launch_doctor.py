@@ -9,10 +9,10 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner
 
+from dualpath_sgl.cli.__main__ import app
 from dualpath_sgl.launch.checks import doctor
 from dualpath_sgl.launch.checks.doctor import FLAGS, MACHINE, Finding, Level
 from dualpath_sgl.launch.checks.flag_check import Judgement, judge
-from dualpath_sgl.cli.__main__ import app
 from dualpath_sgl.launch.config.cluster import load
 from dualpath_sgl.launch.setup.tiny_model import TinyModel, build
 

@@ -14,8 +14,8 @@ import pytest
 import yaml
 from typer.testing import CliRunner
 
-from dualpath_sgl.lanes.peer_keys import PeerKeys
 from dualpath_sgl.cli.__main__ import app
+from dualpath_sgl.lanes.peer_keys import PeerKeys
 from dualpath_sgl.launch.config.addresses import Addresses, on_network, on_one_host
 from dualpath_sgl.launch.config.cluster import ClusterConfig, ConfigError, load
 from dualpath_sgl.launch.config.security import OPERATOR, key_files
@@ -223,7 +223,7 @@ def test_status_takes_keys_as_options_or_from_the_environment(keys):
         asked = status("--scheduler", address, *given)
         assert asked.exit_code == 0 and "rooms open 0" in asked.output
         names = ("DUALPATH_KEY_FILE", "DUALPATH_SCHEDULER_KEY_FILE")
-        asked = status("--scheduler", address, **dict(zip(names, map(str, files))))
+        asked = status("--scheduler", address, **dict(zip(names, map(str, files), strict=True)))
         assert asked.exit_code == 0, asked.output
         without = status("--scheduler", address)
         assert without.exit_code == 1 and "--key-file" in without.output

@@ -52,7 +52,7 @@ def test_equal_addresses_are_equal_however_they_are_written(written, same):
         "http://10.0.0.1:0",
         "http://10.0.0.1:65536",
         "http://10.0.0.1:30000.evil",
-        "http://10.0.0.1:３０００",
+        "http://10.0.0.1:３０００",  # noqa: RUF001  (full-width digits)
         "http://10.0.0.1:30000\r\nX: y",
         "http://10.0.0.1:30000\n",
         " http://10.0.0.1:30000",

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import orjson
 import pytest
 from hypothesis import given
@@ -62,5 +64,5 @@ def test_a_stream_is_merged_event_by_event_whatever_its_chunks(cuts):
     merger = LogprobMerger(stream(logprobs(1, index=0), logprobs(2, index=1)))
     content = stream(logprobs(3, index=0), logprobs(4, index=1), logprobs(5, index=0))
     edges = sorted({0, len(content), *(min(cut, len(content)) for cut in cuts)})
-    merged = b"".join(merger.feed(content[a:b]) for a, b in zip(edges, edges[1:], strict=False))
+    merged = b"".join(merger.feed(content[a:b]) for a, b in pairwise(edges))
     assert merged == stream(logprobs(1, 3, index=0), logprobs(2, 4, index=1), logprobs(1, 5, index=0))

@@ -215,7 +215,7 @@ def test_a_fault_in_any_step_of_the_loop_is_counted_and_the_next_message_is_serv
         raise RuntimeError("fails on purpose")
 
     with running(observers=[broken]) as scheduler:
-        prefill, decode = pair(scheduler)
+        _prefill, decode = pair(scheduler)
         server = scheduler._server
         for where, name in (
             (server, "_expire"),

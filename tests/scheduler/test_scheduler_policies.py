@@ -8,11 +8,10 @@ from scheduler_svc.ledger.intervals import intersection, pages, union
 from scheduler_svc.policies.path_policies import (
     PATH_POLICIES,
     PathChoice,
-    PathRequest,
-    StoreQueue,
     choose_path,
     path_policy,
 )
+from scheduler_svc.policies.path_request import PathRequest, StoreQueue
 
 counts = st.integers(0, 200)
 rates = st.just(0.0) | st.floats(0, allow_nan=False, allow_infinity=False) | st.floats(1e6, 1e11)

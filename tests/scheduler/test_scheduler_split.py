@@ -13,11 +13,10 @@ from scheduler_svc.policies.lane_model import MAX_RATE_RATIO, LaneModel
 from scheduler_svc.policies.path_policies import (
     FORWARD_COST_BYTES,
     FORWARD_COST_S,
-    PathRequest,
-    StoreQueue,
     choose_path,
     path_policy,
 )
+from scheduler_svc.policies.path_request import PathRequest, StoreQueue
 from scheduler_svc.wire.protocol import Path
 
 MIB = 1024 * 1024

@@ -126,7 +126,7 @@ def test_a_socket_identity_lends_nobody_the_key_that_it_came_with_before(secured
         secure_client(socket, secured.keys / f"peers/{name}.key_secret", secured.keys / "scheduler.key")
         socket.connect(secured.address)
         # The scheduler may know the last connection of this name still: until then it has room for no other.
-        until(lambda: _answers(socket, Ping()), "it is served")
+        until(lambda socket=socket: _answers(socket, Ping()), "it is served")
         answer = _answers(socket, prefill_report(1, 0, 10), Ping())
         assert (b"forbidden" in answer) is (name == "router"), (name, answer)
         context.destroy(linger=0)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import pytest
 
 from dualpath_sgl.evals.common.errors import EvalError
@@ -155,7 +157,7 @@ def test_a_rate_above_what_storage_bears_misses_the_service_level_and_a_low_one_
 def test_a_growing_trajectory_finds_all_earlier_whole_pages_but_not_the_last_token():
     for lengths in table2_trajectories("32k", 1)[:20]:
         assert lengths[0].hit == 0
-        for before, turn in zip(lengths, lengths[1:], strict=False):
+        for before, turn in pairwise(lengths):
             assert turn.hit == (before.prompt + before.output - 1) // 64 * 64
             assert turn.prompt > turn.hit
 

@@ -17,7 +17,8 @@ from dualpath_sgl.evals.sim.model.engines import Request as SimRequest
 from dualpath_sgl.evals.sim.model.engines import SimEngine
 from dualpath_sgl.evals.sim.model.loop import EventLoop
 from dualpath_sgl.evals.sim.model.storage import StorageLink
-from scheduler_svc.policies.path_policies import PathPolicy, PathRequest, StoreQueue, choose_path, path_policy
+from scheduler_svc.policies.path_policies import PathPolicy, choose_path, path_policy
+from scheduler_svc.policies.path_request import PathRequest, StoreQueue
 from scheduler_svc.policies.placement_policies import (
     PLACEMENT_POLICIES,
     PlacementPolicy,
