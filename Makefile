@@ -1,5 +1,6 @@
 # make demo    the whole thing on this machine's CPU: set-up, cluster, agent trace, report
 # make test    every test, the end-to-end ones on a real cluster included
+# make lint    format, lint and types (under a minute)
 # make test-slow    tests with a cluster of their own: DP attention, keys, weight updates (five minutes)
 # make bench-load    the load paths on shaped links against upstream (root, 24 GiB of memory, about half an hour)
 # make bench-scheduler    requests a second, plan latency and memory of the scheduler (two minutes)
@@ -12,13 +13,18 @@ PIP := $(PY) -m pip --disable-pip-version-check
 TORCH := torch==2.13.0+cpu
 TORCH_INDEX := https://download.pytorch.org/whl/cpu
 
-.PHONY: setup demo test test-slow bench-load bench-scheduler sim-paper clean
+.PHONY: setup demo lint test test-slow bench-load bench-scheduler sim-paper clean
 .DELETE_ON_ERROR:
 
 setup: $(VENV)/.patched $(VENV)/.model $(VENV)/.bytecode
 
 demo: setup
 	$(VENV)/bin/dualpath demo
+
+lint: $(VENV)/.lint
+	$(VENV)/bin/ruff format --check
+	$(VENV)/bin/ruff check
+	$(VENV)/bin/mypy
 
 test: setup
 	$(PY) -m pytest
@@ -62,6 +68,10 @@ $(VENV)/.installed: pyproject.toml dualpath_sgl/cpu_profile/install.py $(VENV)/.
 	@echo "== this project, editable"
 	$(PIP) install -q --no-deps --no-build-isolation -e .
 	$(PY) -m dualpath_sgl.cpu_profile.install
+	@touch $@
+
+$(VENV)/.lint: requirements/lint.txt $(VENV)/.installed
+	$(PIP) install -q --no-deps -r requirements/lint.txt
 	@touch $@
 
 $(VENV)/.patched: $(wildcard patches/*/*.patch) launch/setup/patching.py $(VENV)/.installed

@@ -29,3 +29,6 @@ rank owns), and the folders
 
 `launch`, `evals` and `patches` are links to the folders of the repository, so that one package is installed.
 """
+
+__version__ = "0.1.0"
+"""The one place that says it."""

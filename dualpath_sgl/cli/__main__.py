@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import importlib
 import sys
+from importlib import metadata
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from dualpath_sgl import cli
+from dualpath_sgl import __version__, cli
 from dualpath_sgl.launch.cli import app
 from scheduler_svc.keys_command import keys_app
 
@@ -22,6 +23,33 @@ LAZY_COMMANDS = {
 
 app.info.help = (cli.__doc__ or "").splitlines()[0]
 app.add_typer(keys_app, name="keys")
+
+
+def versions() -> list[str]:
+    """This package, and the installed ones whose releases it is made for."""
+    wanted = {"sglang", "sglang-router", "torch"}
+    found = sorted(
+        f"{package.name} {package.version}"
+        for package in metadata.distributions()
+        if package.name in wanted or package.name.startswith("mooncake-transfer-engine")
+    )
+    return [f"dualpath-sgl {__version__}", *found]
+
+
+def _print_versions(wanted: bool) -> None:
+    if wanted:
+        print(*versions(), sep="\n")
+        raise typer.Exit
+
+
+@app.callback()
+def _dualpath(
+    version: Annotated[
+        bool,
+        typer.Option("--version", callback=_print_versions, is_eager=True, help="Print versions and exit."),
+    ] = False,
+) -> None:
+    pass
 
 
 @app.command()

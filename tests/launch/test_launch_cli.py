@@ -61,3 +61,11 @@ def test_an_unknown_package_is_refused_by_the_patch_command():
     result = dualpath("patch", "check", "--package", "absent")
     assert result.returncode == 1
     assert "no patches for 'absent'" in result.stderr
+
+
+def test_the_version_is_told_with_those_of_sglang_and_mooncake():
+    result = dualpath("--version")
+    assert result.returncode == 0
+    names = [line.split()[0] for line in result.stdout.splitlines()]
+    assert names[0] == "dualpath-sgl" and {"sglang", "sglang-router"} <= set(names)
+    assert any(name.startswith("mooncake-transfer-engine") for name in names)
