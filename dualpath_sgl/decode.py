@@ -33,7 +33,7 @@ from dualpath_sgl.pools.prompt_hash import prompt_hash
 from dualpath_sgl.restore import RestoreGuard
 from dualpath_sgl.spans.tracing import traceparent_of
 from dualpath_sgl.threads import faults
-from scheduler_svc.wire.protocol import Load, Outcome, Plan, Report, Role
+from scheduler_svc.wire.protocol import Outcome, Plan, Report, Role, Workload
 
 if TYPE_CHECKING:
     from sglang.srt.disaggregation.decode import DecodePreallocQueue, DecodeRequest
@@ -435,11 +435,11 @@ class DecodeSide:
             request.fallback_reason = "storage read fell short"
         self._runtime.server.end(request.room, None if whole else "storage read fell short")
 
-    def load(self) -> Load:
+    def load(self) -> Workload:
         # Copied in this order: a request admitted meanwhile is in both, never in neither.
         queued = {rid: len(request.req.origin_input_ids) for rid, request in self._requests.copy().items()}
         sequences, tokens = self.work.with_queued(queued)
-        return Load(
+        return Workload(
             sequences=sequences,
             tokens=tokens,
             # Queued requests have no device memory reserved yet.

@@ -24,7 +24,7 @@ from dualpath_sgl.lanes.peer_lanes import PeerLanes
 from dualpath_sgl.pools.prompt_hash import prompt_hash
 from dualpath_sgl.spans.tracing import traceparent_of
 from dualpath_sgl.threads import faults
-from scheduler_svc.wire.protocol import Load, Outcome, Plan, Report, Role
+from scheduler_svc.wire.protocol import Outcome, Plan, Report, Role, Workload
 
 if TYPE_CHECKING:
     from sglang.srt.managers.schedule_batch import Req
@@ -349,10 +349,10 @@ class PrefillSide:
         """Requests that this PE has not let go of; 0 when idle."""
         return len(self._by_rid)
 
-    def load(self) -> Load:
+    def load(self) -> Workload:
         # From their arrival until SGLang finishes with them, which is when their KV is sent.
         requests = list(self._by_rid.values())
-        return Load(
+        return Workload(
             sequences=len(requests),
             tokens=sum(request.prompt_tokens for request in requests),
             device_free_tokens=self._runtime.device_free_tokens,

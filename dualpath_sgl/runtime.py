@@ -26,7 +26,7 @@ from dualpath_sgl.start.dp_rank import dp_place
 from dualpath_sgl.threads import faults
 from scheduler_svc.telemetry.tracing import init_tracing
 from scheduler_svc.wire.engine_names import engine_name
-from scheduler_svc.wire.protocol import Engine, Role
+from scheduler_svc.wire.protocol import RankInfo, Role
 
 if TYPE_CHECKING:
     from sglang.srt.mem_cache.hicache_storage import HiCacheStorageConfig
@@ -85,7 +85,7 @@ class Runtime:
         else:
             self.side = PrefillSide(self)
         args = get_server_args()
-        self._engine = Engine(
+        self._engine = RankInfo(
             engine_id=settings.engine_id,
             role=self.role,
             rank=self.rank,
@@ -163,7 +163,7 @@ class Runtime:
         self.unplanned_read_bytes += sum(clock.bytes for clock in load.clocks)
 
     def storage_load(self) -> dict[str, float | int]:
-        """The storage part of `protocol.Load`."""
+        """The storage part of `protocol.Workload`."""
         return {
             "read_queue_bytes": max(0, self.store_lane.queue_bytes),
             "read_rate_bytes_per_s": self.store_lane.rate_bytes_per_s,

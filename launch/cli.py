@@ -45,7 +45,8 @@ def up(
     Its other parts are started again when they die.
     """
     from dualpath_sgl.launch.processes.process import ProcessDied
-    from dualpath_sgl.launch.supervision.supervisor import Cluster, StartTimeout
+    from dualpath_sgl.launch.supervision.cluster import Cluster
+    from dualpath_sgl.launch.supervision.supervisor import StartTimeout
     from dualpath_sgl.launch.topology.network import NetworkError
 
     description = _load(config)

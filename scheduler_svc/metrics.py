@@ -54,6 +54,11 @@ class Metrics:
             registry, "dualpath_engine_faults", "Exceptions in DualPath's code on engines.", ["engine"]
         )
         self.rooms_open = Gauge("dualpath_rooms_open", "Rooms not closed yet.", registry=registry)
+        self.rooms_forgotten = Counter(
+            "dualpath_rooms_forgotten",
+            "Rooms that never ended, given up for their age or for want of room.",
+            registry=registry,
+        )
         self._placements = CounterTally(
             registry,
             "dualpath_placements",

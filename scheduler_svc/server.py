@@ -146,6 +146,8 @@ class Server:
         """Receivers and frames of the burst under way."""
         self._events: list[Event] = []
         self._looked_s = -TICK_S
+        self._rooms_forgotten = 0
+        """As the metric says."""
         self._stopping = threading.Event()
         self._socket = (context or zmq.Context.instance()).socket(zmq.ROUTER)
         self._socket.setsockopt(zmq.LINGER, 200)
@@ -212,9 +214,15 @@ class Server:
             return
         self._looked_s = now_s
         self._guarded(self._expire, "expiry")
-        self._guarded(lambda: self._metrics.rooms_open.set(self._cluster.rooms.open_count), "metrics")
+        self._guarded(self._count_rooms, "metrics")
         self._guarded(self._log.tick, "logging")
         self._guarded(self._faults.tick, "logging")
+
+    def _count_rooms(self) -> None:
+        rooms = self._cluster.rooms
+        self._metrics.rooms_open.set(rooms.open_count)
+        self._metrics.rooms_forgotten.inc(rooms.forgotten_count - self._rooms_forgotten)
+        self._rooms_forgotten = rooms.forgotten_count
 
     def _guarded(self, step: Callable[[], None], name: str) -> None:
         try:

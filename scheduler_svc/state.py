@@ -37,11 +37,9 @@ from scheduler_svc.wire.protocol import (
     PROTOCOL_VERSION,
     Accepted,
     Done,
-    Engine,
     Error,
     ErrorCode,
     Heartbeat,
-    Load,
     Outcome,
     Path,
     Ping,
@@ -49,12 +47,14 @@ from scheduler_svc.wire.protocol import (
     Placement,
     Plan,
     Pong,
+    RankInfo,
     Report,
     Request,
     Role,
     Status,
     StatusRequest,
     Wire,
+    Workload,
     common_version,
     printable,
 )
@@ -176,12 +176,12 @@ class Cluster:
         events = (RankFaults(engine.engine_id, faults),) if faults else ()
         return Result(Accepted(version) if message.hello else None, events=events)
 
-    def _new_faults(self, engine: Engine, load: Load) -> int:
+    def _new_faults(self, info: RankInfo, load: Workload) -> int:
         """Since the rank's last heartbeat; all of them when it is new here."""
         if not load.faults:
             return 0
-        state = self.engines.get(engine.engine_id)
-        rank = None if state is None else state.ranks.get(engine.rank)
+        state = self.engines.get(info.engine_id)
+        rank = None if state is None else state.ranks.get(info.rank)
         return load.faults if rank is None else max(0, load.faults - rank.load.faults)
 
     @staticmethod
@@ -205,6 +205,7 @@ class Cluster:
                 engines=self.engines.status(now_s, message.after),
                 rooms_open=self.rooms.open_count,
                 rooms_closed=self.rooms.closed_count,
+                rooms_forgotten=self.rooms.forgotten_count,
                 paths=dict(self.paths),
                 fallbacks=dict(self.fallbacks),
                 duplicate_store_pages=min(self.duplicate_store_pages, MAX_COUNT),

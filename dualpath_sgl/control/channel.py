@@ -36,15 +36,15 @@ from scheduler_svc.wire.protocol import (
     PROTOCOL_VERSION,
     Accepted,
     Done,
-    Engine,
     Error,
     ErrorCode,
     Heartbeat,
-    Load,
     Malformed,
     Plan,
+    RankInfo,
     Report,
     Wire,
+    Workload,
 )
 
 logger = logging.getLogger(__name__)
@@ -93,8 +93,8 @@ class ControlChannel(threading.Thread):
     def __init__(
         self,
         address: str,
-        engine: Engine,
-        load: Callable[[], Load],
+        engine: RankInfo,
+        load: Callable[[], Workload],
         on_plan: Callable[[Plan], None],
         key_files: tuple[Path, Path] | None = None,
         on_no_plan: Callable[[int], None] = _nobody_waits,
@@ -114,7 +114,7 @@ class ControlChannel(threading.Thread):
         self._address = address
         self._engine = engine
         self._load = load
-        self._last_load = Load()
+        self._last_load = Workload()
         self._on_plan = on_plan
         self._on_no_plan = on_no_plan
         self._key_files = key_files
@@ -123,14 +123,14 @@ class ControlChannel(threading.Thread):
         self._broken_handshakes = 0
         """In a row."""
         self._log = LimitedLog(logger)
-        self._mailbox: Mailbox[Report | Done | Engine] = Mailbox()
+        self._mailbox: Mailbox[Report | Done | RankInfo] = Mailbox()
         self._stopping = threading.Event()
         # Reports without an answer, by room: sent again to a scheduler that forgot this engine.
         self._unanswered: dict[int, Report] = {}
         self._socket = self._new_socket()
 
-    def send(self, message: Report | Done | Engine) -> None:
-        """An Engine is what this rank is from now on (new weights); the scheduler hears of it at once."""
+    def send(self, message: Report | Done | RankInfo) -> None:
+        """A `RankInfo` is what this rank is from now on (new weights); the scheduler hears of it at once."""
         self._mailbox.put(message)
 
     def stop(self) -> None:
@@ -255,8 +255,8 @@ class ControlChannel(threading.Thread):
             ),
         )
 
-    def _pass_on(self, socket: zmq.Socket, message: Report | Done | Engine) -> None:
-        if isinstance(message, Engine):
+    def _pass_on(self, socket: zmq.Socket, message: Report | Done | RankInfo) -> None:
+        if isinstance(message, RankInfo):
             self._engine = message
             self._beat(socket)
             return

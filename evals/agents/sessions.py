@@ -14,8 +14,8 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path as FilePath
 
-from dualpath_sgl.launch.supervision.supervisor import Cluster
-from scheduler_svc.wire.protocol import Load, Path, Status
+from dualpath_sgl.launch.supervision.cluster import Cluster
+from scheduler_svc.wire.protocol import Path, Status, Workload
 
 FIRST_PROMPT_TOKENS = 700
 APPEND_TOKENS = 75
@@ -169,7 +169,7 @@ def assert_nothing_is_held(cluster: Cluster) -> None:
     assert not kept, f"pages that nobody can give back: {kept}; the engines' logs say when"
 
 
-def loads(cluster: Cluster) -> dict[str, Load]:
+def loads(cluster: Cluster) -> dict[str, Workload]:
     """What every live engine says of itself, by engine."""
     with cluster.ask_scheduler() as client:
         return {engine.engine.engine_id: engine.load for engine in client.status(2.0).engines}

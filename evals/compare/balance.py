@@ -40,8 +40,9 @@ from dualpath_sgl.evals.spans import jaeger
 from dualpath_sgl.launch.config import CLUSTERS
 from dualpath_sgl.launch.config.cluster import ClusterConfig, HostPool, RouterKind, bits_per_s, load
 from dualpath_sgl.launch.processes.environment import forget_foreign_tracing
+from dualpath_sgl.launch.supervision.cluster import Cluster
 from dualpath_sgl.launch.supervision.readiness import require_ready
-from dualpath_sgl.launch.supervision.supervisor import Cluster, single_server
+from dualpath_sgl.launch.supervision.single_server import SingleServer
 from scheduler_svc.policies.placement_policies import DEFAULT_PLACEMENT
 from scheduler_svc.telemetry.tracing import init_tracing, shutdown
 
@@ -174,7 +175,7 @@ def _measure(config: ClusterConfig, workload: Workload, concurrency: int, out: P
         finally:
             shutdown()
 
-    with single_server(config, out / "single") as server:
+    with SingleServer(config, out / "single") as server:
         expected = {setting.name: play(server.url, setting, "single server", None) for setting in SETTINGS}
     running = Cluster(config, out / "cluster")
     running.start(console.print)

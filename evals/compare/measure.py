@@ -12,8 +12,8 @@ from prometheus_client.parser import text_string_to_metric_families
 from dualpath_sgl.evals.common.errors import EvalError
 from dualpath_sgl.evals.compare.summary import EngineRead, Quantiles
 from dualpath_sgl.launch.config.cluster import Mode
+from dualpath_sgl.launch.supervision.cluster import Cluster
 from dualpath_sgl.launch.supervision.direct_http import fetch
-from dualpath_sgl.launch.supervision.supervisor import Cluster
 from scheduler_svc.wire.protocol import Status
 
 PREFETCHED_TOKENS = "sglang:prefetched_tokens_total"

@@ -38,8 +38,9 @@ from dualpath_sgl.evals.compare.summary import ByRole, Mismatch, ModeResult, Pat
 from dualpath_sgl.evals.spans import jaeger
 from dualpath_sgl.launch.config.cluster import ClusterConfig, Mode
 from dualpath_sgl.launch.processes.environment import forget_foreign_tracing
+from dualpath_sgl.launch.supervision.cluster import Cluster
 from dualpath_sgl.launch.supervision.readiness import require_ready
-from dualpath_sgl.launch.supervision.supervisor import Cluster, single_server
+from dualpath_sgl.launch.supervision.single_server import SingleServer
 from scheduler_svc.policies.path_policies import PATH_POLICIES
 from scheduler_svc.telemetry.tracing import init_tracing, shutdown
 
@@ -171,7 +172,7 @@ def _describe(options: EvalOptions, workload: Workload) -> WorkloadInfo:
 
 def _reference(options: EvalOptions, workload: Workload, progress: _Steps) -> dict[str, list[list[int]]]:
     with progress.step("single server", workload.requests) as step:
-        server = single_server(options.cluster, options.out / "single")
+        server = SingleServer(options.cluster, options.out / "single")
         server.start(step.event)
         with server:
             tracer = init_tracing("dualpath-client", None)

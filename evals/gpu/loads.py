@@ -27,7 +27,7 @@ from statistics import median
 from dualpath_sgl.evals.compare import measure
 from dualpath_sgl.evals.load.client import send
 from dualpath_sgl.launch.config.cluster import Mode
-from dualpath_sgl.launch.supervision.supervisor import Cluster
+from dualpath_sgl.launch.supervision.cluster import Cluster
 from scheduler_svc.wire.protocol import Role
 
 TOKEN_VALUES = 250

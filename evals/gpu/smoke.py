@@ -62,7 +62,8 @@ from dualpath_sgl.evals.gpu.report import stage_times, tables
 from dualpath_sgl.evals.spans import jaeger
 from dualpath_sgl.launch.config import CLUSTERS
 from dualpath_sgl.launch.config.cluster import ClusterConfig, Group, Mode, load
-from dualpath_sgl.launch.supervision.supervisor import Cluster, single_server
+from dualpath_sgl.launch.supervision.cluster import Cluster
+from dualpath_sgl.launch.supervision.single_server import SingleServer
 
 CONFIG = CLUSTERS / "gpu-smoke.yaml"
 SESSIONS = ("ada", "bob", "eve")
@@ -268,7 +269,7 @@ def main(
         description.decode.count,
     )
     record = Record(out)
-    with single_server(description, out / "single") as server:
+    with SingleServer(description, out / "single") as server:
         record.say("the single server is up")
         reference = sequential(server.url, prompt_tokens)
         uncached = sequential(server.url, prompt_tokens, lambda: flush(server.url))

@@ -39,8 +39,8 @@ from dualpath_sgl.evals.load.summary import (
     figures,
 )
 from dualpath_sgl.launch.config.cluster import ClusterConfig, Mode, bits_per_s, kv_bytes_per_token
+from dualpath_sgl.launch.supervision.cluster import Cluster
 from dualpath_sgl.launch.supervision.readiness import require_ready
-from dualpath_sgl.launch.supervision.supervisor import Cluster
 from scheduler_svc.wire.protocol import Role
 
 REQUESTS = 10

@@ -15,8 +15,8 @@ from dualpath_sgl.evals.load.raw_rates import Place, raw_reads
 from dualpath_sgl.evals.load.summary import Sample
 from dualpath_sgl.evals.spans import jaeger
 from dualpath_sgl.launch.config.cluster import Mode
+from dualpath_sgl.launch.supervision.cluster import Cluster
 from dualpath_sgl.launch.supervision.direct_http import fetch
-from dualpath_sgl.launch.supervision.supervisor import Cluster
 from dualpath_sgl.launch.topology.network import Network
 from dualpath_sgl.launch.topology.plan import STORE, Kind
 from scheduler_svc.wire.protocol import Role, Status
@@ -86,13 +86,12 @@ class LoadCluster:
         after = {name: self._received(name) for name in names}
         sent = self.network.link_bytes(STORE, "storage").sent - sent_before
         planned = self._planned_read_bytes()
-        storage = {name: after[name][0] - before[name][0] for name in names}
+        storage = {name: after[name] - before[name] for name in names}
         return Sample(
             job_s=burst.job_s,
             ttft_s=[answer.ttft_s for answer in burst.answers],
             storage_bytes=storage,
             storage_utilisation=self._utilisation(storage, burst),
-            compute_bytes={name: after[name][1] - before[name][1] for name in names},
             store_sent_bytes=sent,
             cached_tokens=sum(answer.cached_tokens for answer in burst.answers),
             tokens_equal=self._are_expected([answer.tokens for answer in burst.answers]),
@@ -121,12 +120,9 @@ class LoadCluster:
         possible_bytes = self.storage_bits_per_s / 8 * burst.job_s
         return {name: count / possible_bytes for name, count in storage.items()}
 
-    def _received(self, name: str) -> tuple[int, int]:
-        """Storage and compute bytes."""
-        return (
-            self.network.link_bytes(name, "storage").received,
-            self.network.link_bytes(name, "compute").received,
-        )
+    def _received(self, name: str) -> int:
+        """Bytes over its storage link so far."""
+        return self.network.link_bytes(name, "storage").received
 
     def _stored_bytes(self) -> float:
         families = text_string_to_metric_families(fetch(self.cluster.master_metrics_url, 10).decode())

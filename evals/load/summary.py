@@ -23,8 +23,6 @@ class Sample(_Record):
     """Engine -> bytes that its storage link brought, headers included."""
     storage_utilisation: dict[str, float] | None
     """Engine -> those bytes over what its link could have brought in `job_s`; None: not shaped."""
-    compute_bytes: dict[str, int]
-    """Engine -> bytes that its compute link brought, headers included."""
     store_sent_bytes: int
     """By the store node."""
     cached_tokens: int

@@ -12,7 +12,7 @@ import orjson
 from aiohttp import web
 
 from scheduler_svc.wire.client import SchedulerClient
-from scheduler_svc.wire.protocol import Engine, Heartbeat, Load, Role
+from scheduler_svc.wire.protocol import Heartbeat, RankInfo, Role, Workload
 
 EVENTS = 16
 """Of a decode engine's streamed answer, each written by itself."""
@@ -32,7 +32,7 @@ async def _serve(scheduler: str, pairs: int, ready: Connection) -> None:
     with SchedulerClient(scheduler) as client:
         while True:
             for role, url in urls:
-                client.send(Heartbeat(engine=_described(role, url), load=Load()))
+                client.send(Heartbeat(engine=_described(role, url), load=Workload()))
             await asyncio.sleep(HEARTBEAT_S)
 
 
@@ -69,8 +69,8 @@ async def _decode(request: web.Request) -> web.StreamResponse:
     return stream
 
 
-def _described(role: Role, url: str) -> Engine:
-    return Engine(
+def _described(role: Role, url: str) -> RankInfo:
+    return RankInfo(
         engine_id=url,
         role=role,
         url=url,

@@ -20,14 +20,14 @@ import zmq
 from scheduler_svc.ledger.engines import ENGINE_EXPIRY_S
 from scheduler_svc.wire.protocol import (
     Done,
-    Engine,
     Heartbeat,
     LaneRecord,
-    Load,
     Outcome,
     Place,
+    RankInfo,
     Report,
     Role,
+    Workload,
     encode,
 )
 
@@ -229,7 +229,7 @@ class LoadGenerator:
 def _heartbeat(name: str, index: int) -> Heartbeat:
     role = Role(name.split("-")[0])
     return Heartbeat(
-        engine=Engine(
+        engine=RankInfo(
             engine_id=name,
             role=role,
             url=f"http://host-{role}-{index // 2 // HOST_ENGINES}:{30_000 + index // 2 % HOST_ENGINES}",
@@ -239,7 +239,7 @@ def _heartbeat(name: str, index: int) -> Heartbeat:
             page_size=PAGE_TOKENS,
             page_bytes=PAGE_BYTES,
         ),
-        load=Load(
+        load=Workload(
             sequences=index % 7,
             tokens=index % 7 * 1000,
             read_rate_bytes_per_s=RATE_BYTES_PER_S,

@@ -19,7 +19,7 @@ from scheduler_svc.ledger.kept_pages import KeptPages
 from scheduler_svc.ledger.placed_work import PlacedWork
 from scheduler_svc.ledger.token_rate import TokenRate
 from scheduler_svc.telemetry.faults import Faults
-from scheduler_svc.wire.protocol import MAX_COUNT, MAX_RATE, Engine, EngineStatus, Load, Role
+from scheduler_svc.wire.protocol import MAX_COUNT, MAX_RATE, EngineStatus, RankInfo, Role, Workload
 
 ENGINE_EXPIRY_S = 5.0
 """Five missed heartbeats."""
@@ -48,8 +48,8 @@ class RankKey(NamedTuple):
 
 @dataclass(slots=True)
 class RankState:
-    engine: Engine
-    load: Load
+    info: RankInfo
+    load: Workload
     heartbeat_s: float
     versions: tuple[int, int] = (1, 1)
     """Newest and oldest protocol version that it speaks."""
@@ -134,15 +134,15 @@ class EngineState:
         """To be called when a rank came, went or described itself anew."""
         ranks = sorted(self.ranks.items())
         self.shape = Shape(
-            ranks[0][1].engine.tp_size, tuple((rank, state.engine.fingerprint) for rank, state in ranks)
+            ranks[0][1].info.tp_size, tuple((rank, state.info.fingerprint) for rank, state in ranks)
         )
         self.versions = (
             min(state.versions[0] for _, state in ranks),
             max(state.versions[1] for _, state in ranks),
         )
-        self.page_size = ranks[0][1].engine.page_size
-        self.page_bytes = sum(state.engine.page_bytes for _, state in ranks)
-        endpoints = (state.engine.page_endpoint for _, state in ranks)
+        self.page_size = ranks[0][1].info.page_size
+        self.page_bytes = sum(state.info.page_bytes for _, state in ranks)
+        endpoints = (state.info.page_endpoint for _, state in ranks)
         self.page_endpoints = tuple(endpoint for endpoint in endpoints if endpoint is not None)
 
     def place(self, room: int, tokens: int, kept_pages: int, now_s: float) -> None:
@@ -179,9 +179,9 @@ class EngineState:
         self.read_queue_bytes = total
 
     @property
-    def leader(self) -> Engine:
+    def leader(self) -> RankInfo:
         """Its address is the engine's.  Raises KeyError unless the leader rank is live."""
-        return self.ranks[LEADER_RANK].engine
+        return self.ranks[LEADER_RANK].info
 
     @property
     def is_complete(self) -> bool:
@@ -189,10 +189,10 @@ class EngineState:
         return self.shape.is_complete
 
     @property
-    def load(self) -> Load:
+    def load(self) -> Workload:
         """As last reported, for people: queues and rates add up, the fullest rank limits."""
         loads = [rank.load for rank in self.ranks.values()]
-        return Load(
+        return Workload(
             sequences=max(load.sequences for load in loads),
             tokens=max(load.tokens for load in loads),
             read_queue_bytes=min(self.read_queue_bytes, MAX_COUNT),
@@ -267,36 +267,36 @@ class EngineTable:
 
     def heartbeat(
         self,
-        engine: Engine,
-        load: Load,
+        info: RankInfo,
+        load: Workload,
         now_s: float,
         versions: tuple[int, int] = (1, 1),
         sender: bytes = b"",
     ) -> None:
         """Register or refresh one rank.  Raises EngineConflict and changes nothing."""
-        state = self._live.get(engine.engine_id)
-        rank = None if state is None else state.ranks.get(engine.rank)
-        if rank is None or rank.engine != engine:
-            self._check(engine, others=() if state is None else state.ranks.values())
+        state = self._live.get(info.engine_id)
+        rank = None if state is None else state.ranks.get(info.rank)
+        if rank is None or rank.info != info:
+            self._check(info, others=() if state is None else state.ranks.values())
         if state is None or rank is None:
-            self._make_room(engine.engine_id, sender, is_new_engine=state is None)
-            state = self._live.get(engine.engine_id) or self._enter(engine)
-            rank = state.ranks[engine.rank] = RankState(engine, load, now_s, versions, sender)
+            self._make_room(info.engine_id, sender, is_new_engine=state is None)
+            state = self._live.get(info.engine_id) or self._enter(info)
+            rank = state.ranks[info.rank] = RankState(info, load, now_s, versions, sender)
             self._held[sender] += 1
             state.reshape()
-        elif rank.engine != engine or rank.versions != versions:
-            rank.engine, rank.versions = engine, versions
+        elif rank.info != info or rank.versions != versions:
+            rank.info, rank.versions = info, versions
             state.reshape()
         if rank.sender != sender:
             self._held[sender] += 1
             self._let_go(rank.sender)
             rank.sender = sender
         rank.load, rank.heartbeat_s = load, now_s
-        key = RankKey(engine.engine_id, engine.rank)
+        key = RankKey(info.engine_id, info.rank)
         self._by_age[key] = rank
         self._by_age.move_to_end(key)
 
-        if engine.rank == LEADER_RANK:
+        if info.rank == LEADER_RANK:
             state.reported_tokens, state.reported_sequences = load.tokens, load.sequences
             state.placed.counted(now_s)
             if state.role is Role.PREFILL:
@@ -311,11 +311,11 @@ class EngineTable:
         if state.is_complete:
             self._announce(state)
 
-    def _enter(self, engine: Engine) -> EngineState:
-        totals = self._retired.pop(engine.engine_id, None) or Totals()
+    def _enter(self, info: RankInfo) -> EngineState:
+        totals = self._retired.pop(info.engine_id, None) or Totals()
         self._serial += 1
-        state = EngineState(engine.engine_id, engine.role, totals, self._serial)
-        self._live[engine.engine_id] = state
+        state = EngineState(info.engine_id, info.role, totals, self._serial)
+        self._live[info.engine_id] = state
         return state
 
     def _let_go(self, sender: bytes) -> None:
@@ -341,21 +341,21 @@ class EngineTable:
         for rank_number in list(self._live[key.engine_id].ranks):
             self.forget(RankKey(key.engine_id, rank_number))
 
-    def _check(self, engine: Engine, others: Iterable[RankState]) -> None:
-        if engine.rank >= engine.tp_size:
+    def _check(self, info: RankInfo, others: Iterable[RankState]) -> None:
+        if info.rank >= info.tp_size:
             raise EngineConflict(
-                f"engine {engine.engine_id}: rank {engine.rank} is not below tp_size {engine.tp_size}"
+                f"engine {info.engine_id}: rank {info.rank} is not below tp_size {info.tp_size}"
             )
         for other in others:
             names: tuple[str, ...] = ("role", "tp_size", "page_size")
-            if other.engine.rank == engine.rank:  # ranks on other hosts have other addresses
+            if other.info.rank == info.rank:  # ranks on other hosts have other addresses
                 names += ("url",)
             for name in names:
-                said, known = getattr(engine, name), getattr(other.engine, name)
+                said, known = getattr(info, name), getattr(other.info, name)
                 if said != known:
                     raise EngineConflict(
-                        f"engine {engine.engine_id}: {name} {said} contradicts {known} of its live rank "
-                        f"{other.engine.rank}; give every engine its own engine_id, or wait "
+                        f"engine {info.engine_id}: {name} {said} contradicts {known} of its live rank "
+                        f"{other.info.rank}; give every engine its own engine_id, or wait "
                         f"{self._expiry_s:g} s after stopping the old one"
                     )
 
@@ -394,21 +394,21 @@ class EngineTable:
         state = self._live.get(engine_id)
         return [] if state is None else [RankKey(engine_id, rank) for rank in state.ranks]
 
-    def repeats_unversioned(self, engine: Engine) -> bool:
+    def repeats_unversioned(self, info: RankInfo) -> bool:
         """Whether this is what a live rank without versions says of itself."""
-        state = self._live.get(engine.engine_id)
-        rank = None if state is None else state.ranks.get(engine.rank)
-        return rank is not None and rank.versions == (1, 1) and rank.engine == engine
+        state = self._live.get(info.engine_id)
+        rank = None if state is None else state.ranks.get(info.rank)
+        return rank is not None and rank.versions == (1, 1) and rank.info == info
 
-    def restarted(self, engine: Engine, gone: Iterable[RankKey]) -> None:
+    def restarted(self, info: RankInfo, gone: Iterable[RankKey]) -> None:
         """A rank came back over a new connection, and those of the ranks `gone` are closed.
 
         If it describes itself as before, it is the same process and nothing is forgotten.  Connections of
         one engine close one after the other: what is still there then is forgotten at its next heartbeat.
         """
-        state = self._live.get(engine.engine_id)
-        rank = None if state is None else state.ranks.get(engine.rank)
-        if rank is None or rank.engine != engine:
+        state = self._live.get(info.engine_id)
+        rank = None if state is None else state.ranks.get(info.rank)
+        if rank is None or rank.info != info:
             for key in gone:
                 self.forget(key)
 
@@ -467,7 +467,7 @@ class EngineTable:
         lowest = state.ranks[min(state.ranks)]
         load, totals = state.load, state.totals
         return EngineStatus(
-            engine=lowest.engine,
+            engine=lowest.info,
             load=load,
             age_s=max(0.0, now_s - lowest.heartbeat_s),
             store_read_bytes=_sum((totals.store_read_bytes, load.unplanned_read_bytes)),

@@ -102,7 +102,7 @@ class Side:
         if pages:
             for rank, state in self.engine.ranks.items():
                 if rank not in self.done:
-                    size = pages * state.engine.page_bytes
+                    size = pages * state.info.page_bytes
                     self.charges[rank] = (state, size)
                     state.planned_bytes += size
             self.engine.count_reads()
@@ -180,7 +180,7 @@ class RoomTable:
         """Closed longest ago first."""
         self.closed_count = 0
         self.forgotten_count = 0
-        """Open rooms dropped for age or number."""
+        """Open rooms given up for their age, or because there were too many."""
 
     @property
     def open_count(self) -> int:

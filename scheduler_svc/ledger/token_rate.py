@@ -5,7 +5,7 @@ Between two heartbeats an engine retires
     tokens before + tokens that arrived - tokens now
 
 Only spans in which it was never idle count, so that the rate is what it can do and not what it
-was asked to do.  Tokens are those of whole prompts, hits included: the same as in `Load.tokens`.
+was asked to do.  Tokens are those of whole prompts, hits included: the same as in `Workload.tokens`.
 """
 
 from __future__ import annotations

@@ -107,8 +107,8 @@ class Wire(msgspec.Struct, frozen=True, omit_defaults=True, gc=False):
     """Base of everything that travels.  Holds no reference cycles, so the collector need not look."""
 
 
-class Engine(Wire, frozen=True, kw_only=True):
-    """One rank of one engine, as it describes itself."""
+class RankInfo(Wire, frozen=True, kw_only=True):
+    """One rank of one engine, as it describes itself; on the wire, fields called `engine`, `prefill`, `decode`."""
 
     engine_id: Name
     role: Role
@@ -137,8 +137,8 @@ class Engine(Wire, frozen=True, kw_only=True):
             check_endpoint(self.page_endpoint)
 
 
-class Load(Wire, frozen=True):
-    """What an engine rank has to do right now (paper section 6: seq_e, tok_e, read_q)."""
+class Workload(Wire, frozen=True):
+    """What an engine rank has to do right now (paper section 6: seq_e, tok_e, read_q); on the wire, `load`."""
 
     sequences: Count = 0
     """Requests this rank was given and has not finished: on a PE until their KV is sent, on a DE until
@@ -168,8 +168,8 @@ class Load(Wire, frozen=True):
 class Heartbeat(Wire, frozen=True, tag="heartbeat"):
     """Sent every second and on connect; registers the engine and refreshes its load."""
 
-    engine: Engine
-    load: Load = Load()
+    engine: RankInfo
+    load: Workload = Workload()
     version: Version = 1
     """The newest protocol version that the rank speaks."""
     oldest_version: Version = 1
@@ -200,8 +200,8 @@ class Place(Wire, frozen=True, tag="place", kw_only=True):
 class Placement(Wire, frozen=True, tag="placement"):
     request_id: Name
     room: Room
-    prefill: Engine
-    decode: Engine
+    prefill: RankInfo
+    decode: RankInfo
 
 
 class Report(Wire, frozen=True, tag="report", kw_only=True):
@@ -299,8 +299,8 @@ class StatusRequest(Wire, frozen=True, tag="status_request"):
 
 
 class EngineStatus(Wire, frozen=True):
-    engine: Engine
-    load: Load
+    engine: RankInfo
+    load: Workload
     age_s: Seconds
     """Since the last heartbeat."""
     store_read_bytes: Count = 0
@@ -327,6 +327,8 @@ class Status(Wire, frozen=True, tag="status"):
     """Messages answered with an error."""
     next: Count | None = None
     """There are more engines: ask for those after this one."""
+    rooms_forgotten: Count = 0
+    """Rooms that never ended, given up for their age or for want of room."""
 
 
 class ErrorCode(StrEnum):

@@ -18,23 +18,23 @@ from scheduler_svc.wire.client import SchedulerClient
 from scheduler_svc.wire.protocol import (
     Accepted,
     Done,
-    Engine,
     Error,
     ErrorCode,
     Heartbeat,
-    Load,
     Outcome,
     Path,
     Plan,
+    RankInfo,
     Report,
     Role,
     Status,
     StatusRequest,
+    Workload,
 )
 
 
-def engine(engine_id: str, role: Role) -> Engine:
-    return Engine(
+def engine(engine_id: str, role: Role) -> RankInfo:
+    return RankInfo(
         engine_id=engine_id,
         role=role,
         url=f"http://{engine_id}:30000",
@@ -62,7 +62,7 @@ class Peer:
         self.plans: Queue[Plan] = Queue()
         self.no_plans: list[int] = []
         """Rooms."""
-        self.load = Load(sequences=3)
+        self.load = Workload(sequences=3)
         self.channel = ControlChannel(
             address,
             engine(engine_id, role),
@@ -100,7 +100,7 @@ def scheduler(bind: str = "tcp://127.0.0.1:0", *options) -> Iterator[tuple[subpr
         process.stdout.close()
 
 
-def known_engines(address: str) -> dict[str, Load]:
+def known_engines(address: str) -> dict[str, Workload]:
     with SchedulerClient(address) as client:
         client.send(StatusRequest())
         status = client.receive(WAIT_S)
@@ -120,7 +120,7 @@ def test_engines_register_get_plans_and_find_a_restarted_scheduler_again():
             eventually(lambda: known_engines(address).keys() == {"p0", "d0"}, "both are known")
             assert known_engines(address)["p0"].sequences == 3
             assert prefill.channel.connected and decode.channel.connected
-            prefill.load = Load(sequences=8)
+            prefill.load = Workload(sequences=8)
             eventually(lambda: known_engines(address)["p0"].sequences == 8, "a heartbeat brings the load")
 
             plans = plan_between(prefill, decode, room=1)

@@ -26,7 +26,7 @@ from dualpath_sgl.control.channel import ControlChannel
 from dualpath_sgl.lanes import peer_protocol
 from scheduler_svc.wire import protocol
 from scheduler_svc.wire.keys import generate
-from scheduler_svc.wire.protocol import Error, ErrorCode, Heartbeat, Load, Report, Role
+from scheduler_svc.wire.protocol import Error, ErrorCode, Heartbeat, Report, Role, Workload
 
 
 def error(code: ErrorCode, room: int | None = None) -> bytes:
@@ -40,7 +40,7 @@ def error(code: ErrorCode, room: int | None = None) -> bytes:
 def test_a_field_that_a_newer_peer_adds_is_ignored_in_every_message():
     described = engine("d0", Role.DECODE)
     sent = [
-        (protocol.decode_request, Heartbeat(described, Load(tokens=3), version=2)),
+        (protocol.decode_request, Heartbeat(described, Workload(tokens=3), version=2)),
         (protocol.decode_request, protocol.Place(request_id="r", prompt_tokens=3)),
         (protocol.decode_request, report(1, "p0", Role.PREFILL, hit_pages=3)),
         (
@@ -244,7 +244,7 @@ def test_a_fault_in_the_channel_costs_one_connection_and_is_counted():
 
 def test_a_load_that_cannot_be_told_does_not_cost_the_heartbeat():
     with scheduler() as (_, address), Peer(address, "p0", Role.PREFILL) as peer:
-        peer.load = Load(sequences=4)
+        peer.load = Workload(sequences=4)
         eventually(lambda: peer.channel.connected, "connected")
         eventually(lambda: known_engines(address)["p0"].sequences == 4, "it is told")
         peer.channel._load = lambda: 1 / 0
@@ -283,7 +283,7 @@ def test_an_engine_whose_key_is_not_admitted_says_so_and_is_taken_when_it_is(tmp
                "--authorized-keys-dir", tmp_path / "peers")  # fmt: skip
     files = tmp_path / "peers/p0.key_secret", tmp_path / "scheduler.key"
     with caplog.at_level(logging.INFO), scheduler("tcp://127.0.0.1:0", *options) as (_, address):
-        channel = ControlChannel(address, engine("p0", Role.PREFILL), Load, print, files)
+        channel = ControlChannel(address, engine("p0", Role.PREFILL), Workload, print, files)
         channel.start()
         try:
             eventually(lambda: errors(caplog), "it says so")
@@ -306,7 +306,7 @@ def test_keys_on_one_side_only_are_a_refusal_and_not_an_absence(tmp_path, caplog
                    "--authorized-keys-dir", tmp_path / "peers")  # fmt: skip
         files = None
     with caplog.at_level(logging.INFO), scheduler("tcp://127.0.0.1:0", *options) as (_, address):
-        channel = ControlChannel(address, engine("p0", Role.PREFILL), Load, print, files)
+        channel = ControlChannel(address, engine("p0", Role.PREFILL), Workload, print, files)
         channel.start()
         try:
             eventually(lambda: errors(caplog), "the engine says so")

@@ -22,7 +22,7 @@ from dualpath_sgl.lanes.peer_protocol import Pull, Release
 from dualpath_sgl.start.config import settings
 from scheduler_svc.wire.client import SchedulerClient
 from scheduler_svc.wire.keys import KeyFileError, generate
-from scheduler_svc.wire.protocol import Engine, Load, Plan, Report, Role, encode
+from scheduler_svc.wire.protocol import Plan, RankInfo, Report, Role, Workload, encode
 
 PAGES = 4
 REFUSED_S = 1.0
@@ -121,11 +121,11 @@ def world(tmp_path, prefill) -> Iterator[World]:
 @contextmanager
 def control(world: World, prefill: Rank) -> Iterator[tuple[ControlChannel, Queue[Plan]]]:
     plans: Queue[Plan] = Queue()
-    engine = Engine(
+    engine = RankInfo(
         engine_id="prefill-0", role=Role.PREFILL, url="http://127.0.0.1:2", bootstrap_port=3,
         fingerprint=FINGERPRINT, page_size=4, page_bytes=prefill.page_bytes,
     )  # fmt: skip
-    channel = ControlChannel(world.scheduler, engine, Load, plans.put, world.files("prefill-0"))
+    channel = ControlChannel(world.scheduler, engine, Workload, plans.put, world.files("prefill-0"))
     channel.start()
     try:
         eventually(lambda: world.engines() == {"prefill-0", "decode-0"}, "both engines are known")

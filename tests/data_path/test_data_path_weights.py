@@ -14,7 +14,7 @@ from torch.distributed import HashStore
 from dualpath_sgl.control.channel import ControlChannel
 from dualpath_sgl.pools import weights
 from dualpath_sgl.pools.weights import AS_STARTED, Weights
-from scheduler_svc.wire.protocol import Engine, Load, Role, decode_request
+from scheduler_svc.wire.protocol import RankInfo, Role, Workload, decode_request
 
 
 @pytest.fixture(scope="module")
@@ -180,10 +180,10 @@ def test_no_name_is_drawn_twice_whatever_seed_an_operator_gives(group):
 def test_the_scheduler_hears_of_another_fingerprint_at_once():
     scheduler = zmq.Context.instance().socket(zmq.ROUTER)
     port = scheduler.bind_to_random_port("tcp://127.0.0.1")
-    engine = Engine(
+    engine = RankInfo(
         engine_id="d", role=Role.DECODE, url="http://h:1", fingerprint="a", page_size=4, page_bytes=9
     )
-    channel = ControlChannel(f"tcp://127.0.0.1:{port}", engine, Load, lambda plan: None)
+    channel = ControlChannel(f"tcp://127.0.0.1:{port}", engine, Workload, lambda plan: None)
     channel.start()
     try:
         seen = []

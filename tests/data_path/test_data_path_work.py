@@ -23,7 +23,7 @@ from dualpath_sgl.control import decode_work
 from dualpath_sgl.decode import DecodeSide
 from dualpath_sgl.prefill import PrefillSide
 from dualpath_sgl.start.config import Settings
-from scheduler_svc.wire.protocol import Load, Role
+from scheduler_svc.wire.protocol import Role, Workload
 
 
 def request(tokens: int = 10, host: str = "127.0.0.1") -> Req:
@@ -88,7 +88,7 @@ class DecodeEngine:
 
     @property
     def load(self) -> tuple[int, int]:
-        load: Load = self.side.load()
+        load: Workload = self.side.load()
         return load.sequences, load.tokens
 
 

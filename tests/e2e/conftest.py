@@ -19,7 +19,8 @@ from grammars import ask_all
 
 from dualpath_sgl.evals.agents.sessions import TURNS, Session, assert_nothing_is_held, update_weights
 from dualpath_sgl.launch.config.cluster import ClusterConfig, Mode, load
-from dualpath_sgl.launch.supervision.supervisor import Cluster, SingleServer
+from dualpath_sgl.launch.supervision.cluster import Cluster
+from dualpath_sgl.launch.supervision.single_server import SingleServer
 
 CLUSTERS = Path(__file__).parent / "clusters"
 SESSIONS = ("ada", "bob", "eve")
@@ -35,14 +36,15 @@ class OneCluster:
     def __init__(self, run_dirs: pytest.TempPathFactory) -> None:
         self._run_dirs = run_dirs
         self.running: Cluster | None = None
+        self._started_as: ClusterConfig | None = None
 
     def get(self, config: ClusterConfig) -> Cluster:
         """The running cluster if `config` started it, else a fresh one."""
-        if self.running is None or self.running.started_as != config:
+        if self.running is None or self._started_as != config:
             self.stop()
             fresh = Cluster(config, self._run_dirs.mktemp(config.name))
             fresh.start()
-            self.running = fresh
+            self.running, self._started_as = fresh, config
         return self.running
 
     def single_server(self, config: ClusterConfig) -> SingleServer:

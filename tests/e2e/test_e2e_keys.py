@@ -11,7 +11,7 @@ from conftest import CLUSTERS
 
 from dualpath_sgl.evals.agents.sessions import TURNS, Session, forget_caches, play_all, reads
 from dualpath_sgl.launch.config.cluster import ClusterConfig, load
-from dualpath_sgl.launch.supervision.supervisor import Cluster
+from dualpath_sgl.launch.supervision.cluster import Cluster
 from scheduler_svc.wire.client import SchedulerClient
 from scheduler_svc.wire.keys import generate
 

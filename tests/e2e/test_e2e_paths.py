@@ -18,7 +18,7 @@ from dualpath_sgl.evals.agents.sessions import (
     reads,
     settled_status,
 )
-from dualpath_sgl.launch.supervision.supervisor import Cluster
+from dualpath_sgl.launch.supervision.cluster import Cluster
 from scheduler_svc.wire.protocol import Path
 
 

@@ -13,7 +13,7 @@ from dualpath_sgl.evals.agents.sessions import (
     reads,
     update_weights,
 )
-from dualpath_sgl.launch.supervision.supervisor import Cluster
+from dualpath_sgl.launch.supervision.cluster import Cluster
 from scheduler_svc.wire.protocol import Path
 
 pytestmark = pytest.mark.slow

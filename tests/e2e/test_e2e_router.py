@@ -18,7 +18,7 @@ from dualpath_sgl.launch.config.cluster import Router, RouterKind
 from dualpath_sgl.launch.processes import commands
 from dualpath_sgl.launch.processes.ports import FreePorts
 from dualpath_sgl.launch.processes.process import ManagedProcess
-from dualpath_sgl.launch.supervision.supervisor import Cluster
+from dualpath_sgl.launch.supervision.cluster import Cluster
 from scheduler_svc.wire.protocol import Role
 
 WAIT_S = 60.0

@@ -46,7 +46,6 @@ def sample(job_s: float, ttft_s: float = 1.0, read_bytes: int = 0, planned: int 
         ttft_s=[ttft_s],
         storage_bytes={"prefill-0": read_bytes, "decode-0": 0},
         storage_utilisation={"prefill-0": 0.97, "decode-0": 0.0},
-        compute_bytes={"prefill-0": 0, "decode-0": 0},
         store_sent_bytes=read_bytes,
         cached_tokens=512,
         tokens_equal=True,

@@ -23,7 +23,7 @@ from dualpath_sgl.evals.compare.summary import (
     WorkloadInfo,
 )
 from dualpath_sgl.launch.config.cluster import ClusterConfig, Mode
-from scheduler_svc.wire.protocol import Engine, EngineStatus, Load, Role, Status
+from scheduler_svc.wire.protocol import EngineStatus, RankInfo, Role, Status, Workload
 from scheduler_svc.wire.protocol import Path as LoadPath
 
 ZERO = Quantiles(p50=0.1, p99=0.2, mean=0.15)
@@ -115,7 +115,7 @@ def test_the_demo_is_content_only_when_every_condition_holds():
 
 def status(bytes_read: int, **changes) -> Status:
     def rank(name: str, role: Role, number: int) -> EngineStatus:
-        engine = Engine(
+        engine = RankInfo(
             engine_id=name,
             role=role,
             rank=number,
@@ -127,7 +127,7 @@ def status(bytes_read: int, **changes) -> Status:
         )
         forwarded = bytes_read if role is Role.PREFILL else 0
         return EngineStatus(
-            engine=engine, load=Load(), age_s=0, store_read_bytes=bytes_read, forwarded_bytes=forwarded
+            engine=engine, load=Workload(), age_s=0, store_read_bytes=bytes_read, forwarded_bytes=forwarded
         )
 
     values = dict(

@@ -17,10 +17,11 @@ from dualpath_sgl.launch.config.cluster import load
 from dualpath_sgl.launch.processes.ports import FreePorts
 from dualpath_sgl.launch.processes.process import ProcessDied
 from dualpath_sgl.launch.supervision import comeback
+from dualpath_sgl.launch.supervision.cluster import Cluster
 from dualpath_sgl.launch.supervision.comeback import MANY_DEATHS, Comeback
 from dualpath_sgl.launch.supervision.direct_http import answers
 from dualpath_sgl.launch.supervision.engine_watch import EngineWatch
-from dualpath_sgl.launch.supervision.supervisor import Cluster, Supervisor
+from dualpath_sgl.launch.supervision.supervisor import Supervisor
 from scheduler_svc.wire.client import SchedulerClient
 
 PATIENCE_S = 30.0

@@ -24,7 +24,8 @@ from dualpath_sgl.launch.processes.commands import (
     router_command,
 )
 from dualpath_sgl.launch.processes.ports import FreePorts
-from dualpath_sgl.launch.supervision.supervisor import Cluster, SingleServer
+from dualpath_sgl.launch.supervision.cluster import Cluster
+from dualpath_sgl.launch.supervision.single_server import SingleServer
 from scheduler_svc.wire.addresses import authority
 
 TINY = {"kind": "tiny", "layers": 1, "hidden": 16, "heads": 2, "kv_heads": 1, "head_dim": 8}

@@ -27,7 +27,7 @@ from dualpath_sgl.launch.processes.commands import (
     scheduler_command,
 )
 from dualpath_sgl.launch.supervision import exposure
-from dualpath_sgl.launch.supervision.supervisor import Cluster
+from dualpath_sgl.launch.supervision.cluster import Cluster
 from dualpath_sgl.launch.topology.plan import Rates, make_plan
 from dualpath_sgl.start.config import settings
 from scheduler_svc.wire.keys import generate, load_public, load_secret

@@ -18,7 +18,7 @@ from typing import NamedTuple
 from aiohttp import web
 
 from dualpath_sgl.launch.processes.ports import FreePorts
-from scheduler_svc.wire.protocol import Engine, Role
+from scheduler_svc.wire.protocol import RankInfo, Role
 
 WAIT_S = 30.0
 Behaviour = Callable[["FaultyEngine", web.Request, dict], Awaitable[web.StreamResponse]]
@@ -190,9 +190,9 @@ class FaultyEngine:
     def release(self) -> None:
         self._loop.call_soon_threadsafe(self.released.set)
 
-    def described(self) -> Engine:
+    def described(self) -> RankInfo:
         """As it registers with the scheduler."""
-        return Engine(
+        return RankInfo(
             engine_id=self.name,
             role=self.role,
             dp_rank=self.dp_rank,

@@ -26,7 +26,7 @@ from otlp_collector import attributes, collector
 from dualpath_sgl.launch.processes.ports import FreePorts
 from dualpath_sgl.launch.processes.process import ManagedProcess
 from scheduler_svc.wire.client import SchedulerClient
-from scheduler_svc.wire.protocol import Heartbeat, Load, Role
+from scheduler_svc.wire.protocol import Heartbeat, Role, Workload
 
 HEARTBEAT_S = 0.5
 START_TIMEOUT_S = 180.0
@@ -324,4 +324,4 @@ class World:
         with SchedulerClient(self.scheduler_address) as client:
             while not self._stopping.wait(HEARTBEAT_S):
                 for engine in list(self.registered):
-                    client.send(Heartbeat(engine=engine.described(), load=Load()))
+                    client.send(Heartbeat(engine=engine.described(), load=Workload()))

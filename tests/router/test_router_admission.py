@@ -12,7 +12,7 @@ from router_world import World
 
 from dualpath_sgl.router.fleet.engines import MAX_REFUSED, EngineDirectory
 from dualpath_sgl.router.settings.admission import Admission, EngineUrl, UrlPrefix
-from scheduler_svc.wire.protocol import Engine, Role
+from scheduler_svc.wire.protocol import RankInfo, Role
 
 HEALTH_CHECK_S = 1.0
 """Of the placing router."""
@@ -146,9 +146,9 @@ class Registered(NamedTuple):
     """What `World` needs of an engine that sends heartbeats."""
 
     name: str
-    engine: Engine
+    engine: RankInfo
 
-    def described(self) -> Engine:
+    def described(self) -> RankInfo:
         return self.engine
 
 
@@ -166,7 +166,7 @@ def test_a_stranger_that_registered_gets_no_prompt_no_key_and_no_health_check(wo
     world.wait_until_placed(router)
     url = f"http://127.0.0.1:{stranger.getsockname()[1]}"
     world.registered = [
-        Registered(f"stranger-{name}", Engine(**{**as_dict(world.engines[name].described()), **changed}))
+        Registered(f"stranger-{name}", RankInfo(**{**as_dict(world.engines[name].described()), **changed}))
         for name in ("p0", "d0")
         for changed in [{"engine_id": f"stranger-{name}", "url": url}]
     ]
@@ -188,7 +188,7 @@ def test_a_stranger_that_registered_gets_no_prompt_no_key_and_no_health_check(wo
     assert router.process.log_path.read_text().count(f"the scheduler names decode engine '{url}'") == 1
 
 
-def as_dict(engine: Engine) -> dict:
+def as_dict(engine: RankInfo) -> dict:
     return {name: getattr(engine, name) for name in engine.__struct_fields__}
 
 

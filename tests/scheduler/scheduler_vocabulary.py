@@ -11,24 +11,24 @@ from scheduler_svc.policies.placement_policies import placement_policy
 from scheduler_svc.state import Cluster, Result
 from scheduler_svc.wire.protocol import (
     Done,
-    Engine,
     Heartbeat,
     LaneRecord,
-    Load,
     Outcome,
     Plan,
+    RankInfo,
     Report,
     Role,
+    Workload,
     decode_request,
     encode,
 )
 
 PAGE_TOKENS = 16
 PAGE_BYTES = 1000
-IDLE = Load()
+IDLE = Workload()
 
 
-def engine(engine_id: str, *, rank: int = 0, tp_size: int = 1, **changes) -> Engine:
+def engine(engine_id: str, *, rank: int = 0, tp_size: int = 1, **changes) -> RankInfo:
     """A PE when the name begins with `p`, else a DE with a page server."""
     role = Role.PREFILL if engine_id.startswith("p") else Role.DECODE
     host = engine_id.strip("/").replace("/", "-")
@@ -43,10 +43,10 @@ def engine(engine_id: str, *, rank: int = 0, tp_size: int = 1, **changes) -> Eng
         "page_size": PAGE_TOKENS,
         "page_bytes": PAGE_BYTES,
     }
-    return Engine(**fields | changes)
+    return RankInfo(**fields | changes)
 
 
-def heartbeat(engine_id: str, *, load: Load = IDLE, **changes) -> Heartbeat:
+def heartbeat(engine_id: str, *, load: Workload = IDLE, **changes) -> Heartbeat:
     return Heartbeat(engine=engine(engine_id, **changes), load=load)
 
 

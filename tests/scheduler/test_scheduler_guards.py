@@ -44,10 +44,10 @@ from scheduler_svc.wire.protocol import (
     Error,
     ErrorCode,
     Heartbeat,
-    Load,
     Place,
     Plan,
     Role,
+    Workload,
     decode_reply,
     encode,
 )
@@ -200,7 +200,7 @@ def test_a_placement_that_fails_when_engines_come_change_or_go_does_not_end_the_
         faulty.raises = {step}
         prefill, decode = pair(scheduler)
         for peer, name in ((prefill, "p0"), (decode, "d0")):
-            peer.send(heartbeat(name, load=Load(tokens=5)))
+            peer.send(heartbeat(name, load=Workload(tokens=5)))
             settled(peer)
         scheduler.now_s = ENGINE_EXPIRY_S + 1
         while scheduler.state.engines.get("d0") is not None:
@@ -496,9 +496,9 @@ def test_a_peer_that_cannot_even_shake_hands_is_counted_and_named_in_the_log(cap
 # Status
 
 
-def full_load(rate: float) -> Load:
-    counts = dict.fromkeys(Load.__struct_fields__, MAX_COUNT)
-    return Load(**counts | {"read_rate_bytes_per_s": rate})
+def full_load(rate: float) -> Workload:
+    counts = dict.fromkeys(Workload.__struct_fields__, MAX_COUNT)
+    return Workload(**counts | {"read_rate_bytes_per_s": rate})
 
 
 @pytest.mark.case("status_breaks")
@@ -775,7 +775,7 @@ def test_rooms_are_drawn_so_that_nobody_can_guess_the_next_one():
 def test_faults_of_engines_are_counted_from_their_heartbeats():
     metrics, state = Metrics(), cluster_without_engines()
     for faults, rank in ((0, 0), (3, 0), (3, 0), (4, 1), (5, 0), (0, 0), (1, 0)):
-        beat = heartbeat("p0", rank=rank, tp_size=2, load=Load(faults=faults))
+        beat = heartbeat("p0", rank=rank, tp_size=2, load=Workload(faults=faults))
         for event in state.handle(beat, 0.0).events:
             metrics(event)
     total = metrics.registry.get_sample_value("dualpath_engine_faults_total", {"engine": "p0"})

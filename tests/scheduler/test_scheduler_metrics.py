@@ -10,7 +10,7 @@ from scheduler_vocabulary import cluster, decode_report, done, heartbeat, lane, 
 
 from scheduler_svc.metrics import Metrics
 from scheduler_svc.telemetry.tally import CounterTally, HistogramTally
-from scheduler_svc.wire.protocol import Load, Place
+from scheduler_svc.wire.protocol import Place, Workload
 
 BOUNDS = (0.0, 0.5, 2.0, 3.0)
 
@@ -46,7 +46,7 @@ def test_a_counter_adds_up_per_labels():
 
 
 def test_decisions_predictions_and_their_errors_are_counted():
-    load = Load(read_rate_bytes_per_s=1e6)
+    load = Workload(read_rate_bytes_per_s=1e6)
     state = cluster("decode", heartbeat("p0", load=load), heartbeat("d0", load=load), placement="affinity")
     metrics = Metrics()
 

@@ -34,7 +34,7 @@ from scheduler_svc.policies.placement_rules import (
     prefill_class,
     prefill_key,
 )
-from scheduler_svc.wire.protocol import Error, ErrorCode, Load, Place, Role
+from scheduler_svc.wire.protocol import Error, ErrorCode, Place, Role, Workload
 
 
 @dataclass
@@ -123,8 +123,8 @@ def test_the_choice_among_decode_engines_follows_the_paper_step_by_step(tokens, 
         assert taken in among and taken.tokens == min(e.tokens for e in among)
 
 
-def free(tokens: int, *, busy: int = 0) -> Load:
-    return Load(device_free_tokens=tokens, tokens=busy)
+def free(tokens: int, *, busy: int = 0) -> Workload:
+    return Workload(device_free_tokens=tokens, tokens=busy)
 
 
 def test_a_decode_engine_without_the_memory_is_passed_over_until_it_has_it():
@@ -195,7 +195,7 @@ def test_placed_work_counts_until_the_heartbeat_after_its_arrival():
 def test_engines_that_all_report_at_once_do_not_draw_all_the_work_to_one_of_them():
     state = cluster("decode", *beats(4), placement="paper")
     for second in range(5):
-        for beat in beats(4, load=Load(tokens=1000 * second)):
+        for beat in beats(4, load=Workload(tokens=1000 * second)):
             state.handle(beat, float(second))
         chosen = [place(state, now_s=second + 0.1) for _ in range(40)]
         for index in (0, 1):
@@ -240,12 +240,16 @@ def test_a_long_prefill_is_spread_over_all_the_heartbeats_it_took():
 
 def test_a_session_stays_with_a_decode_engine_that_is_busy_with_others():
     """A DE decodes all its requests at once: having many of them is no wait for the next."""
-    load = Load(sequences=8, tokens=80_000, read_rate_bytes_per_s=1e9)
+    load = Workload(sequences=8, tokens=80_000, read_rate_bytes_per_s=1e9)
     state = cluster("decode", heartbeat("p0", load=load), heartbeat("d0", load=load), placement="affinity")
     assert place(state, session="ada") == ("p0", "d0")
     for second in range(1, 4):
         busy = replace(load, tokens=80_000 - 10_000 * second)
-        for beat in (heartbeat("p0", load=busy), heartbeat("d0", load=busy), heartbeat("d1", load=Load())):
+        for beat in (
+            heartbeat("p0", load=busy),
+            heartbeat("d0", load=busy),
+            heartbeat("d1", load=Workload()),
+        ):
             state.handle(beat, float(second))
     assert state.engines.get("p0").tokens_per_s > 0
     assert place(state, now_s=3.1) == ("p0", "d1"), "the idle one is next"
@@ -329,7 +333,7 @@ def test_the_index_chooses_as_a_scan_of_all_engines_would(sequence):
     for kind, value, tokens, queue in sequence:
         if kind == "beat":
             name = f"{'pd'[value % 2]}{value // 2}"
-            load = Load(tokens=tokens, read_queue_bytes=queue, read_rate_bytes_per_s=1e9)
+            load = Workload(tokens=tokens, read_queue_bytes=queue, read_rate_bytes_per_s=1e9)
             more = {} if name[0] == "p" else {"url": f"http://node{value // 2 // 4}:{value // 2 + 1}"}
             state.handle(heartbeat(name, load=load, **more), 0.0)
             continue
@@ -421,8 +425,8 @@ KEPT_PAGES = 1000 // PAGE_TOKENS
 """Of a session's 1,000 tokens, with pages of 1,000 bytes: a pair reads them in 31 ms."""
 
 
-def reading(queue_bytes: int) -> Load:
-    return Load(read_rate_bytes_per_s=RATE, read_queue_bytes=queue_bytes)
+def reading(queue_bytes: int) -> Workload:
+    return Workload(read_rate_bytes_per_s=RATE, read_queue_bytes=queue_bytes)
 
 
 def test_a_session_leaves_an_engine_whose_queue_costs_more_than_its_pages_save():

@@ -26,6 +26,7 @@ from scheduler_vocabulary import (
 )
 
 from scheduler_svc.ledger.engines import ENGINE_EXPIRY_S
+from scheduler_svc.ledger.rooms import ROOM_TTL_S
 from scheduler_svc.metrics import Metrics
 from scheduler_svc.server import MAX_FRAME_BYTES, BindRefused, Server, check_bind
 from scheduler_svc.wire.client import SchedulerClient, SchedulerError
@@ -290,6 +291,20 @@ def test_local_addresses_are_accepted(address):
 def test_a_second_scheduler_on_one_address_is_refused():
     with running() as scheduler, pytest.raises(BindRefused, match="another scheduler"):
         Server(scheduler.address, cluster(), Metrics())
+
+
+def test_a_room_that_never_ends_is_in_the_metrics():
+    with running() as scheduler:
+        prefill, _decode = pair(scheduler)
+        prefill.send(prefill_report(7, 0, 10))
+        settled(prefill)
+        assert scheduler.metric("dualpath_rooms_forgotten_total") == 0
+        scheduler.now_s += ROOM_TTL_S + 1
+        deadline_s = time.monotonic() + WAIT_S
+        while scheduler.metric("dualpath_rooms_forgotten_total") != 1:
+            assert time.monotonic() < deadline_s, "it is not counted"
+            time.sleep(0.01)
+        assert scheduler.metric("dualpath_rooms_open") == 0
 
 
 def test_metrics_are_served_over_http():

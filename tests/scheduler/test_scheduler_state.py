@@ -23,7 +23,16 @@ from scheduler_svc.ledger.engines import ENGINE_EXPIRY_S
 from scheduler_svc.ledger.rooms import CLOSED_LINGER_S, ROOM_TTL_S
 from scheduler_svc.planning import PLAN_DEADLINE_S
 from scheduler_svc.state import MAX_FALLBACK_REASONS, Result
-from scheduler_svc.wire.protocol import Error, ErrorCode, Load, Path, Place, Placement, Role, StatusRequest
+from scheduler_svc.wire.protocol import (
+    Error,
+    ErrorCode,
+    Path,
+    Place,
+    Placement,
+    Role,
+    StatusRequest,
+    Workload,
+)
 
 
 def refused(state, message, now_s=0.0) -> Error:
@@ -116,7 +125,7 @@ def test_the_event_of_a_plan_carries_the_callers_trace_and_both_times():
 
 
 def test_a_finished_read_says_how_long_it_was_expected_to_take():
-    load = Load(read_rate_bytes_per_s=1e6, read_queue_bytes=5000)
+    load = Workload(read_rate_bytes_per_s=1e6, read_queue_bytes=5000)
     state = cluster("decode", heartbeat("p0", load=load), heartbeat("d0", load=load))
     state.handle(prefill_report(1, 0, 10), 0.0)
     lanes = state.handle(decode_report(1, 0, traceparent="caller"), 0.0).events[0].lanes
@@ -133,7 +142,7 @@ def test_a_finished_read_says_how_long_it_was_expected_to_take():
 
 def test_a_read_that_left_its_plan_is_no_measure_of_the_prediction():
     state = cluster(
-        "decode", *(heartbeat(name, load=Load(read_rate_bytes_per_s=1e6)) for name in ("p0", "d0"))
+        "decode", *(heartbeat(name, load=Workload(read_rate_bytes_per_s=1e6)) for name in ("p0", "d0"))
     )
     state.handle(prefill_report(1, 0, 10), 0.0)
     state.handle(decode_report(1, 0), 0.0)
@@ -299,8 +308,8 @@ def test_planned_bytes_and_the_heartbeats_queue_are_not_added_up():
     state.handle(prefill_report(1, 0, 10), 0.0)
     state.handle(decode_report(1, 0), 0.0)
     assert planned_bytes(state, "p0") == 10 * PAGE_BYTES
-    state.handle(heartbeat("p0", load=Load(read_queue_bytes=10 * PAGE_BYTES)), 0.1)
-    state.handle(heartbeat("d0", load=Load(read_queue_bytes=15 * PAGE_BYTES)), 0.1)
+    state.handle(heartbeat("p0", load=Workload(read_queue_bytes=10 * PAGE_BYTES)), 0.1)
+    state.handle(heartbeat("d0", load=Workload(read_queue_bytes=15 * PAGE_BYTES)), 0.1)
     state.handle(prefill_report(2, 0, 10), 0.2)
     assert plan_of(state.handle(decode_report(2, 0), 0.2)).path is Path.PREFILL
 
@@ -370,6 +379,18 @@ def test_bytes_and_pages_are_counted_for_the_engine_that_moved_them():
     assert by_name["p0"].age_s == 2.0
     assert status.duplicate_store_pages == 0
     assert (status.rooms_open, status.rooms_closed) == (0, 1)
+
+
+def test_a_room_that_never_ends_is_counted_once_it_is_given_up():
+    state = cluster("decode", ttl_s=300.0)
+    for room in (1, 2):
+        state.handle(prefill_report(room, 0, 10), 0.0)
+    for role in (done(1, "p0"), done(1, "d0")):
+        state.handle(role, 1.0)
+    assert state.handle(StatusRequest(), 2.0).reply.rooms_forgotten == 0
+    state.expire(301.0)
+    status = state.handle(StatusRequest(), 302.0).reply
+    assert (status.rooms_open, status.rooms_closed, status.rooms_forgotten) == (0, 1, 1)
 
 
 def test_pages_both_sides_read_from_the_store_are_counted_once_each():
@@ -443,7 +464,7 @@ def test_a_placement_names_live_engines_and_a_room_of_its_own():
 
 
 def test_what_any_rank_holds_or_lost_shows_in_its_engines_status():
-    loads = [Load(held=1, pool_checks=3, kept_pages=2), Load(held=0, pool_checks=2, kept_pages=4)]
+    loads = [Workload(held=1, pool_checks=3, kept_pages=2), Workload(held=0, pool_checks=2, kept_pages=4)]
     ranks = [heartbeat("p0", rank=rank, tp_size=2, load=load) for rank, load in enumerate(loads)]
     state = cluster("decode", *ranks)
     [engine] = state.handle(StatusRequest(), 0.0).reply.engines

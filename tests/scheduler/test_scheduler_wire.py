@@ -23,12 +23,12 @@ urls = st.builds("{}://{}".format, st.sampled_from(["http", "https"]), hosts | a
 endpoints = st.builds("tcp://{}".format, addresses)
 versions = st.integers(1, 2**31 - 1)
 engines = st.builds(
-    protocol.Engine, engine_id=names, role=st.sampled_from(Role), rank=ranks, tp_size=small,
+    protocol.RankInfo, engine_id=names, role=st.sampled_from(Role), rank=ranks, tp_size=small,
     url=urls, bootstrap_port=st.none() | st.integers(1, 65535), page_endpoint=st.none() | endpoints,
     fingerprint=names, page_size=small, page_bytes=small,
 )  # fmt: skip
 loads = st.builds(
-    protocol.Load, sequences=counts, tokens=counts, read_queue_bytes=counts, read_rate_bytes_per_s=floats,
+    protocol.Workload, sequences=counts, tokens=counts, read_queue_bytes=counts, read_rate_bytes_per_s=floats,
     host_free_pages=counts, device_free_tokens=counts,
 )  # fmt: skip
 lanes = st.builds(
@@ -82,7 +82,7 @@ replies = st.one_of(
         engines=st.lists(
             st.builds(protocol.EngineStatus, engine=engines, load=loads, age_s=floats), max_size=2
         ).map(tuple),
-        rooms_open=counts, rooms_closed=counts,
+        rooms_open=counts, rooms_closed=counts, rooms_forgotten=counts,
         paths=st.dictionaries(st.sampled_from(protocol.Path), counts, max_size=4),
         fallbacks=st.dictionaries(names, counts, max_size=3), duplicate_store_pages=counts, errors=counts,
         next=st.none() | counts,

@@ -17,7 +17,7 @@ from dualpath_sgl.evals.sim.model.setup import MODES, Setup
 from dualpath_sgl.evals.sim.model.storage import StorageLink
 from dualpath_sgl.evals.sim.model.workload import Turn, table2_trajectories, trace_trajectories, workload
 from dualpath_sgl.evals.sim.studies.online import capacity, serve
-from scheduler_svc.wire.protocol import Engine, Role
+from scheduler_svc.wire.protocol import RankInfo, Role
 
 PFLOP = 1e15
 
@@ -64,7 +64,7 @@ def test_kv_bytes_are_the_papers():
 
 
 def engine(role: Role, name: str, free_tokens: int | None = None) -> SimEngine:
-    description = Engine(
+    description = RankInfo(
         engine_id=name, role=role, url=f"http://{name}:1", fingerprint="x", page_size=64, page_bytes=64
     )
     return SimEngine(description, StorageLink(name, 1.0), 64, 1.0, free_tokens)

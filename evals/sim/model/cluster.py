@@ -24,7 +24,7 @@ from dualpath_sgl.evals.sim.model.scheduling import (
 from dualpath_sgl.evals.sim.model.setup import Setup
 from dualpath_sgl.evals.sim.model.storage import Balance, StorageLink
 from dualpath_sgl.evals.sim.model.workload import PAGE_TOKENS, Workload
-from scheduler_svc.wire.protocol import Engine, Role
+from scheduler_svc.wire.protocol import RankInfo, Role
 
 PROGRESS_TURNS = 2000
 """Turns between two calls of `progress`."""
@@ -60,8 +60,6 @@ class Outcome(NamedTuple):
     prefill_storage_busy: float
     """Share of the run in which an average PE node's link was busy."""
     decode_storage_busy: float
-    prefill_busy: float
-    """Share of the run in which an average prefill group was computing."""
     store_read_bytes: int
 
 
@@ -127,7 +125,7 @@ class Simulation:
             name = f"{role}-{node}"
             links.append(StorageLink(name, hardware.storage_bytes_per_s))
             for gpu in range(hardware.gpus_per_node):
-                description = Engine(
+                description = RankInfo(
                     engine_id=f"{name}-{gpu}",
                     role=role,
                     url=f"http://{name}:{30000 + gpu}",
@@ -270,7 +268,6 @@ class Simulation:
             sum(group.longest_attention_s for group in self._prefill_groups) / attention_s,
             fmean(link.read_bytes for link in self.prefill_links) / rate / jct_s,
             fmean(link.read_bytes for link in self.decode_links) / rate / jct_s,
-            fmean(group.busy_s for group in self._prefill_groups) / jct_s,
             sum(read),
         )
 

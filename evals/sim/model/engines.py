@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 
 from dualpath_sgl.evals.sim.model.storage import StorageLink
 from dualpath_sgl.evals.sim.model.workload import Turn
-from scheduler_svc.wire.protocol import Engine as Description
+from scheduler_svc.wire.protocol import RankInfo as Description
 from scheduler_svc.wire.protocol import Role
 
 

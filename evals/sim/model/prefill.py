@@ -52,7 +52,6 @@ class PrefillGroup:
         self.longest_attention_s = 0.0
         self.mean_attention_s = 0.0
         """Summed over steps: their ratio is the paper's attention Max/Avg."""
-        self.busy_s = 0.0
 
     def loaded(self, request: Request) -> None:
         """Its stored KV is in a host buffer."""
@@ -81,7 +80,6 @@ class PrefillGroup:
         step_s = costs.fixed_s + (max(compute_s, move_s) if costs.layerwise else compute_s + move_s)
         self.longest_attention_s += longest_s
         self.mean_attention_s += total_s / len(self._engines)
-        self.busy_s += step_s
         self._loop.at(self._loop.now_s + step_s, self._ended, done)
 
     def _pack(self, engine: SimEngine, done: list[Request]) -> tuple[float, float, int]:

@@ -32,13 +32,13 @@ from scheduler_svc.wire.protocol import (
     Error,
     Heartbeat,
     LaneRecord,
-    Load,
     Outcome,
     Place,
     Placement,
     Report,
     Request,
     Role,
+    Workload,
 )
 
 HEARTBEAT_S = 1.0
@@ -196,7 +196,7 @@ class ServiceScheduler:
             self._loop.at(self._loop.now_s + HEARTBEAT_S, self._heartbeat, engine)
 
     def _beat(self, engine: SimEngine) -> None:
-        load = Load(
+        load = Workload(
             sequences=engine.sequences,
             tokens=engine.tokens,
             read_queue_bytes=engine.read_queue_bytes,

@@ -1,0 +1,339 @@
+"""A whole cluster as child processes of this one.
+
+    client -> router -> PEs and DEs -> store node (memory), master (index)
+                            |-> scheduler (mode dualpath), collector (tracing)
+
+`run_dir/cluster.json` says what runs where.  A dead engine ends the cluster: it holds requests, takes
+a minute to come back, and mostly dies of what would kill it again.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import socket
+import time
+import urllib.error
+import urllib.request
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from types import MappingProxyType
+
+import psutil
+
+from dualpath_sgl.launch.config.addresses import STORE_PROCESSES, Addresses, on_network, on_one_host
+from dualpath_sgl.launch.config.cluster import (
+    ClusterConfig,
+    Mode,
+    at_its_address,
+    bits_per_s,
+    kv_bytes_per_token,
+)
+from dualpath_sgl.launch.config.cluster import Network as NetworkConfig
+from dualpath_sgl.launch.config.security import OPERATOR, key_files
+from dualpath_sgl.launch.processes import commands
+from dualpath_sgl.launch.processes.commands import Ports
+from dualpath_sgl.launch.processes.environment import foreign
+from dualpath_sgl.launch.processes.ports import DP_ATTENTION_OFFSETS, FreePorts
+from dualpath_sgl.launch.processes.process import ManagedProcess
+from dualpath_sgl.launch.processes.run_dir import ClusterState, ProcessState
+from dualpath_sgl.launch.processes.store_node import READY as STORE_READY
+from dualpath_sgl.launch.supervision import exposure
+from dualpath_sgl.launch.supervision.comeback import Comeback
+from dualpath_sgl.launch.supervision.direct_http import fetch
+from dualpath_sgl.launch.supervision.engine_watch import SILENT_AFTER_S, EngineWatch
+from dualpath_sgl.launch.supervision.supervisor import (
+    POLL_S,
+    PROBE_TIMEOUT_S,
+    Probe,
+    StartTimeout,
+    Supervisor,
+    healthy,
+)
+from dualpath_sgl.launch.topology.network import Network
+from dualpath_sgl.launch.topology.plan import STORE, Rates
+from scheduler_svc.wire.addresses import authority
+from scheduler_svc.wire.client import SchedulerClient
+from scheduler_svc.wire.engine_names import server_id
+from scheduler_svc.wire.protocol import Role
+
+REJOIN_TIMEOUT_S = 15.0
+FLUSH_TIMEOUT_S = 20.0
+GENERATE_TIMEOUT_S = 60.0
+
+
+@dataclass(frozen=True)
+class EngineHandle:
+    """One running SGLang server."""
+
+    name: str
+    """`prefill-0`, `decode-1`, ..."""
+    role: Role
+    url: str
+    _process: ManagedProcess
+
+    @property
+    def pid(self) -> int | None:
+        """None while it does not run."""
+        return self._process.pid
+
+
+class Cluster(Supervisor):
+    """The cluster that `config` describes.  Entering the context starts it, if it is not started."""
+
+    stop_order = (("router",), ("prefill-", "decode-"), ("scheduler", "store"))
+    spared = MappingProxyType(
+        {
+            "scheduler": "engines go on with the prefill path",
+            "collector": "spans are lost meanwhile",
+            "router": "clients are refused meanwhile",
+            "master": "prompts are computed meanwhile, and what was stored is forgotten",
+            "store": "prompts are computed meanwhile, and what was stored is gone",
+        }
+    )
+
+    def __init__(self, config: ClusterConfig, run_dir: Path):
+        super().__init__(run_dir)
+        self.config = at_its_address(config)
+        """As it runs now (`set_policy` changes it)."""
+        config.model.directory()  # A tiny model that is not there yet is made before anything starts.
+        free = FreePorts(self.config.host)
+        self.addresses: Addresses = on_one_host(self.config.host)
+        """With a shaped network: known once it is started."""
+        self.network: Network | None = None
+        """The shaped network, while it exists."""
+        self._silent: set[str] = set()
+        self.ports = Ports(**{name: free.take() for name in Ports.__dataclass_fields__})
+        self._specs = commands.engine_specs(config, lambda: free.take(DP_ATTENTION_OFFSETS))
+
+    @cached_property
+    def kv_bytes_per_token(self) -> int:
+        """Raises ConfigError when the model's `config.json` does not tell."""
+        return kv_bytes_per_token(self.config)
+
+    @property
+    def url(self) -> str:
+        """Base URL of the router, where clients send requests."""
+        return f"http://{authority(self.addresses.hub, self.ports.router)}"
+
+    @property
+    def scheduler_address(self) -> str:
+        """ZeroMQ address; answered only in mode dualpath."""
+        return commands.scheduler_url(self.addresses, self.ports)
+
+    def ask_scheduler(self) -> SchedulerClient:
+        """A client with the operator's key, where there are keys."""
+        return SchedulerClient(self.scheduler_address, curve_key_files=self._operator_keys)
+
+    @property
+    def _operator_keys(self) -> tuple[Path, Path] | None:
+        return key_files(self.config.security, OPERATOR)
+
+    @property
+    def master_metrics_url(self) -> str:
+        return f"http://{authority(self.addresses.store, self.ports.master_metrics)}/metrics"
+
+    @property
+    def collector_url(self) -> str:
+        """OTLP/gRPC; answered only with tracing."""
+        return commands.collector_url(self.addresses, self.ports)
+
+    @property
+    def spans_path(self) -> Path:
+        """OTLP JSON, one export request a line; the collector appends to it."""
+        return self.run_dir / "spans.jsonl"
+
+    def wait(self) -> None:
+        """Says too which engines run, but answer nobody: those may come back, so nothing ends."""
+        urls = {spec.name: spec.url(self.addresses) for spec in self._specs}
+        with EngineWatch(urls) as self._watch:
+            super().wait()
+
+    def _look(self) -> None:
+        super()._look()
+        silent = self._watch.silent()
+        for name in silent - self._silent:
+            self._on_event(
+                f"error: {name} runs, but has not answered for {SILENT_AFTER_S:g} s; requests for it fail. "
+                f"If it does not come back, start the cluster again (log {self.processes[name].log_path})"
+            )
+        for name in self._silent - silent:
+            self._on_event(f"{name} answers again")
+        if silent != self._silent:
+            self._silent = silent
+            self._write_state()
+
+    def stop(self) -> None:
+        super().stop()
+        if self.network is not None:
+            self.network.remove()
+            self.network = None
+
+    @property
+    def engines(self) -> list[EngineHandle]:
+        return [
+            EngineHandle(spec.name, spec.role, spec.url(self.addresses), self._process(spec.name))
+            for spec in self._specs
+        ]
+
+    def flush_caches(self, role: Role | None = None) -> None:
+        """Empty L1 and L2 of every engine (of one role); the store keeps its pages.
+
+        An engine refuses while it is busy, as it is shortly after an answer.  Raises HTTPError when
+        it still refuses after FLUSH_TIMEOUT_S.
+        """
+        deadline_s = time.monotonic() + FLUSH_TIMEOUT_S
+        for engine in self.engines:
+            while role in (None, engine.role):
+                try:
+                    _post(f"{engine.url}/flush_cache")
+                    break
+                except urllib.error.HTTPError:
+                    if time.monotonic() > deadline_s:
+                        raise
+                    time.sleep(POLL_S)
+
+    def set_policy(self, policy: str, placement: str | None = None) -> None:
+        """Change the scheduler's path policy (and placement) by restarting it; engines reconnect
+        within a second.
+        """
+        changes = {"policy": policy} | ({"placement": placement} if placement else {})
+        scheduler = self.config.scheduler.model_copy(update=changes)
+        self.config = self.config.model_copy(update={"scheduler": scheduler})
+        argv = commands.scheduler_command(self.config, self.addresses, self.ports)
+        self._process("scheduler").argv = argv
+        self.restart("scheduler")
+        expected = {spec.name for spec in self._specs}
+        deadline_s = time.monotonic() + REJOIN_TIMEOUT_S
+        with self.ask_scheduler() as client:
+            while expected != {server_id(e.engine.engine_id) for e in client.status(PROBE_TIMEOUT_S).engines}:
+                if time.monotonic() > deadline_s:
+                    raise StartTimeout(f"engines did not join the scheduler again in {REJOIN_TIMEOUT_S:g} s")
+                time.sleep(POLL_S)
+
+    def _start(self) -> None:
+        begun_s = time.monotonic()
+        if left_out := foreign(os.environ):
+            self._on_event(
+                f"left out of the cluster's environment: {', '.join(left_out)}; if one is meant, give it in "
+                "the cluster file: prefill.env, decode.env"
+            )
+        if self.config.network is not None:
+            self._build_network(self.config.network)
+        elif (problem := exposure.warning(exposure.public_addresses())) is not None:
+            self._on_event(problem)
+        config, addresses, ports = self.config, self.addresses, self.ports
+        base = commands.part_environment(addresses, os.environ)
+        argv = commands.master_command(addresses, ports)
+        self._launch("master", argv, base, self._listens(addresses.store, ports.master))
+        if config.tracing.enabled:
+            argv = commands.collector_command(config, addresses, ports, self.spans_path)
+            self._launch("collector", argv, base, self._listens(addresses.hub, ports.collector))
+        if config.mode is Mode.DUALPATH:
+            argv = commands.scheduler_command(config, addresses, ports)
+            self._launch("scheduler", argv, base, self._listens(addresses.hub, ports.scheduler))
+        self._await_ready(["master"])
+        self._launch("store", commands.store_command(config, addresses, ports), base, self._store_ready)
+        self._await_ready([name for name in self.processes if name != "master"])
+        # An engine writes a test object into the store early, so the store comes before.
+        for spec in self._specs:
+            argv = commands.engine_command(config, addresses, spec, ports)
+            environment = commands.engine_environment(config, addresses, spec, ports, os.environ)
+            self._launch(
+                spec.name, argv, environment, healthy(spec.url(addresses)), _engine_stop_signal(config)
+            )
+        argv = commands.router_command(config, addresses, ports, self._specs)
+        self._launch("router", argv, base, healthy(self.url))
+        self._write_state()
+        self._await_ready([*(spec.name for spec in self._specs), "router"])
+        self._await_requests()
+        self._on_event(f"cluster ready after {time.monotonic() - begun_s:.1f} s: {self.url}")
+
+    def _build_network(self, described: NetworkConfig) -> None:
+        rates = Rates(
+            storage_bits_per_s=_bits_per_s(described.storage_rate),
+            compute_bits_per_s=_bits_per_s(described.compute_rate),
+            store_bits_per_s=_bits_per_s(described.store_rate),
+        )
+        self.network = Network.build([spec.name for spec in self._specs], rates)
+        self.addresses = on_network(self.network.plan)
+        self._on_event(
+            f"network {self.network.plan.prefix}*: storage links {described.storage_rate or 'unshaped'}, "
+            f"compute links {described.compute_rate or 'unshaped'}, "
+            f"store {described.store_rate or 'unshaped'}"
+        )
+
+    def _enter(self, name: str, argv: list[str]) -> list[str]:
+        member = STORE if name in STORE_PROCESSES else name
+        if self.network is None or member not in self.network.plan.members:
+            return argv
+        return self.network.enter(member, argv)
+
+    def _await_requests(self) -> None:
+        """The router is healthy before it knows its workers: send requests until every pair answered."""
+        self._probes["requests"] = self._generates
+        for _ in range(max(self.config.prefill.count, self.config.decode.count)):
+            self._await_ready(["requests"])
+
+    def _generates(self) -> bool:
+        # Longer than a page: SGLang compiles its page hash when the first page is hashed.
+        prompt = [token % 250 for token in range(2 * self.config.page_size + 1)]
+        body = {"input_ids": prompt, "sampling_params": {"temperature": 0, "max_new_tokens": 2}}
+        try:
+            return "output_ids" in json.loads(_post(f"{self.url}/generate", body))
+        except (OSError, ValueError):
+            return False
+
+    def _store_ready(self) -> bool:
+        return STORE_READY in self._process("store").tail()
+
+    def _listens(self, host: str, port: int) -> Probe:
+        def probe() -> bool:
+            try:
+                socket.create_connection((host, port), PROBE_TIMEOUT_S).close()
+            except OSError:
+                return False
+            return True
+
+        return probe
+
+    def _write_state(self) -> None:
+        ClusterState(
+            name=self.config.name,
+            mode=self.config.mode,
+            url=self.url,
+            scheduler=self.scheduler_address if "scheduler" in self.processes else None,
+            scheduler_keys=self._operator_keys,
+            engines={engine.name: engine.url for engine in self.engines},
+            processes={name: self._state_of(name, process) for name, process in self.processes.items()},
+        ).write(self.run_dir)
+
+    def _state_of(self, name: str, process: ManagedProcess) -> ProcessState:
+        comeback = self._comebacks.get(name, Comeback())
+        return ProcessState(
+            pid=process.pid,
+            started_s=0.0 if process.pid is None else psutil.Process(process.pid).create_time(),
+            log=str(process.log_path),
+            restarts=comeback.restarts,
+            last_end=self._last_ends.get(name, ""),
+            silent=name in self._silent,
+        )
+
+
+def _engine_stop_signal(config: ClusterConfig) -> signal.Signals:
+    """SGLang looks for a SIGTERM every 5 s, then drains and lets its ranks release their GPUs.  On a
+    CPU nothing needs releasing, and the router, stopped first, has left nothing to drain."""
+    return signal.SIGINT if config.device == "cpu" else signal.SIGTERM
+
+
+def _bits_per_s(rate: str | None) -> int | None:
+    return None if rate is None else bits_per_s(rate)
+
+
+def _post(url: str, body: dict | None = None) -> bytes:
+    """Raises OSError (urllib.error.HTTPError for an HTTP error status)."""
+    data = json.dumps(body or {}).encode()
+    request = urllib.request.Request(url, data, {"Content-Type": "application/json"}, method="POST")
+    return fetch(request, GENERATE_TIMEOUT_S)
