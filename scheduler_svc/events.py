@@ -37,7 +37,7 @@ class LaneInputs(NamedTuple):
 class PlanDecided(NamedTuple):
     plan: Plan
     traceparent: str | None
-    """Of the PE's report, or else of the DE's."""
+    """The PE's, or else the DE's, as its report said."""
     first_report_s: float
     decided_s: float
     reason: str | SplitReason

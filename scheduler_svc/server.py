@@ -103,7 +103,7 @@ class Peer(NamedTuple):
     """Who is at the other end of a connection."""
 
     fd: int
-    """Of the connection; -1 where there is none."""
+    """The connection's file descriptor; -1 where there is none."""
     key: bytes
     """Public key (Z85); empty without CURVE."""
 

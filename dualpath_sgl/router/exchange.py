@@ -35,7 +35,7 @@ Found = TypeVar("Found")
 
 
 class Beginning(NamedTuple):
-    """Of the DE's answer."""
+    """How the DE's answer begins."""
 
     headers: dict[str, str]
     content: bytes

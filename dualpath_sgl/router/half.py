@@ -63,7 +63,7 @@ class Half:
 
     @property
     def headers(self) -> dict[str, str]:
-        """Of the answer, for the client."""
+        """The answer's headers that the client gets."""
         return headers.to_client(self._answer.headers)
 
     @property

@@ -19,11 +19,11 @@ SESSION_HEADERS = ("X-Session-Id", "X-SMG-Routing-Key")
 """The second is what the Rust router's sticky policies go by."""
 MAX_SESSION_CHARACTERS = 256
 BYTES_PER_TOKEN = 4
-"""Of English text and code, roughly; prompts given as token ids are counted exactly."""
+"""Roughly so in English text and code; prompts given as token ids are counted exactly."""
 DP_RANKS = ("routed_dp_rank", "data_parallel_rank", "disagg_prefill_dp_rank")
 """Not the client's to say: prefill and decode engine would wait for each other at different ranks."""
 MAX_DEPTH = 8
-"""Of lists and objects in a prompt: more than messages with parts and tool calls have."""
+"""How deep a prompt's lists and objects are looked into: messages with parts and tool calls have fewer."""
 
 
 class ClientRequest:

@@ -85,7 +85,7 @@ class _Branch:
         self.below: dict[int, _Branch] = {}
         """By their first id."""
         self.latest = latest
-        """Of the prompts that came through here."""
+        """The latest prompt that came through here."""
         self.ends: dict[int, int] = {}
         """Prompts that end here: tokens -> the latest of that length."""
 

@@ -212,7 +212,7 @@ def _measure(config: ClusterConfig, workload: Workload, concurrency: int, out: P
 
 
 def placed_by(spans: Path, begun_ns: int) -> dict[str, int]:
-    """Of the routed requests that began after `begun_ns` (since 1970)."""
+    """Who placed the routed requests that began after `begun_ns` (since 1970)."""
     found: Counter[str] = Counter()
     for trace in jaeger.traces(jaeger.read_lines(spans)):
         for span in trace["spans"]:

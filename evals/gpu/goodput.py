@@ -49,7 +49,7 @@ class Forward(NamedTuple):
 @dataclass
 class Goodput:
     tokens: int
-    """Of the prompt whose pages are forwarded."""
+    """Length of the prompt whose pages are forwarded."""
     size_bytes: int
     """Forwarded a sample."""
     raw_bytes_per_s: dict[str, list[float]] = field(default_factory=dict)

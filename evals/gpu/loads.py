@@ -35,7 +35,7 @@ LONE_POLICIES = ("prefill", "decode", "split")
 RESIDENT_POLICY = "decode"
 BURST_POLICIES = ("prefill", "decode", "shorter_queue", "split")
 HELD_REPETITIONS = 3
-"""Of what reads nothing: short, and the first ones connect."""
+"""Repetitions of what reads nothing: short, and the first ones connect."""
 RESIDENT_REPETITIONS = 7
 
 Prompt = list[int]
@@ -46,7 +46,7 @@ class LoadPlan:
     """What is measured; lengths in tokens."""
 
     lengths: tuple[int, ...]
-    """Of lone loads; of each length one prompt is loaded alone, under every lone policy."""
+    """Lengths of lone loads; of each one prompt is loaded alone, under every lone policy."""
     repetitions: int
     burst_requests: int
     burst_tokens: int
@@ -79,7 +79,7 @@ class Cell:
     mode: str
     load: str
     tokens: int
-    """Of each prompt."""
+    """Length of each prompt."""
     job_s: list[float] = field(default_factory=list)
     """Sending the first prompt to the end of the last answer, per sample."""
     ttft_s: list[list[float]] = field(default_factory=list)
@@ -104,7 +104,7 @@ class Cell:
 
     @property
     def median_ttft_s(self) -> float:
-        """Of each sample's first prompt."""
+        """Median over the samples' first prompts."""
         return median(times[0] for times in self.ttft_s)
 
     @property

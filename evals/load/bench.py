@@ -56,7 +56,7 @@ RESIDENT_POLICIES = ("decode", "split")
 BURST_POLICIES = ("decode", "shorter_queue", "split")
 LONE_POLICIES = ("prefill", "decode", "split")
 FORWARDS = 40
-"""Of a prompt out of the decode engine's memory, and reads of Mooncake alone beside them."""
+"""Forwards out of the decode engine's memory, and as many reads of Mooncake alone beside them."""
 UNSHAPED_SAMPLES = 10
 """Per repetition: they are short, and without a link to wait for they vary most."""
 

@@ -67,7 +67,7 @@ class LoadCluster:
         return answers == self.expected[: len(answers)]
 
     def shape_storage(self, bits_per_s: int | None) -> None:
-        """Of every engine."""
+        """Set the rate of every engine's storage link; None: as fast as it goes."""
         for engine in self.cluster.engines:
             self.network.shape(engine.name, "storage", bits_per_s)
         self.storage_bits_per_s = bits_per_s

@@ -26,7 +26,7 @@ class Sample(_Record):
     store_sent_bytes: int
     """By the store node."""
     cached_tokens: int
-    """Of all prompts, not computed."""
+    """Prompt tokens that were not computed."""
     tokens_equal: bool
     """To the answers of the first, cold run of the whole benchmark."""
     planned_read_bytes: int | None = None
@@ -62,7 +62,7 @@ class Cell(_Record):
 
     @property
     def storage_bytes(self) -> float:
-        """Of all engines, per measurement."""
+        """Over all engines' links, in a measurement."""
         return statistics.median(sum(sample.storage_bytes.values()) for sample in self.samples)
 
     @property
@@ -79,9 +79,9 @@ class Goodput(_Record):
 
     size_bytes: int
     forward_bytes_per_s: list[float]
-    """Of a DualPath peer lane: bytes over busy time, from its `forward` spans."""
+    """A DualPath peer lane's: bytes over busy time, from its `forward` spans."""
     raw_bytes_per_s: list[float]
-    """Of one `batch_transfer_sync_read` of as many bytes between the same two namespaces."""
+    """What one `batch_transfer_sync_read` does with as many bytes between the same two namespaces."""
 
     @property
     def ratio(self) -> float:

@@ -35,7 +35,7 @@ from dualpath_sgl.launch.processes.process import ManagedProcess
 from scheduler_svc.wire.protocol import Role
 
 START_TIMEOUT_S = 180.0
-"""Of the router: it imports SGLang."""
+"""The router takes long to start: it imports SGLang."""
 WARM_UP_S = 2.0
 PROMPT_BYTES = 4096
 

@@ -15,7 +15,7 @@ from scheduler_svc.wire.client import SchedulerClient
 from scheduler_svc.wire.protocol import Heartbeat, RankInfo, Role, Workload
 
 EVENTS = 16
-"""Of a decode engine's streamed answer, each written by itself."""
+"""Events in a decode engine's streamed answer, each written by itself."""
 HEARTBEAT_S = 1.0
 _EVENT = b'data: {"text": "word", "output_ids": [1], "meta_info": {"finish_reason": null}}\n\n'
 _DONE = b"data: [DONE]\n\n"

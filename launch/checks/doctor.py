@@ -39,7 +39,7 @@ from scheduler_svc.wire.reach import is_loopback
 
 REQUIREMENTS = Path(__file__).resolve().parents[2] / "requirements"
 CPU_TORCH = "2.13.0"
-"""Of the CPU profile (the Makefile installs it); SGLang's own pin is for CUDA."""
+"""What the CPU profile runs on (the Makefile installs it); SGLang's own pin is for CUDA."""
 MOONCAKE_BUILDS = {"mooncake-transfer-engine-non-cuda": "cpu", "mooncake-transfer-engine-cuda13": "cuda"}
 """Distribution -> the profile of `requirements/` that pins it."""
 HICACHE_RESERVE_BYTES = 10 * 1024**3

@@ -29,7 +29,7 @@ class Judgement:
     pool_bytes: int | None = None
     """Host memory of one rank's pool; None where only the device's memory would tell."""
     ranks: int = 1
-    """Of this engine, each with a pool of its own."""
+    """Ranks of this engine, each with a pool of its own."""
     available_bytes: int = 0
     """Host memory that SGLang would find free."""
 
@@ -141,7 +141,7 @@ def _pool_bytes(args: Any, cfg: Any) -> int | None:
 
 
 def _kv_bytes_per_token(args: Any, cfg: Any) -> int:
-    """Of one rank, all layers."""
+    """Bytes of one token's KV on one rank, all layers."""
     from sglang.srt.arg_groups.overrides import model_config_of
     from sglang.srt.configs.model_config import AttentionArch
 

@@ -31,7 +31,7 @@ class Addresses:
     hub: str
     store: str
     engines: Mapping[str, EngineAddresses] = field(default_factory=dict)
-    """Of engines that are not at `hub`."""
+    """Addresses of engines that are not at `hub`."""
     on_this_host_only: bool = False
     """The links were made for this cluster, between namespaces of this machine."""
 

@@ -186,7 +186,7 @@ class RouterKind(StrEnum):
 class Router(_Section):
     kind: RouterKind = RouterKind.RUST
     policy: Literal["random", "round_robin", "cache_aware", "power_of_two"] = "round_robin"
-    """Of the Rust router."""
+    """The Rust router's policy."""
 
 
 class Tracing(_Section):
@@ -202,11 +202,11 @@ class Network(_Section):
     """
 
     storage_rate: BitRate | None
-    """Of each engine's link to the store."""
+    """Rate of each engine's link to the store."""
     compute_rate: BitRate | None = None
-    """Of each engine's link to the other engines."""
+    """Rate of each engine's link to the other engines."""
     store_rate: BitRate | None = None
-    """Of the store node's own link."""
+    """Rate of the store node's own link."""
 
 
 class ClusterConfig(_Section):

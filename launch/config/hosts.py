@@ -64,7 +64,7 @@ def checked_endpoint(endpoint: str) -> str:
 
 
 def _addresses() -> list[str]:
-    """Of every interface, but for those that belong to one link only."""
+    """The addresses of every interface, but for those that belong to one link only."""
     found = [
         address.address
         for addresses in psutil.net_if_addrs().values()

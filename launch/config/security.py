@@ -75,7 +75,7 @@ def scheduler_flags(security: Security | None, addresses: Addresses) -> list[str
 
 
 def router_flags(security: Security | None) -> list[str]:
-    """Of a placing router."""
+    """Options that give a placing router its keys."""
     files = key_files(security, ROUTER)
     if files is None:
         return []

@@ -50,7 +50,7 @@ def _value(text: str) -> object:
 
 
 def _bound_depth(text: str) -> None:
-    """Of the text as it stands; PyYAML's events come without recursion, its nodes do not."""
+    """Refuse deep nesting before nodes are made: PyYAML's events come without recursion, its nodes do not."""
     depth = 0
     for event in yaml.parse(text, Loader=yaml.SafeLoader):
         if isinstance(event, yaml.CollectionStartEvent):

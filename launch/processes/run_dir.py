@@ -90,7 +90,7 @@ class ClusterState(_Written):
     url: str
     scheduler: str | None
     scheduler_keys: tuple[Path, Path] | None = None
-    """Of whoever asks it: a peer's secret key file and its public one."""
+    """Key files of whoever asks it: a peer's secret key file and its public one."""
     engines: dict[str, str]
     """Name -> URL."""
     processes: dict[str, ProcessState]

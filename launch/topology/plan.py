@@ -43,11 +43,11 @@ class Rates:
     """Bits per second of a link in each direction; None is unshaped."""
 
     storage_bits_per_s: int | None
-    """Of every engine's storage link."""
+    """Rate of every engine's storage link."""
     compute_bits_per_s: int | None
-    """Of every engine's compute link."""
+    """Rate of every engine's compute link."""
     store_bits_per_s: int | None = None
-    """Of the store node's link."""
+    """Rate of the store node's link."""
 
 
 @dataclass(frozen=True)

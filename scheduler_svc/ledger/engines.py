@@ -26,7 +26,7 @@ ENGINE_EXPIRY_S = 5.0
 
 MAX_ENGINES = 16_384
 MAX_RANKS = 65_536
-"""Of all engines together."""
+"""Most ranks of all engines together."""
 CANDIDATES = 64
 """Ranks looked at when one has to make room: those that heartbeat longest ago."""
 

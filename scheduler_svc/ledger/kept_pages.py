@@ -21,7 +21,7 @@ class KeptPages:
 
     def __init__(self) -> None:
         self.share = 1.0
-        """Of expected pages, found; 1 until the first request."""
+        """Part of the expected pages that was found; 1 until the first request."""
         self._expected: OrderedDict[int, int] = OrderedDict()
         """Pages by room."""
 

@@ -14,7 +14,7 @@ MIN_SPAN_S = 1.0
 """Busy time in one sample; a long prefill retires nothing for many heartbeats, then all at once."""
 
 WEIGHT = 0.2
-"""Of the newest sample in the moving average."""
+"""How much the newest sample counts in the moving average."""
 
 
 class TokenRate:

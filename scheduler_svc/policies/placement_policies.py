@@ -284,7 +284,7 @@ class AffinityPlacement:
 
 
 def expected_bytes(engine: EngineState, pages: int) -> int:
-    """Of `pages` of an earlier turn, those that `engine` may be expected to have kept."""
+    """Bytes of an earlier turn's `pages` that `engine` may be expected to have kept."""
     return int(pages * engine.page_bytes * engine.kept.share)
 
 

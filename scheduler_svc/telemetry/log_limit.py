@@ -12,7 +12,7 @@ PERIOD_S = 10.0
 
 
 class LimitedLog:
-    """Of each kind of line `MOST_LINES` are written in `PERIOD_S`; of the others only how many there were.
+    """Writes `MOST_LINES` of each kind of line in `PERIOD_S`; of the others only how many there were.
 
     A kind is a format string and its level, so their number is that of the calls in the source.
     For one thread.

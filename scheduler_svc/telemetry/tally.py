@@ -15,7 +15,7 @@ from prometheus_client import CollectorRegistry
 from prometheus_client.core import CounterMetricFamily, HistogramMetricFamily
 
 MAX_SERIES = 20_000
-"""Of one counter; engines come and go under new names for months."""
+"""Most series of one counter: engines come and go under new names for months."""
 OTHER = "other"
 """Label of what is counted beyond that."""
 

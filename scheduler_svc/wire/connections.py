@@ -33,9 +33,9 @@ LOOK_S = 0.02
 LONGEST_S = 5.0
 """Between two looks at the connections."""
 GROWTH_BYTES = 16 * 2**20
-"""Of the process, until they are looked at sooner."""
+"""The process grows by so much before connections are looked at sooner."""
 MOST_UNFINISHED_BYTES = 16 * 2**20
-"""Of all connections together.  An empty part has two bytes on the wire and takes ZeroMQ 64."""
+"""What all connections together may hold.  An empty part has two bytes on the wire and takes ZeroMQ 64."""
 
 # Plain numbers: pyzmq's own take as long as the call.
 _EVENTS, _POLLIN = int(zmq.EVENTS), int(zmq.POLLIN)

@@ -29,7 +29,7 @@ PUBLIC, SECRET = ".key", ".key_secret"
 HANDSHAKE_MS = 3000
 """A peer that is not admitted within this time is cut off, and may try again."""
 KEY_CHARACTERS = 40
-"""Of a public or a secret key in Z85."""
+"""Length of a public or a secret key in Z85."""
 
 
 class KeyFileError(ValueError):

@@ -55,7 +55,7 @@ MAX_COUNT = 2**53
 MAX_RATE = 1e15
 """Bytes per second."""
 MAX_RANKS = 1024
-"""Of one engine; their page servers fit into one message."""
+"""Most ranks of one engine: their page servers fit into one message."""
 MAX_LANES = 16
 """Records of one load; three are usual."""
 
@@ -115,7 +115,7 @@ class RankInfo(Wire, frozen=True, kw_only=True):
     rank: Rank = 0
     tp_size: Annotated[int, Meta(ge=1, le=MAX_RANKS)] = 1
     dp_rank: Rank | None = None
-    """Of a server with data parallelism, each DP rank is an engine with a name of its own (`engine_names`)."""
+    """A DP rank of a server with several is an engine with a name of its own (`engine_names`)."""
     dp_size: Annotated[int, Meta(ge=1, le=MAX_RANKS)] = 1
     url: Name
     """HTTP address of the SGLang server, e.g. `http://127.0.0.1:30000`.  Rank 0's is the engine's: ranks on
@@ -379,7 +379,7 @@ class Malformed(ValueError):
         about = about if isinstance(about, dict) else {}
         room, request_id = about.get("room"), about.get("request_id")
         self.room = room if type(room) is int and 0 <= room < 2**63 else None
-        """Of the message, where it can be read all the same."""
+        """What the message is about, where that can be read all the same."""
         self.request_id = request_id if _is_name(request_id) else None
         """Likewise."""
 

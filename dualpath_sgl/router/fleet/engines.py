@@ -29,7 +29,7 @@ class Engine:
         self.role = role
         self.url = url
         self.bootstrap_port = bootstrap_port
-        """Of a PE; None leaves it to SGLang's default."""
+        """A PE has one; None leaves it to SGLang's default."""
         self.listed = listed
         """Named on the command line: never forgotten."""
         self.in_flight = 0
@@ -133,7 +133,7 @@ class EngineDirectory:
         return engine
 
     def choose(self, role: Role, avoid: Collection[Engine] = ()) -> Engine | None:
-        """Of the engines that are up: fewest requests in flight, then the one not chosen for longest."""
+        """The engine that is up with the fewest requests in flight, then the one not chosen for longest."""
         able = [engine for engine in self._engines[role].values() if engine.is_up and engine not in avoid]
         if not able:
             return None

@@ -24,14 +24,14 @@ OWN = {
     "expect",
     "traceparent",
 }
-"""Of a request: the router's own take their place, or the router has acted on them."""
+"""A request's that do not go through: the router's own take their place, or the router has acted on them."""
 PLACING = {
     *("x-override-bootstrap-host", "x-override-bootstrap-port", "x-override-bootstrap-room"),
     *("x-override-disagg-prefill-dp-rank", "x-override-routed-dp-rank", "x-data-parallel-rank"),
 }
 """With which SGLang lets a router override the body (request_headers.py): this one writes the body."""
 ANSWERED = {"content-length", "date", "server"}
-"""Of an answer, likewise."""
+"""An answer's that do not go through, likewise."""
 
 
 def to_engine(headers: Mapping[str, str], traceparent: str | None) -> dict[str, str]:

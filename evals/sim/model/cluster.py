@@ -55,7 +55,7 @@ class Outcome(NamedTuple):
     storage_max_over_mean: float
     """Mean over windows in which something was read."""
     storage_max_over_mean_total: float
-    """Of the whole run's traffic."""
+    """The same over the whole run's traffic."""
     attention_max_over_mean: float
     prefill_storage_busy: float
     """Share of the run in which an average PE node's link was busy."""

@@ -21,7 +21,7 @@ class SimEngine:
     page_bytes: int
     tokens_per_s: float
     free_device_tokens: int | None = None
-    """Of a DE; a PE does not say."""
+    """What a DE has; a PE does not say."""
     tokens: int = 0
     """tok_e: prompt tokens of what it has been given and not finished."""
     sequences: int = 0
@@ -46,7 +46,7 @@ class SimEngine:
 
     @property
     def read_queue_bytes(self) -> int:
-        """Of its node: the link is shared (the paper's read_q_n)."""
+        """Its node's: the link is shared (the paper's read_q_n)."""
         return self.storage.queued_bytes
 
     @property
@@ -66,7 +66,7 @@ class Request:
     decode: SimEngine
     split_page: int
     room: int = 0
-    """Of the scheduler service; 0 without it."""
+    """The scheduler service's number for it; 0 without it."""
     reads: int = 0
     """Storage reads still going on."""
     attention_left_s: float = 0.0

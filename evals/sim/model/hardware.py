@@ -21,11 +21,11 @@ class Hardware(BaseModel):
     """Paper, section 2: 8 Hopper GPUs a node; one engine is one GPU."""
 
     storage_bytes_per_s: Positive = 50 * GB
-    """Of one node's storage NIC.  Paper, sections 2 and 7: one 400 Gbit/s NIC a node, which the
+    """One node's storage NIC.  Paper, sections 2 and 7: one 400 Gbit/s NIC a node, which the
     storage client saturates."""
 
     compute_bytes_per_s: Positive = 50 * GB
-    """Of one GPU's compute NIC, each direction.  Paper, section 2: one 400 Gbit/s NIC a GPU.  Local
+    """One GPU's compute NIC, each direction.  Paper, section 2: one 400 Gbit/s NIC a GPU.  Local
     copies between host and GPU go through it too (section 5)."""
 
     prefill_flop_per_s: Positive = 298 * TFLOP

@@ -90,7 +90,7 @@ class SparseMoE(NamedTuple):
 
     @property
     def _attention_weights(self) -> int:
-        """Of one layer, indexer included."""
+        """Weights of one layer's attention, indexer included."""
         head_q, source = HEAD + ROPE, self.q_rank or self.hidden
         q = source * self.heads * head_q + self.hidden * self.q_rank
         kv = self.hidden * (KV_RANK + ROPE) + KV_RANK * self.heads * 2 * HEAD
@@ -147,7 +147,7 @@ class Dense(NamedTuple):
     kv_heads: int
     head: int
     value_bytes: int
-    """Of a weight and of a KV value."""
+    """Size of a weight and of a KV value."""
     prefill_group_nodes: int = 0
     decode_group_nodes: int = 0
 

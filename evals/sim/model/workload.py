@@ -50,7 +50,7 @@ class Turn(NamedTuple):
     """KV of the prompt that is not stored yet."""
     attention_s: float
     experts_s: float
-    """Of one GPU, were it alone."""
+    """As if one GPU computed it alone."""
 
 
 class Workload(NamedTuple):
