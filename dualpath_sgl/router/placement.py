@@ -66,7 +66,7 @@ class PlacementClient:
         """By request id."""
         self._pong = asyncio.Event()
         self._reader = asyncio.create_task(self._read(), name="placement reader")
-        self._pinger: asyncio.Task | None = None
+        self._pinger: asyncio.Task[None] | None = None
         """Runs while the circuit is open."""
 
     def close(self) -> None:
@@ -79,7 +79,7 @@ class PlacementClient:
         """Raises SchedulerAway within PLACE_TIMEOUT_S."""
         if self._pinger is not None:
             raise SchedulerAway("scheduler does not answer")
-        answer = asyncio.get_running_loop().create_future()
+        answer: asyncio.Future[Placement] = asyncio.get_running_loop().create_future()
         self._asked[place.request_id] = answer
         try:
             async with asyncio.timeout(PLACE_TIMEOUT_S):

@@ -190,7 +190,7 @@ def beside_raw(record: Record, cluster: Cluster, cells: dict[str, Cell]) -> list
 
 
 def add_forwards(record: Record, cluster: Cluster, cells: dict[str, Cell], goodputs: list[Goodput]) -> None:
-    """Add the forwards of a stopped cluster's resident loads: engines export their last spans when they stop."""
+    """Add the forwards of a stopped cluster's resident loads: engines export their last spans at the end."""
     for goodput in goodputs:
         cell = cells[cell_name(RESIDENT_POLICY, "resident", goodput.tokens)]
         goodput.forwards = forwards(cluster.spans_path, cell.window_ns)
@@ -198,7 +198,7 @@ def add_forwards(record: Record, cluster: Cluster, cells: dict[str, Cell], goodp
 
 
 def add_stages(record: Record, cluster: Cluster, cells: dict[str, Cell]) -> None:
-    """Add the stage times of a stopped cluster's lone loads: engines export their last spans when they stop."""
+    """Add the stage times of a stopped cluster's lone loads: engines export their last spans at the end."""
     traces = jaeger.traces(jaeger.read_lines(cluster.spans_path))
     for cell in cells.values():
         if cell.load == "lone" and not cell.stages_s:

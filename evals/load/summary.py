@@ -261,7 +261,7 @@ class Details(_Record):
 
 
 class LoadSummary(_Record):
-    """`summary.json`: the figures by name (those of `TARGETS`), and what they were made of under `details`."""
+    """`summary.json`: the figures of `TARGETS` by name, and what they were made of under `details`."""
 
     jct_ratio_1p1d_split: float | None
     jct_ratio_1p2d_split: float | None

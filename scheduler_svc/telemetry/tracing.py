@@ -45,7 +45,8 @@ def init_tracing(
             insecure=insecure,
             timeout=EXPORT_TIMEOUT_S,
             # Plain text stays on a network of one's own: gRPC would take it to `http_proxy` else.
-            channel_options=(("grpc.enable_http_proxy", 0),) if insecure else None,  # type: ignore[arg-type]  # gRPC takes numbers
+            # (The exporter's types know options of text only; gRPC's are numbers, too.)
+            channel_options=(("grpc.enable_http_proxy", 0),) if insecure else None,  # type: ignore[arg-type]
         )
         provider.add_span_processor(
             BatchSpanProcessor(

@@ -29,7 +29,7 @@ class HealthWatch:
         self._http = http
         self._settings = settings
         self._timeout = aiohttp.ClientTimeout(total=settings.timeout_s)
-        self._tasks: set[asyncio.Task] = set()
+        self._tasks: set[asyncio.Task[None]] = set()
 
     def watch(self, directory: EngineDirectory, engine: Engine) -> None:
         task = asyncio.create_task(self._watch(directory, engine), name=f"health {engine.url}")
