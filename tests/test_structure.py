@@ -1,6 +1,7 @@
 """The layout shows the design: no cycles, small folders, a map in every package."""
 
 import ast
+import re
 from collections.abc import Iterator
 from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
@@ -78,6 +79,8 @@ def test_a_package_has_few_modules_and_a_map_that_names_each(package):
     assert len(modules) <= MOST_MODULES
     told = ast.get_docstring(ast.parse(package.read_text())) or ""
     assert [name for name in _contents(package) if name not in told] == []
+    rows = re.findall(r"^ *([\w/]+(?:\.py|/))  ", told, re.MULTILINE)
+    assert [row for row in rows if not (package.parent / row).exists()] == []
 
 
 def test_launch_and_evals_are_imported_under_one_name():
