@@ -35,7 +35,7 @@ from dualpath_sgl.control.channel import ControlChannel
 from dualpath_sgl.lanes.forward import Forwarder
 from dualpath_sgl.lanes.page_server import PageServer
 from dualpath_sgl.lanes.peer_keys import PeerKeys
-from scheduler_svc.wire.protocol import Engine, Load, Report, Role
+from scheduler_svc.wire.protocol import RankInfo, Report, Role, Workload
 scheduler, keys, fingerprint = sys.argv[1], Path(sys.argv[2]), sys.argv[5]
 count, block = map(int, sys.argv[3:5])
 own = keys / "peers/decode-0.key_secret"
@@ -43,9 +43,9 @@ memory = torch.full((count * 2 * block,), 7, dtype=torch.uint8)
 forwarder = Forwarder("127.0.0.1", "tcp", "", [memory])
 server = PageServer("127.0.0.1", forwarder.session, fingerprint, 60.0, 60.0, PeerKeys(own, keys / "peers"))
 server.start()
-engine = Engine(engine_id="decode-0", role=Role.DECODE, url="http://127.0.0.1:1",
-                page_endpoint=server.endpoint, fingerprint=fingerprint, page_size=4, page_bytes=2 * block)
-channel = ControlChannel(scheduler, engine, Load, lambda plan: None, (own, keys / "scheduler.key"))
+engine = RankInfo(engine_id="decode-0", role=Role.DECODE, url="http://127.0.0.1:1",
+                  page_endpoint=server.endpoint, fingerprint=fingerprint, page_size=4, page_bytes=2 * block)
+channel = ControlChannel(scheduler, engine, Workload, lambda plan: None, (own, keys / "scheduler.key"))
 channel.start()
 print(server.endpoint, flush=True)
 first = memory.data_ptr()
