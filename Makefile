@@ -6,14 +6,17 @@
 # make bench-scheduler    requests a second, plan latency and memory of the scheduler (two minutes)
 # make sim-paper    the paper's results beside simulated ones (about 15 minutes of one core)
 # make setup   only the virtual environment, the patches and the tiny model
+# make requirements    requirements/*.txt again, with uv (requirements/README.md)
 PYTHON ?= python3.11
 VENV := .venv
 PY := $(VENV)/bin/python
 PIP := $(PY) -m pip --disable-pip-version-check
-TORCH := torch==2.13.0+cpu
 TORCH_INDEX := https://download.pytorch.org/whl/cpu
+UV ?= uv
+PIN = $(UV) pip compile --quiet --generate-hashes --annotation-style line --no-python-downloads \
+  --python-platform x86_64-manylinux_2_34 --custom-compile-command 'make requirements' $(UPGRADE)
 
-.PHONY: setup demo lint test test-slow bench-load bench-scheduler sim-paper clean
+.PHONY: setup demo lint test test-slow bench-load bench-scheduler sim-paper requirements clean
 .DELETE_ON_ERROR:
 
 setup: $(VENV)/.patched $(VENV)/.model $(VENV)/.bytecode
@@ -41,27 +44,37 @@ bench-scheduler: setup
 sim-paper: setup
 	$(VENV)/bin/dualpath sim paper
 
+# Versions in the files are kept where they fit: make requirements UPGRADE=--upgrade takes the newest.
+# SGLang's image has Python 3.12; its wheels ask for glibc 2.34.
+requirements:
+	@command -v $(UV) >/dev/null || { echo "$(UV) not found: pip install uv, or name it: make requirements UV=FILE"; exit 1; }
+	$(PIN) --python-version 3.11 --config-file requirements/uv.toml --no-emit-package torch \
+	  pyproject.toml --extra test requirements/cpu.in -o requirements/cpu.txt
+	$(PIN) --python-version 3.11 pyproject.toml --extra test --extra cuda -o requirements/cuda.txt
+	$(PIN) --python-version 3.12 --config-file requirements/uv.toml \
+	  pyproject.toml --extra cuda -c requirements/cuda.txt -o requirements/image.txt
+	$(if $(wildcard requirements/lint.in),$(PIN) --python-version 3.11 requirements/lint.in -o requirements/lint.txt)
+
 clean:
 	rm -rf $(VENV) .cache build dist *.egg-info
 
 $(VENV)/.system: launch/setup/system_check.py
 	@command -v $(PYTHON) >/dev/null || { echo "$(PYTHON) not found: install Python 3.11 (apt-get install python3.11" \
 	  "python3.11-venv) or name one: make PYTHON=/path/to/python3.11"; exit 1; }
-	$(PYTHON) -m dualpath_sgl.launch.setup.system_check --install
+	$(PYTHON) launch/setup/system_check.py --install
 	$(PYTHON) -m venv $(VENV)
 	@touch $@
 
-# PyPI's torch is the CUDA build; only the local version +cpu names the CPU one.  A wheel that
-# pip is configured to find (find-links, a mirror) is preferred to PyTorch's own index.
-$(VENV)/.torch: $(VENV)/.system
-	@echo "== $(TORCH)"
-	$(PIP) install --no-deps -q '$(TORCH)' 2>$(VENV)/torch.log || \
-	  $(PIP) install --no-deps --index-url $(TORCH_INDEX) '$(TORCH)' || { cat $(VENV)/torch.log; exit 1; }
+# A wheel that pip is configured to find (find-links, a mirror) is preferred to PyTorch's own index.
+$(VENV)/.torch: requirements/torch-cpu.txt $(VENV)/.system
+	@echo "== $$(grep -o '^torch==[^ ]*' $<)"
+	$(PIP) install --no-deps --require-hashes -q -r $< 2>$(VENV)/torch.log || \
+	  $(PIP) install --no-deps --require-hashes --index-url $(TORCH_INDEX) -r $< || { cat $(VENV)/torch.log; exit 1; }
 	@touch $@
 
 $(VENV)/.packages: requirements/cpu.txt $(VENV)/.torch
-	@echo "== $$(grep -c == requirements/cpu.txt) pinned packages (about two minutes)"
-	$(PIP) install --no-deps --no-compile -r requirements/cpu.txt
+	@echo "== $$(grep -c == $<) pinned packages (about two minutes)"
+	$(PIP) install --no-deps --no-compile --require-hashes -r $<
 	@touch $@
 
 $(VENV)/.installed: pyproject.toml dualpath_sgl/cpu_profile/install.py $(VENV)/.packages

@@ -17,6 +17,7 @@ from rich.table import Table
 from dualpath_sgl.launch.config.cluster import ClusterConfig, ConfigError, load
 from dualpath_sgl.launch.processes.run_dir import ProcessState, RunDirError, read_state
 from dualpath_sgl.launch.setup.patching import PatchError, Report, State, Tree, stacks
+from dualpath_sgl.launch.setup.pins import Profile
 from dualpath_sgl.launch.supervision.readiness import NotReady, require_ready
 from scheduler_svc.wire.keys import KeyFileError
 
@@ -150,6 +151,19 @@ def doctor(
         doctor_.show(found, Console(highlight=False))
     if not doctor_.works(found):
         raise typer.Exit(1)
+
+
+@app.command()
+def setup(
+    profile: Annotated[Profile, typer.Argument(help="What this machine's engines run on.")],
+) -> None:
+    """Install SGLang and everything else as it was tested, and patch it, in this Python environment."""
+    from dualpath_sgl.launch.setup.install import SetupError, install
+
+    try:
+        install(profile, lambda command: console.print(escape(f"+ {command}")))
+    except SetupError as error:
+        _fail(str(error))
 
 
 @topology_app.callback()

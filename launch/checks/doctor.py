@@ -7,6 +7,7 @@ which each engine asks again when it starts.
 
 from __future__ import annotations
 
+import importlib.util
 import socket
 from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -14,7 +15,6 @@ from dataclasses import dataclass
 from enum import StrEnum
 from importlib import metadata
 from itertools import groupby
-from pathlib import Path
 
 import psutil
 from rich.console import Console
@@ -33,15 +33,17 @@ from dualpath_sgl.launch.processes.commands import (
     engine_specs,
 )
 from dualpath_sgl.launch.setup.patching import PatchError, State, Tree, stacks
+from dualpath_sgl.launch.setup.pins import Profile, pins
 from dualpath_sgl.launch.setup.system_check import missing_libraries
 from dualpath_sgl.start.checks import Problem
 from scheduler_svc.wire.reach import is_loopback
 
-REQUIREMENTS = Path(__file__).resolve().parents[2] / "requirements"
-CPU_TORCH = "2.13.0"
-"""What the CPU profile runs on (the Makefile installs it); SGLang's own pin is for CUDA."""
-MOONCAKE_BUILDS = {"mooncake-transfer-engine-non-cuda": "cpu", "mooncake-transfer-engine-cuda13": "cuda"}
-"""Distribution -> the profile of `requirements/` that pins it."""
+MOONCAKE_BUILDS = {
+    "mooncake-transfer-engine-non-cuda": Profile.CPU,
+    "mooncake-transfer-engine-cuda13": Profile.CUDA,
+}
+"""Distribution -> the profile that pins it."""
+SETUP = "install what was tested: dualpath setup cpu, or dualpath setup cuda"
 HICACHE_RESERVE_BYTES = 10 * 1024**3
 """SGLang lets no host pool take the last 10 GiB (sglang/srt/mem_cache/pool_host/base.py)."""
 GB = 1e9
@@ -85,7 +87,7 @@ def examine(
             try:
                 judged.append((count, answer.result()))
             except RuntimeError as error:
-                found.append(Finding(about, Level.REFUSED, str(error), "repair the installation: make setup"))
+                found.append(Finding(about, Level.REFUSED, str(error), SETUP))
             else:
                 found += _of_engine(about, judged[-1][1])
     if config is not None and config.mode is not Mode.DUALPATH:
@@ -144,22 +146,27 @@ def _versions() -> Iterable[Finding]:
             MACHINE,
             Level.REFUSED,
             f"installed builds of Mooncake: {', '.join(builds) or 'none'}",
-            f"keep exactly one of {', '.join(MOONCAKE_BUILDS)} and install it again",
+            f"keep at most one of {', '.join(MOONCAKE_BUILDS)}, then {SETUP}",
         )
         return
     (build,) = builds
     profile = MOONCAKE_BUILDS[build]
-    pins = _pins(REQUIREMENTS / f"{profile}.txt")
-    wanted = {name: pins.get(name) for name in ("sglang-router", build)}
-    wanted["torch"] = CPU_TORCH if profile == "cpu" else _torch_of_sglang()
-    for name, pinned in wanted.items():
+    tested = pins(profile)
+    for name in ("sglang-router", build, "torch"):
         installed = _version(name)
-        if installed is not None and (pinned is None or installed.partition("+")[0] == pinned):
+        if installed is not None and installed.partition("+")[0] == tested[name]:
             yield Finding(MACHINE, Level.OK, f"{name} {installed}")
             continue
         level = Level.REFUSED if installed is None else Level.WARNING
-        remedy = f"install what was tested: requirements/{profile}.txt"
-        yield Finding(MACHINE, level, f"{name} {installed or 'is not installed'}, tested is {pinned}", remedy)
+        text = f"{name} {installed or 'is not installed'}, tested is {tested[name]}"
+        yield Finding(MACHINE, level, text, f"dualpath setup {profile}")
+    if profile is Profile.CPU and importlib.util.find_spec("sgl_kernel") is None:
+        yield Finding(
+            MACHINE,
+            Level.REFUSED,
+            "SGLang's kernels have no CPU build, and their stand-ins are not importable",
+            "dualpath setup cpu",
+        )
 
 
 def _version(distribution: str) -> str | None:
@@ -167,23 +174,6 @@ def _version(distribution: str) -> str | None:
         return metadata.version(distribution)
     except metadata.PackageNotFoundError:
         return None
-
-
-def _pins(file: Path) -> dict[str, str]:
-    """Empty for an installation without the repository around it."""
-    if not file.exists():
-        return {}
-    lines = (line.partition("==") for line in file.read_text().splitlines() if not line.startswith("#"))
-    return {name: version for name, _, version in lines if version}
-
-
-def _torch_of_sglang() -> str | None:
-    try:
-        required = metadata.requires("sglang") or []
-    except metadata.PackageNotFoundError:
-        return None
-    pins = [line.partition("==")[2] for line in required if line.startswith("torch==")]
-    return pins[0].partition(";")[0].strip() if pins else None
 
 
 def _libraries() -> Iterable[Finding]:

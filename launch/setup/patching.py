@@ -233,7 +233,8 @@ def _find(stack: Stack, site_packages: Path | None) -> metadata.Distribution:
     pinned = f"{stack.package}=={stack.version}"
     if found is None:
         raise PatchError(
-            f"{stack.package} is not installed; the patches are for {pinned}: pip install {pinned}"
+            f"{stack.package} is not installed; the patches are for {pinned}. Install all that was tested: "
+            f"dualpath setup cpu, or dualpath setup cuda; or only this: pip install {pinned}"
         )
     if found.version != stack.version:
         raise PatchError(

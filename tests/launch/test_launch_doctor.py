@@ -14,6 +14,7 @@ from dualpath_sgl.launch.checks import doctor
 from dualpath_sgl.launch.checks.doctor import FLAGS, MACHINE, Finding, Level
 from dualpath_sgl.launch.checks.flag_check import Judgement, judge
 from dualpath_sgl.launch.config.cluster import load
+from dualpath_sgl.launch.setup.pins import Profile, pins
 from dualpath_sgl.launch.setup.tiny_model import TinyModel, build
 
 PROJECT = Path(__file__).parents[2]
@@ -136,4 +137,6 @@ def test_a_warning_does_not_fail():
 
 
 def test_the_cpu_profile_s_torch_is_the_makefile_s():
-    assert f"TORCH := torch=={doctor.CPU_TORCH}+cpu" in (PROJECT / "Makefile").read_text()
+    tested = pins(Profile.CPU)["torch"]
+    (file,) = re.findall(r"/\.torch: (\S+)", (PROJECT / "Makefile").read_text())
+    assert f"\ntorch=={tested}+cpu " in (PROJECT / file).read_text()
