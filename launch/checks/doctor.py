@@ -146,7 +146,7 @@ def _versions() -> Iterable[Finding]:
             MACHINE,
             Level.REFUSED,
             f"installed builds of Mooncake: {', '.join(builds) or 'none'}",
-            f"keep at most one of {', '.join(MOONCAKE_BUILDS)}, then {SETUP}",
+            f"uninstall all but one: pip uninstall {' '.join(builds)}; {SETUP}" if builds else SETUP,
         )
         return
     (build,) = builds

@@ -10,7 +10,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 
-from dualpath_sgl.launch.setup.pins import Profile, files
+from dualpath_sgl.launch.setup.pins import CPU, CUDA, TORCH_CPU, Profile
 from dualpath_sgl.launch.setup.system_check import explain, missing_libraries
 
 TORCH_INDEX = "https://download.pytorch.org/whl/cpu"
@@ -22,15 +22,17 @@ class SetupError(Exception):
 
 
 def commands(profile: Profile) -> list[list[str]]:
-    """Each in a process of its own: the first may replace packages that this process has imported."""
-    index = ["--extra-index-url", TORCH_INDEX] if profile is Profile.CPU else []
-    pinned = [argument for file in files(profile) for argument in ("-r", str(file))]
-    stand_ins = [["dualpath_sgl.cpu_profile.install"]] if profile is Profile.CPU else []
-    modules = [
-        ["pip", "install", "--no-deps", "--require-hashes", *index, *pinned],
-        *stand_ins,
-        ["dualpath_sgl.cli", "patch", "apply"],
-    ]
+    """Each in a process of its own: the first ones may replace packages that this process has imported."""
+    pip = ["pip", "install", "--no-deps", "--require-hashes"]
+    if profile is Profile.CUDA:
+        modules = [[*pip, "-r", str(CUDA)]]
+    else:
+        modules = [
+            [*pip, "--extra-index-url", TORCH_INDEX, "-r", str(TORCH_CPU)],
+            [*pip, "-r", str(CPU)],
+            ["dualpath_sgl.cpu_profile.install"],
+        ]
+    modules.append(["dualpath_sgl.cli", "patch", "apply"])
     return [[sys.executable, "-m", *module] for module in modules]
 
 

@@ -50,11 +50,12 @@ class TinyModel(BaseModel):
 
 
 def cache_directory() -> Path:
-    """`.cache/` of a source checkout, else the user's cache."""
+    """`.cache/` of a source checkout, else `dualpath/` in the user's cache (XDG_CACHE_HOME)."""
     root = Path(__file__).resolve().parents[2]
     if (root / "Makefile").exists():
         return root / ".cache" / "models"
-    return Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "dualpath" / "models"
+    of_user = Path(os.environ.get("XDG_CACHE_HOME", ""))  # Without effect unless absolute, says XDG.
+    return (of_user if of_user.is_absolute() else Path.home() / ".cache") / "dualpath" / "models"
 
 
 def build(model: TinyModel, cache: Path | None = None) -> Path:
