@@ -3,7 +3,7 @@
     python -m dualpath_sgl.evals.gpu.smoke --out runs/smoke              # two GPUs
     python -m dualpath_sgl.evals.gpu.smoke --out runs/smoke --one-gpu    # every engine on GPU 0
 
-from a source checkout with `requirements/cuda.txt` installed and `dualpath patch apply` done.
+after `dualpath setup cuda`.
 
 1. One plain SGLang server plays a few sessions with its prefix cache, and again without one.
 2. The cluster plays them under every path policy, one request at a time, all engines' own caches

@@ -86,18 +86,24 @@ class Environment:
 
     def run(self, *command: str, **variables: str) -> subprocess.CompletedProcess[str]:
         """`command[0]`: python, or a command that the wheel installs."""
+        started = self.start(*command, separate_errors=True, **variables)
+        out, errors = started.communicate()
+        return subprocess.CompletedProcess(started.args, started.returncode, out, errors)
+
+    def start(self, *command: str, separate_errors: bool = False, **variables: str) -> subprocess.Popen[str]:
         clean = {
             key: value
             for key, value in os.environ.items()
             if not key.startswith(("DUALPATH_", "PYTHON", "XDG_", "VIRTUAL_ENV"))
         }
-        return subprocess.run(
+        return subprocess.Popen(
             [str(self.root / "bin" / command[0]), *command[1:]],
             cwd=self.work,
             env=clean | {"HOME": str(self.root), "COLUMNS": "100"} | variables,
-            capture_output=True,
-            text=True,
             stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE if separate_errors else subprocess.STDOUT,
+            text=True,
         )
 
     def link_declared(self) -> None:
