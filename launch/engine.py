@@ -36,7 +36,9 @@ def require_plugins() -> None:
 
 def _refuse(problem: str) -> None:
     # Not an exception: SGLang's parent processes wait for a report that would never come.
-    print(f"dualpath_sgl.launch.engine: {problem}. What is wrong: dualpath doctor", file=sys.stderr, flush=True)
+    print(
+        f"dualpath_sgl.launch.engine: {problem}. What is wrong: dualpath doctor", file=sys.stderr, flush=True
+    )
     os._exit(1)
 
 

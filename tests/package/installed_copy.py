@@ -126,6 +126,9 @@ class Environment:
         """All that the tests' environment has: appended, so that the installed copy comes first, and as a mere
         path, so that the editable installation's import hook does not run."""
         (self.site_packages / "tests.pth").write_text(f"{sysconfig.get_path('purelib')}\n")
+        for script in Path(sysconfig.get_path("scripts")).iterdir():
+            if not (link := self.root / "bin" / script.name).exists():
+                link.symlink_to(script)
 
     def _requires(self, name: str) -> list[str]:
         if name != NAME:
