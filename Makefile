@@ -50,10 +50,10 @@ requirements:
 	@command -v $(UV) >/dev/null || { echo "$(UV) not found: pip install uv, or name it: make requirements UV=FILE"; exit 1; }
 	$(PIN) --python-version 3.11 --config-file requirements/uv.toml --no-emit-package torch \
 	  pyproject.toml --extra test requirements/cpu.in -o requirements/cpu.txt
-	$(PIN) --python-version 3.11 pyproject.toml --extra test --extra cuda -o requirements/cuda.txt
+	$(PIN) --python-version 3.11 --no-config pyproject.toml --extra test --extra cuda -o requirements/cuda.txt
 	$(PIN) --python-version 3.12 --config-file requirements/uv.toml \
 	  pyproject.toml --extra cuda -c requirements/cuda.txt -o requirements/image.txt
-	$(if $(wildcard requirements/lint.in),$(PIN) --python-version 3.11 requirements/lint.in -o requirements/lint.txt)
+	$(if $(wildcard requirements/lint.in),$(PIN) --python-version 3.11 --no-config requirements/lint.in -o requirements/lint.txt)
 
 clean:
 	rm -rf $(VENV) .cache build dist *.egg-info
