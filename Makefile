@@ -1,7 +1,7 @@
 # make demo    the whole thing on this machine's CPU: set-up, cluster, agent trace, report
 # make test    every test, the end-to-end ones on a real cluster included
 # make lint    format, lint and types (under a minute)
-# make test-slow    tests with a cluster of their own: DP attention, keys, weight updates (five minutes)
+# make test-slow    tests with a cluster of their own, and the steps of the Dockerfiles (ten minutes)
 # make bench-load    the load paths on shaped links against upstream (root, 24 GiB of memory, about half an hour)
 # make bench-scheduler    requests a second, plan latency and memory of the scheduler (two minutes)
 # make sim-paper    the paper's results beside simulated ones (about 15 minutes of one core)
