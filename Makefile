@@ -15,6 +15,8 @@ TORCH_INDEX := https://download.pytorch.org/whl/cpu
 UV ?= uv
 PIN = $(UV) pip compile --quiet --generate-hashes --annotation-style line --no-python-downloads \
   --python-platform x86_64-manylinux_2_34 --custom-compile-command 'make requirements' $(UPGRADE)
+LINT_TOOLS = $(PYTHON) -c "import tomllib; print(*tomllib.load(open('pyproject.toml', \
+  'rb'))['project']['optional-dependencies']['lint'], sep='\n')"
 
 .PHONY: setup demo lint test test-slow bench-load bench-scheduler sim-paper requirements clean
 .DELETE_ON_ERROR:
@@ -53,7 +55,8 @@ requirements:
 	$(PIN) --python-version 3.11 --no-config pyproject.toml --extra test --extra cuda -o requirements/cuda.txt
 	$(PIN) --python-version 3.12 --config-file requirements/uv.toml \
 	  pyproject.toml --extra cuda -c requirements/cuda.txt -o requirements/image.txt
-	$(if $(wildcard requirements/lint.in),$(PIN) --python-version 3.11 --no-config requirements/lint.in -o requirements/lint.txt)
+	$(if $(wildcard requirements/lint.txt),$(LINT_TOOLS) | \
+	  $(PIN) --python-version 3.11 --no-config -c requirements/cpu.txt -o requirements/lint.txt -)
 
 clean:
 	rm -rf $(VENV) .cache build dist *.egg-info

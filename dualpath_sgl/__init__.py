@@ -27,7 +27,8 @@ rank owns), and the folders
     router/        the placing router, a process of its own
     cli/           the command `dualpath`
 
-`launch`, `evals` and `patches` are links to the folders of the repository, so that one package is installed.
+`launch`, `evals`, `patches` and `requirements` are links to the folders of the repository, so that one package
+is installed.
 """
 
 __version__ = "0.1.0"
