@@ -8,6 +8,7 @@ import re
 import shutil
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -135,30 +136,37 @@ class Steps:
             shutil.copy2(PROJECT / name, place, follow_symlinks=False)
 
 
+@pytest.fixture
+def room(tmp_path: Path) -> Iterator[Path]:
+    """A folder for gigabytes: pytest would keep it for three runs."""
+    yield tmp_path
+    shutil.rmtree(tmp_path)
+
+
 @pytest.mark.slow
-def test_the_steps_of_the_demo_s_image_give_a_working_command(tmp_path):
-    steps = Steps(tmp_path, {})
+def test_the_steps_of_the_demo_s_image_give_a_working_command(room):
+    steps = Steps(room, {})
     steps.do(after(read(PROJECT / CPU), "USER"))
     dualpath = str(steps.work / ".venv" / "bin" / "dualpath")
-    checked = subprocess.run([dualpath, "patch", "check"], env=steps.environment, cwd=tmp_path)
+    checked = subprocess.run([dualpath, "patch", "check"], env=steps.environment, cwd=room)
     assert checked.returncode == 0
     assert list((steps.work / ".cache" / "models").glob("tiny-*"))
-    assert subprocess.run([dualpath, "doctor"], env=steps.environment, cwd=tmp_path).returncode == 0
+    assert subprocess.run([dualpath, "doctor"], env=steps.environment, cwd=room).returncode == 0
 
 
 @pytest.mark.slow
-def test_the_steps_of_the_cuda_image_bring_sglang_s_wheel_and_patch_it(tmp_path):
+def test_the_steps_of_the_cuda_image_bring_sglang_s_wheel_and_patch_it(room):
     stages = read(PROJECT / CUDA)
     last = max(index for index, instruction in enumerate(stages) if instruction.name == "FROM")
-    wheel = tmp_path / "wheel"
-    builder = Steps(tmp_path / "builder", {"/wheel": wheel})
+    wheel = room / "wheel"
+    builder = Steps(room / "builder", {"/wheel": wheel})
     builder.do(stages[:last])
-    image = Steps(tmp_path / "image", {"/tmp/wheel": wheel, "/tmp": tmp_path / "tmp"})
-    environment = tmp_path / "env"
+    image = Steps(room / "image", {"/tmp/wheel": wheel, "/tmp": room / "tmp"})
+    environment = room / "env"
     subprocess.run([sys.executable, "-m", "venv", str(environment)], check=True)
     image.environment["PATH"] = f"{environment}/bin:{image.environment['PATH']}"
     image.do(stages[last:])
     checked = subprocess.run(
-        [environment / "bin" / "dualpath", "patch", "check"], env=image.environment, cwd=tmp_path
+        [environment / "bin" / "dualpath", "patch", "check"], env=image.environment, cwd=room
     )
     assert checked.returncode == 0
