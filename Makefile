@@ -30,6 +30,7 @@ lint: $(VENV)/.lint
 	$(VENV)/bin/ruff format --check
 	$(VENV)/bin/ruff check
 	$(VENV)/bin/mypy
+	$(VENV)/bin/hadolint Dockerfile Dockerfile.cuda
 
 test: setup
 	$(PY) -m pytest
@@ -55,8 +56,7 @@ requirements:
 	$(PIN) --python-version 3.11 --no-config pyproject.toml --extra test --extra cuda -o requirements/cuda.txt
 	$(PIN) --python-version 3.12 --config-file requirements/uv.toml \
 	  pyproject.toml --extra cuda -c requirements/cuda.txt -o requirements/image.txt
-	$(if $(wildcard requirements/lint.txt),$(LINT_TOOLS) | \
-	  $(PIN) --python-version 3.11 --no-config -c requirements/cpu.txt -o requirements/lint.txt -)
+	$(LINT_TOOLS) | $(PIN) --python-version 3.11 --no-config -c requirements/cpu.txt -o requirements/lint.txt -
 
 clean:
 	rm -rf $(VENV) .cache build dist *.egg-info
@@ -87,7 +87,7 @@ $(VENV)/.installed: pyproject.toml dualpath_sgl/cpu_profile/install.py $(VENV)/.
 	@touch $@
 
 $(VENV)/.lint: requirements/lint.txt $(VENV)/.installed
-	$(PIP) install -q --no-deps -r requirements/lint.txt
+	$(PIP) install -q --no-deps --require-hashes -r $<
 	@touch $@
 
 $(VENV)/.patched: $(wildcard patches/*/*.patch) launch/setup/patching.py $(VENV)/.installed

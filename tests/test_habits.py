@@ -13,7 +13,7 @@ PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
 
 
 def pinned(lines: list[str]) -> dict[str, str]:
-    return dict(line.split("==") for line in lines if "==" in line)
+    return dict(line.removesuffix(" \\").split("==") for line in lines if "==" in line)
 
 
 def test_the_workflow_runs_what_ci_runs():
