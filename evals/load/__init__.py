@@ -6,6 +6,7 @@ cluster.py    one cluster on shaped links
 client.py     prompts sent and timed
 summary.py    figures, targets and limits: `summary.json`
 plot.py       the picture
+gain.py       the README's picture, of several runs
 raw_rates.py  Mooncake alone, the limit
 raw_read.py   one process of that
 """
