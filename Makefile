@@ -5,6 +5,7 @@
 # make bench-load    the load paths on shaped links against upstream (root, 24 GiB of memory, about half an hour)
 # make bench-scheduler    requests a second, plan latency and memory of the scheduler (two minutes)
 # make sim-paper    the paper's results beside simulated ones (about 15 minutes of one core)
+# make docs    docs/configuration.md and the README's picture, made anew
 # make setup   only the virtual environment, the patches and the tiny model
 # make requirements    requirements/*.txt again, with uv (requirements/README.md)
 PYTHON ?= python3.11
@@ -18,7 +19,7 @@ PIN = $(UV) pip compile --quiet --generate-hashes --annotation-style line --no-p
 LINT_TOOLS = $(PYTHON) -c "import tomllib; print(*tomllib.load(open('pyproject.toml', \
   'rb'))['project']['optional-dependencies']['lint'], sep='\n')"
 
-.PHONY: setup demo lint test test-slow bench-load bench-scheduler sim-paper requirements clean
+.PHONY: setup demo lint test test-slow bench-load bench-scheduler sim-paper docs requirements clean
 .DELETE_ON_ERROR:
 
 setup: $(VENV)/.patched $(VENV)/.model $(VENV)/.bytecode
@@ -57,6 +58,10 @@ requirements:
 	$(PIN) --python-version 3.12 --config-file requirements/uv.toml \
 	  pyproject.toml --extra cuda -c requirements/cuda.txt -o requirements/image.txt
 	$(LINT_TOOLS) | $(PIN) --python-version 3.11 --no-config -c requirements/cpu.txt -o requirements/lint.txt -
+
+docs: setup
+	$(PY) -m dualpath_sgl.cli.configuration_page docs/configuration.md
+	$(PY) -m dualpath_sgl.evals.load.gain docs/images/gain.json docs/images/gain.png
 
 clean:
 	rm -rf $(VENV) .cache build dist *.egg-info

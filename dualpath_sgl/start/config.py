@@ -19,7 +19,7 @@ Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 
 
 class Settings(BaseSettings):
-    model_config = SettingsConfigDict(env_prefix="DUALPATH_", extra="ignore")
+    model_config = SettingsConfigDict(env_prefix="DUALPATH_", extra="ignore", use_attribute_docstrings=True)
 
     enabled: bool = False
     """Off (the default) registers no hook at all: SGLang runs as upstream."""
@@ -28,14 +28,14 @@ class Settings(BaseSettings):
     scheduler: str = "tcp://127.0.0.1:5557"
     """ZeroMQ address of the global scheduler."""
     key_file: Path | None = None
-    """This engine's CURVE secret key (`dualpath keys generate`), with `scheduler_key_file`."""
+    """This engine's CURVE secret key (`dualpath keys generate`), with the scheduler's public one."""
     scheduler_key_file: Path | None = None
     """The scheduler's public CURVE key; both are needed when it listens with CURVE."""
     peer_keys: Path | None = None
     """Directory with the public key of every engine, `ENGINE_ID.key`: engines then speak CURVE to each
     other, too.  A key added or removed counts within seconds."""
     trusted_network: bool = False
-    """Whoever reaches `host` may see, divert and end the loads of this engine: needs no `peer_keys`."""
+    """Whoever reaches this engine's host may see, divert and end its loads: needs no peer keys."""
     host: str = "127.0.0.1"
     """This engine's address on the compute network: page server and forwarding listen here."""
     protocol: Literal["tcp", "rdma"] = "tcp"
@@ -43,6 +43,7 @@ class Settings(BaseSettings):
     device: str = ""
     """RDMA device of the forwarding engine, on the compute network."""
     otlp_endpoint: str | None = None
+    """OTLP/gRPC receiver of this engine's spans; none: no spans are made."""
     plan_timeout_s: Positive = PLAN_TIMEOUT_S
     """Without a plan for this long both engines act as the prefill path."""
     peer_timeout_s: Positive = 3.0
@@ -53,7 +54,8 @@ class Settings(BaseSettings):
     """A DE waits this long for the planned PE to ask for its pages before it stops holding them."""
 
     attention_quota_ms: Positive | None = None
-    """A PE's step is filled until its predicted attention takes this long (the paper: 300 ms)."""
+    """Experimental, its gain is not measured: a PE's step is filled until its predicted attention takes this
+    long (the paper: 300 ms)."""
 
     def http_url(self, listens_on: str, port: int) -> str:
         """Where routers reach this engine's HTTP server: `host` when that listens on every address."""

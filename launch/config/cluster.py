@@ -93,13 +93,14 @@ Variable = Annotated[str, AfterValidator(_is_variable)]
 
 
 class _Section(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False, use_attribute_docstrings=True)
 
 
 class Tiny(_Section, TinyModel):
     """The seeded tiny model, built on first use."""
 
     kind: Literal["tiny"] = "tiny"
+    """Weights are drawn from `seed`, so answers mean nothing but are repeatable."""
 
     def directory(self) -> Path:
         return build(TinyModel(**self.model_dump(exclude={"kind"})))
@@ -109,7 +110,9 @@ class ModelDirectory(_Section):
     """A model on disk, in Hugging Face form."""
 
     kind: Literal["directory"]
+    """Must be given: it tells this form from the tiny one."""
     path: Path
+    """Directory that holds `config.json` and the weights."""
 
     @model_validator(mode="after")
     def _has_config(self) -> ModelDirectory:
@@ -129,10 +132,10 @@ class Store(_Section):
 
 
 class Scheduler(_Section):
-    policy: str = DEFAULT_PATH_POLICY
-    """Path policy of `scheduler_svc.policies.path_policies`."""
-    placement: str = DEFAULT_PLACEMENT
-    """Placement policy of `scheduler_svc.policies.placement_policies`; asked by a `placing` router."""
+    policy: str = Field(DEFAULT_PATH_POLICY, json_schema_extra={"enum": [*PATH_POLICIES]})
+    """Path policy: who reads which pages."""
+    placement: str = Field(DEFAULT_PLACEMENT, json_schema_extra={"enum": [*PLACEMENT_POLICIES]})
+    """Placement policy: which engines serve a request; only a `placing` router asks."""
 
     @field_validator("policy")
     @classmethod
@@ -153,7 +156,9 @@ class HostPool(_Section):
     """Size of an engine's host pool (L2): a multiple of its device pool, or gigabytes per rank."""
 
     ratio: Annotated[float, Field(gt=1, le=1000)] | None = None
+    """Times the device pool."""
     size_gb: Annotated[int, Field(ge=1, le=1 << 16)] | None = None
+    """Gigabytes of each rank."""
 
     @model_validator(mode="after")
     def _one_of_both(self) -> HostPool:
@@ -166,10 +171,13 @@ class Group(_Section):
     """Engines of one role, all alike."""
 
     count: int = Field(1, ge=1, le=64)
+    """Engines of this role."""
     tp_size: int = Field(1, ge=1, le=64)
+    """Tensor-parallel ranks of each; on CUDA every rank takes a GPU. The same for both roles."""
     max_total_tokens: Annotated[int, Field(ge=256, le=1 << 30)] | None = None
-    """Device pool (L1) in tokens; None lets SGLang take what memory allows."""
+    """Device pool (L1) in tokens; null lets SGLang take what memory allows."""
     host_pool: HostPool = HostPool(ratio=2.0)
+    """Host pool (L2) of each engine."""
     extra_args: tuple[ProcessText, ...] = ()
     """Appended to SGLang's command line."""
     env: dict[Variable, ProcessText] = {}
@@ -185,12 +193,14 @@ class RouterKind(StrEnum):
 
 class Router(_Section):
     kind: RouterKind = RouterKind.RUST
+    """`rust` is SGLang's own; with `placing` the scheduler chooses the engines, too."""
     policy: Literal["random", "round_robin", "cache_aware", "power_of_two"] = "round_robin"
     """The Rust router's policy."""
 
 
 class Tracing(_Section):
     enabled: bool = True
+    """Record spans in the run directory."""
     otlp_endpoint: Annotated[str, AfterValidator(checked_endpoint)] | None = None
     """`host:port` of an OTLP/gRPC receiver (Jaeger: 4317) that gets a copy of every span."""
 
@@ -211,23 +221,34 @@ class Network(_Section):
 
 class ClusterConfig(_Section):
     name: str = Field(pattern=r"^[a-z0-9][a-z0-9-]*$", max_length=64)
+    """Lower case letters, digits and dashes; shown by `dualpath status`."""
     device: Literal["cpu", "cuda"]
+    """Where the engines compute."""
     host: Annotated[str, AfterValidator(checked)] = "127.0.0.1"
     """Address (or a name of it) that every part binds to and is reached at."""
     mode: Mode = Mode.DUALPATH
+    """`dualpath`, or upstream's: `basic` (only prefill engines read the store), `both` (all engines do)."""
     model: Annotated[Tiny | ModelDirectory, Field(discriminator="kind")] = Tiny()
+    """What the engines serve."""
     page_size: int = Field(16, ge=1, le=1024)
-    """Tokens."""
+    """Tokens of a page."""
     store: Store = Store()
+    """The Mooncake store."""
     scheduler: Scheduler = Scheduler()
+    """The scheduler, in mode `dualpath`."""
     prefill: Group = Group()
+    """The prefill engines."""
     decode: Group = Group()
+    """The decode engines."""
     router: Router = Router()
+    """What clients talk to."""
     tracing: Tracing = Tracing()
+    """Spans of every request."""
     network: Network | None = None
-    """None: everything on `host`."""
+    """Shaped links, one set for each engine; null: everything on `host`."""
     security: Security | None = None
-    """None: only on loopback, or on a shaped `network`, whose links exist on this machine only."""
+    """Who may connect; null: only on loopback, or on a shaped `network`, whose links exist on this machine
+    only."""
 
     @model_validator(mode="after")
     def _same_layout_on_both_sides(self) -> ClusterConfig:

@@ -22,7 +22,7 @@ ROUTER, OPERATOR = "router", "operator"
 class Security(BaseModel):
     """Exactly one of the two."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
 
     keys: Path | None = None
     """Directory made by `dualpath keys generate`, with a key for each engine, `router` and `operator`."""

@@ -34,19 +34,25 @@ CHAT_TEMPLATE = (
 class TinyModel(BaseModel):
     """Dimensions of the model; the same values give the same bytes."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
 
     layers: int = Field(4, ge=1, le=64)
+    """Layers."""
     hidden: int = Field(128, ge=8, le=4096)
+    """Width between layers."""
     heads: int = Field(16, ge=1, le=128)
+    """Attention heads."""
     kv_heads: int = Field(16, ge=1, le=128)
+    """Heads whose keys and values are kept."""
     head_dim: int = Field(64, ge=8, le=256, multiple_of=8)
+    """Width of a head."""
     kv_lora_rank: int | None = Field(None, ge=16, le=512)
     """Makes it an MLA model (DeepSeek-V2, dense): a token's KV is one vector of this width plus
-    ROPE_DIM per layer, whatever the heads; `head_dim` is then the part of a head without rotation."""
+    16 (`ROPE_DIM`) per layer, whatever the heads; `head_dim` is then the part of a head without rotation."""
     context_length: int = Field(32768, ge=128, le=1_048_576)
     """Longest prompt plus output, in tokens."""
     seed: int = Field(7, ge=0)
+    """Draws the weights."""
 
 
 def cache_directory() -> Path:

@@ -11,20 +11,39 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from sglang_router.router_args import RouterArgs
 
-OBEYED = frozenset(
-    (
-        *("host", "port", "mini_lb", "pd_disaggregation", "prefill_urls", "decode_urls", "log_level"),
-        *("dualpath_scheduler", "dualpath_key_file", "dualpath_scheduler_key_file"),
-        "dualpath_engine_url_prefix",
-        *("max_payload_size", "max_concurrent_requests", "queue_size", "queue_timeout_secs"),
-        *("request_timeout_secs", "shutdown_grace_period_secs", "retry_max_retries", "disable_retries"),
-        *("health_failure_threshold", "health_success_threshold", "health_check_timeout_secs"),
-        *("health_check_interval_secs", "health_check_endpoint", "disable_health_check"),
-        *("enable_trace", "otlp_traces_endpoint"),
-        # There is no circuit breaker to disable.
-        "disable_circuit_breaker",
-    )
-)
+MEANING = {
+    "pd_disaggregation": "needed: the router sends each request to a pair of engines",
+    "mini_lb": "needed: the Rust router cannot ask the scheduler",
+    "dualpath_scheduler": "ZeroMQ address of the scheduler, such as `tcp://127.0.0.1:5557`",
+    "dualpath_key_file": "the router's own CURVE secret key, where the scheduler wants keys",
+    "dualpath_scheduler_key_file": "the scheduler's public CURVE key; give both or neither",
+    "dualpath_engine_url_prefix": "admits engines that join later: `http://10.1.0.0/16:30000` or "
+    "`http://HOST:PORT`; may be repeated",
+    "prefill_urls": "a prefill engine's URL and bootstrap port; may be repeated",
+    "decode_urls": "a decode engine's URL; may be repeated",
+    "host": "address to listen on",
+    "port": "port to listen on",
+    "log_level": "`debug`, `info`, `warn` or `error`",
+    "max_payload_size": "largest body of a request, bytes",
+    "max_concurrent_requests": "requests answered at once; -1: any number",
+    "queue_size": "requests that may wait for a place among them",
+    "queue_timeout_secs": "how long they wait",
+    "request_timeout_secs": "longest request, from its first byte to its last",
+    "shutdown_grace_period_secs": "how long open requests may take after SIGTERM",
+    "retry_max_retries": "other pairs that are tried when an engine took no request",
+    "disable_retries": "the first pair is the only one",
+    "health_check_endpoint": "path that engines are asked for",
+    "health_check_interval_secs": "time between two checks of one engine",
+    "health_check_timeout_secs": "time that an answer may take",
+    "health_failure_threshold": "failed checks in a row until an engine is down",
+    "health_success_threshold": "good checks in a row until it is up again",
+    "disable_health_check": "only engines that are down are checked",
+    "disable_circuit_breaker": "accepted; there is none",
+    "enable_trace": "export spans",
+    "otlp_traces_endpoint": "OTLP/gRPC receiver of the spans",
+}
+"""What is obeyed, and what it does (docs/configuration.md is made of this)."""
+OBEYED = frozenset(MEANING)
 INSTEAD = {
     "worker_urls": "name engines with --prefill and --decode",
     "policy": "the scheduler chooses the engines, by its own --placement",
@@ -50,7 +69,12 @@ INSTEAD = {
     "jwt_issuer": "there is no control plane to protect",
 }
 """What holds for options that would be missed."""
-_FLAGS = {"server_cert_path": "tls-cert-path", "server_key_path": "tls-key-path"}
+_FLAGS = {
+    "server_cert_path": "tls-cert-path",
+    "server_key_path": "tls-key-path",
+    "prefill_urls": "prefill",
+    "decode_urls": "decode",
+}
 """Where the option is not called like its field."""
 _UNKNOWN = object()
 
