@@ -166,7 +166,7 @@ def _backend(facts: Facts) -> Problem | None:
         "--hicache-storage-backend",
         facts.backend,
         "this engine would run without DualPath",
-        f"give dynamic, and --hicache-storage-backend-extra-config that names {BACKEND_CLASS} (README.md has "
+        f"give dynamic, and --hicache-storage-backend-extra-config that names {BACKEND_CLASS} (docs/quickstart.md has "
         f"the line), or {UPSTREAM}",
     )
 
@@ -177,7 +177,7 @@ def _extra_config(facts: Facts) -> Problem | None:
             "--hicache-storage-backend-extra-config",
             "not usable",
             facts.extra_config_error,
-            "give a JSON object (README.md has the line), or @ and a file that holds one",
+            "give a JSON object (docs/quickstart.md has the line), or @ and a file that holds one",
         )
     return None
 

@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from urllib.parse import urlsplit
 
 import pytest
+from doc_pages import PAGES, request, shell_commands
 
 from dualpath_sgl.evals.agents.sessions import TURNS, forget_caches, generate, play_all, reads
 from dualpath_sgl.evals.compare.measure import counter
@@ -70,6 +71,20 @@ def test_sessions_through_the_placing_router_get_the_single_servers_tokens(
     assert counted.prefill_store_bytes + counted.decode_store_bytes > 0
     assert counted.duplicate_store_pages == 0
     assert counted.fallbacks == 0
+
+
+def test_the_requests_that_the_documentation_shows_are_answered_by_both_routers(cluster, placing):
+    shown = [line.words for page in PAGES for line in shell_commands(page) if line.words[0] == "curl"]
+    assert {request(words).path for words in shown} == {"/v1/chat/completions", "/generate"}
+    for url in (cluster.url, placing):
+        for words in shown:
+            path, body = request(words)
+            connection = http.client.HTTPConnection(urlsplit(url).netloc, timeout=WAIT_S)
+            connection.request("POST", path, body, {"Content-Type": "application/json"})
+            answer = json.loads(connection.getresponse().read())
+            connection.close()
+            text = answer["text"] if path == "/generate" else answer["choices"][0]["message"]["content"]
+            assert isinstance(text, str) and text
 
 
 def test_router_scheduler_and_both_engines_are_in_the_callers_trace(cluster, placing, sessions):

@@ -32,17 +32,18 @@ def environment(**changes: str) -> dict[str, str]:
     return clean | {"DUALPATH_ENABLED": "1", "DUALPATH_ENGINE_ID": "e", "PYTHONPATH": str(PROJECT)} | changes
 
 
-def readme_flags() -> list[str]:
-    """The flags of README's section on GPU clusters."""
-    section = (PROJECT / "README.md").read_text().split("## On a GPU cluster")[1].split("\n## ")[0]
+def quickstart_flags() -> list[str]:
+    """The flags of the quick start's section on GPU clusters."""
+    page = (PROJECT / "docs" / "quickstart.md").read_text()
+    section = page.split("## On a GPU cluster")[1].split("\n## ")[0]
     (command,) = re.findall(r"-m dualpath_sgl\.launch\.engine \.\.\. (.*?)```", section, re.S)
     return shlex.split(command.replace("\\\n", " "))
 
 
 @pytest.mark.case("readme_gpu_flags")
 @pytest.mark.parametrize("role", ["prefill", "decode"])
-def test_the_readme_s_flags_for_a_gpu_cluster_pass_without_a_warning(model, role):
-    flags = [role if word == "prefill" else word for word in readme_flags()]
+def test_the_quick_start_s_flags_for_a_gpu_cluster_pass_without_a_warning(model, role):
+    flags = [role if word == "prefill" else word for word in quickstart_flags()]
     if role == "decode":
         flags.append("--disaggregation-decode-enable-radix-cache")
     found = judge(["--model-path", str(model), "--device=cpu", *flags], environment())
@@ -56,7 +57,7 @@ def test_what_sglang_itself_refuses_is_said_in_its_words(model):
 
 
 def test_the_environment_of_an_engine_is_judged_with_its_flags(model):
-    flags = ["--model-path", str(model), "--device=cpu", *readme_flags()]
+    flags = ["--model-path", str(model), "--device=cpu", *quickstart_flags()]
     flags.append("--disaggregation-transfer-backend=mooncake_tcp")
     wrong = environment(DUALPATH_PROTOCOL="rdma", http_proxy="http://127.0.0.1:9", no_proxy="")
     settings = {problem.setting for problem in judge(flags, wrong).problems}
