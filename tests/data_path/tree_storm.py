@@ -21,7 +21,7 @@ from sglang.srt.managers.schedule_batch import Req
 from storm_forwarder import StormForwarder
 from tree_story import STEP_S, Engine, Peer
 
-from dualpath_sgl import closing, decode
+from dualpath_sgl import decode, room_reports
 from dualpath_sgl.lanes import store_lane
 from dualpath_sgl.lanes.page_load import PageLoad
 from dualpath_sgl.pools.prompt_hash import prompt_hash
@@ -104,7 +104,7 @@ class Storm:
     def _spoil_callbacks(self) -> None:
         """What lanes, rooms and hooks call of ours raises now and then."""
         luck = random.Random(self.chance.random())
-        for module, name in ((closing, "record_lane"), (decode, "page_blocks")):
+        for module, name in ((room_reports, "record_lane"), (decode, "page_blocks")):
             setattr(module, name, _raising_at_times(getattr(module, name), luck))
 
     def _weather(self, arriving: bool) -> None:
@@ -236,7 +236,7 @@ class Storm:
 
     def _peer_is_idle(self) -> bool:
         if self.peer.server is not None:
-            return self.peer.server.open_rooms == 0
+            return self.peer.server.offered_rooms == 0
         return not any(request.pull and request.pull.lanes_open for request in self.requests)
 
     def _check_store(self) -> None:
@@ -387,7 +387,7 @@ class OnPrefill(Request):
             for _ in range(chance.choice([0, 0, 1, 5])):
                 yield
         if self.fate == "taken back":
-            peer.server.close(self.req.bootstrap_room)
+            peer.server.withdraw(self.req.bootstrap_room)
         elif self.fate != "stalls":
             peer.ends(self.req, None if page == self.split else "storage read fell short")
 
