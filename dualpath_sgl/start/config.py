@@ -53,7 +53,8 @@ class Settings(BaseSettings):
     """A DE waits this long for the planned PE to ask for its pages before it stops holding them."""
 
     attention_quota_ms: Positive | None = None
-    """A PE's step is filled until its predicted attention takes this long (the paper: 300 ms)."""
+    """Experimental, its gain is not measured: a PE's step is filled until its predicted attention takes this
+    long (the paper: 300 ms)."""
 
     def http_url(self, listens_on: str, port: int) -> str:
         """Where routers reach this engine's HTTP server: `host` when that listens on every address."""
