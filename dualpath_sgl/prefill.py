@@ -68,7 +68,7 @@ class PrefillSide:
         self._peer_lanes = peer_lanes
         self._by_rid: dict[str, _Request] = {}
         self._by_room: dict[int, _Request] = {}
-        self._lock = threading.RLock()
+        self._lock = threading.Lock()
 
     # -- SGLang's scheduler thread ------------------------------------------------------------
 
@@ -223,8 +223,8 @@ class PrefillSide:
     def _report(self, request: _Request, hit_pages: int) -> None:
         """Tell the scheduler that `hit_pages` beyond the local ones are stored; only once."""
         with self._lock:
-            if request.state is not PrefillState.ARRIVED:
-                return
+            if request.state is not PrefillState.ARRIVED or self._by_rid.get(request.rid) is not request:
+                return  # reported, or forgotten meanwhile
             request.state = request.state.to(PrefillState.REPORTED)
             self._reports.report(request, request.local_pages, request.local_pages + hit_pages)
         if not hit_pages:

@@ -57,7 +57,7 @@ class Pages(Wire, frozen=True, tag="pages"):
 
     room: Room
     mooncake_address: Name = msgspec.field(name="session")
-    """Where the DE's memory is read: `host:port` of its transfer engine."""
+    """Where the DE's memory is read: `host:port` of its transfer engine, which Mooncake calls a session."""
     first_page: Count
     pointers: tuple[Pointer, ...]
     """Addresses in the DE's memory, page by page, `len(sizes)` for each."""

@@ -69,6 +69,11 @@ def test_a_field_that_a_newer_peer_adds_is_ignored_in_every_message():
         assert decode(json.dumps(with_more(json.loads(protocol.encode(message)))).encode()) == message
 
 
+def test_a_field_that_got_another_name_here_keeps_the_one_that_every_release_knows():
+    offer = peer_protocol.Pages(1, "127.0.0.1:1", 0, (4096,), (64,))
+    assert json.loads(protocol.encode(offer))["session"] == offer.mooncake_address
+
+
 def with_more(value):
     """The same with one more field in every object."""
     match value:

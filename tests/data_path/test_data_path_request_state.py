@@ -225,6 +225,16 @@ def test_a_prompt_of_which_nothing_is_stored_is_done_when_it_is_reported(moves):
     assert [type(message) for message in prefill.sent] == [Report, Done]
 
 
+def test_a_request_that_is_forgotten_before_its_hits_are_known_is_not_reported(moves):
+    prefill = Prefill()
+    prefill.begins()
+    request = prefill.side._by_rid[prefill.rid]
+    prefill.side.forget(prefill.rid)
+    prefill.side.hits_known(prefill.operation(), PAGES * PAGE_TOKENS, PAGE_TOKENS)
+    prefill.side._report(request, PAGES)  # as by a thread that had found it before
+    assert not moves and not prefill.sent
+
+
 def test_a_second_request_of_a_room_is_none_of_the_schedulers_business(moves):
     prefill = Prefill()
     prefill.begins("first")
