@@ -26,7 +26,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from dualpath_sgl.control.decode_work import DecodeWork
-from dualpath_sgl.control.heartbeat_load import Work
+from dualpath_sgl.control.workload import Work
 from dualpath_sgl.lanes.loads import Loads
 from dualpath_sgl.lanes.page_load import PageLoad
 from dualpath_sgl.lanes.page_server import PageServer

@@ -137,7 +137,7 @@ def after_finish(_result: None, _tree: Any, handle: Any, outcome: Any) -> None:
 def after_check_hicache_events(_result: None, tree: Any) -> None:
     current = runtime.current()
     if current is not None:
-        current.heartbeat_load.device_free_tokens = free_tokens(tree)
+        current.workload.device_free_tokens = free_tokens(tree)
     side = _decode()
     if side is not None:
         side.work.count()

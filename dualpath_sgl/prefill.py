@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING
 
-from dualpath_sgl.control.heartbeat_load import Work
+from dualpath_sgl.control.workload import Work
 from dualpath_sgl.lanes.loads import Loads
 from dualpath_sgl.lanes.page_load import PageLoad
 from dualpath_sgl.lanes.peer_lanes import PeerLanes

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import msgspec
 
 from dualpath_sgl.control.channel import ControlChannel
-from dualpath_sgl.control.heartbeat_load import HeartbeatLoad
+from dualpath_sgl.control.workload import RankWorkload
 from dualpath_sgl.decode import DecodeSide
 from dualpath_sgl.lanes.forward import Forwarder
 from dualpath_sgl.lanes.loads import Loads
@@ -132,7 +132,7 @@ class Runtime:
             )
 
         self.pool_check = PoolCheck(pool)
-        self.heartbeat_load = HeartbeatLoad(
+        self.workload = RankWorkload(
             side=self.side,
             store_lane=self.store_lane,
             loads=self.loads,
@@ -145,7 +145,7 @@ class Runtime:
         self.store_lane.start()
         if self.server is not None:
             self.server.start()
-        self.control.serve(self.heartbeat_load.now, self.side.on_plan, self.side.on_no_plan)
+        self.control.serve(self.workload.now, self.side.on_plan, self.side.on_no_plan)
         weights.current().follow(self._follow_weights)
         logger.info(
             "DualPath: %s rank %d runs, layout %s", self._engine.role, self._engine.rank, self.fingerprint

@@ -103,7 +103,7 @@ class ControlChannel(threading.Thread):
         """The scheduler has accepted this rank on the present connection: plans can come."""
         self._address = address
         self._engine = engine
-        self._last_load = Workload()
+        self._last_workload = Workload()
         self._key_files = key_files
         self._refusals_said: set[object] = set()
         """Kinds of refusal that were logged since the scheduler accepted this rank last."""
@@ -117,14 +117,17 @@ class ControlChannel(threading.Thread):
         self._socket = self._new_socket()
 
     def serve(
-        self, load: Callable[[], Workload], on_plan: Callable[[Plan], None], on_no_plan: Callable[[int], None]
+        self,
+        workload: Callable[[], Workload],
+        on_plan: Callable[[Plan], None],
+        on_no_plan: Callable[[int], None],
     ) -> None:
-        """Start the thread.  It asks for the `load` of every heartbeat.
+        """Start the thread.  For every heartbeat it asks for the rank's `workload`.
 
         `on_plan` and `on_no_plan` are called on it and must not block.  `on_no_plan` gets the room of a
         report for which no plan comes any more; it may be one that is done or unknown by now.
         """
-        self._load = load
+        self._workload = workload
         self._on_plan = on_plan
         self._on_no_plan = on_no_plan
         self.start()
@@ -241,14 +244,14 @@ class ControlChannel(threading.Thread):
 
     def _beat(self, socket: zmq.Socket) -> None:
         try:
-            self._last_load = self._load()
+            self._last_workload = self._workload()
         except Exception:
-            self._record_fault("the load of this rank could not be told; the scheduler gets the last one")
+            self._record_fault("the workload of this rank could not be told; the scheduler gets the last one")
         self._transmit(
             socket,
             Heartbeat(
                 engine=self._engine,
-                load=self._last_load,
+                load=self._last_workload,
                 version=PROTOCOL_VERSION,
                 oldest_version=OLDEST_PEER_VERSION,
                 hello=not self.connected,

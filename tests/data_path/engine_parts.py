@@ -10,7 +10,7 @@ from types import SimpleNamespace
 from data_path_world import host_pool
 from opentelemetry.trace import NoOpTracer
 
-from dualpath_sgl.control.heartbeat_load import HeartbeatLoad
+from dualpath_sgl.control.workload import RankWorkload
 from dualpath_sgl.decode import DecodeSide
 from dualpath_sgl.lanes.loads import Loads
 from dualpath_sgl.lanes.page_server import PageServer
@@ -79,7 +79,7 @@ class EngineParts:
                 server=self.server,
                 restores=RestoreGuard(NoOpTracer()),
             )
-        self.heartbeat_load = HeartbeatLoad(
+        self.workload = RankWorkload(
             side=self.side,
             store_lane=self.store_lane,
             loads=self.loads,
@@ -94,4 +94,4 @@ class EngineParts:
 
     @property
     def as_runtime(self) -> SimpleNamespace:
-        return SimpleNamespace(side=self.side, heartbeat_load=self.heartbeat_load, loads=self.loads)
+        return SimpleNamespace(side=self.side, workload=self.workload, loads=self.loads)

@@ -254,7 +254,7 @@ def test_a_load_that_cannot_be_told_does_not_cost_the_heartbeat():
         eventually(lambda: peer.channel.connected, "connected")
         eventually(lambda: known_engines(address)["p0"].sequences == 4, "it is told")
         before = faults.count()
-        peer.channel._load = lambda: 1 / 0
+        peer.channel._workload = lambda: 1 / 0
         eventually(lambda: faults.count() >= before + 2, "two heartbeats without a load")
         assert peer.channel.connected and known_engines(address)["p0"].sequences == 4
 

@@ -38,7 +38,7 @@ def request(tokens: int) -> SimpleNamespace:
 
 
 def test_pages_that_the_tree_would_evict_count_as_free(monkeypatch):
-    load = engine(Role.PREFILL, monkeypatch).heartbeat_load.now
+    load = engine(Role.PREFILL, monkeypatch).workload.now
     hooks.after_check_hicache_events(None, tree(free_pages=2, evictable=160))
     assert load().device_free_tokens == 2 * 16 + 160
 
@@ -46,7 +46,7 @@ def test_pages_that_the_tree_would_evict_count_as_free(monkeypatch):
 def test_requests_that_wait_for_device_memory_are_taken_off(monkeypatch):
     monkeypatch.setattr(decode, "held_on_host", lambda tree, req: SimpleNamespace(tokens=0))
     parts = engine(Role.DECODE, monkeypatch)
-    side, load = parts.side, parts.heartbeat_load.now
+    side, load = parts.side, parts.workload.now
     hooks.after_check_hicache_events(None, tree(free_pages=10, evictable=0))
     queue = SimpleNamespace(tree_cache=None)
     side.add(queue, request(tokens=100))

@@ -75,7 +75,7 @@ class DecodeEngine:
 
     @property
     def load(self) -> tuple[int, int]:
-        load = self.parts.heartbeat_load.now()
+        load = self.parts.workload.now()
         return load.sequences, load.tokens
 
 
@@ -136,7 +136,7 @@ def test_only_requests_that_wait_for_device_memory_are_taken_off_what_is_free(en
     engine.arrive(request(tokens=100))
     engine.step()
     assert engine.load == (2, 400)
-    assert engine.parts.heartbeat_load.now().device_free_tokens == 1000 - 100
+    assert engine.parts.workload.now().device_free_tokens == 1000 - 100
 
 
 def test_health_checks_are_no_work(engine):
@@ -173,7 +173,7 @@ def prefill(monkeypatch) -> EngineParts:
 
 
 def test_a_request_counts_on_a_prefill_engine_until_sglang_has_finished_with_it(prefill):
-    load = prefill.heartbeat_load.now
+    load = prefill.workload.now
     requests = [request(tokens=100), request(tokens=50)]
     for req in requests:
         prefill.side.begin(req)

@@ -28,7 +28,7 @@ class Side(Protocol):
     def work_at_hand(self) -> Work: ...
 
 
-class HeartbeatLoad:
+class RankWorkload:
     def __init__(
         self, *, side: Side, store_lane: StoreLane, loads: Loads, pool: Any, pool_check: PoolCheck
     ) -> None:
