@@ -1,22 +1,25 @@
 """DualPath inside SGLang: a second path for stored KV, through the decode engine.
 
-A request meets, in this order:
+A forwarded request meets, in this order:
 
-    hooks.py              every method of SGLang at which DualPath gets a word: start here
-    prefill.py            PE: binds request and room, reports L_P and K, receives the plan
-    decode.py             DE: reports L_D, starts its share of the storage read, holds admission
-    lanes/store_lane.py   both: storage -> own host pool
-    lanes/page_server.py  DE: offers pinned pages to the PE, with leases
-    lanes/peer_lane.py    PE: DE's host pool -> own host pool
-    lanes/page_load.py    both: pages land in any order, SGLang learns of the contiguous prefix
-    closing.py            both: says Done to the scheduler, exports spans
-    restore.py            DE: promised pages stay until they are back on the device
+    hooks.py                every method of SGLang at which DualPath gets a word: start here
+    request_state.py        both: the states of a request, and where it may go from each
+    prefill.py              PE: reports L_P and K, gives a load's pages to the lanes once it has plan and memory
+    decode.py               DE: reports L_D, starts its share of the storage read, holds admission
+    room_reports.py         both: Report and Done to the scheduler
+    control/channel.py      both: the socket to the scheduler, on which the plan comes back
+    lanes/store_lane.py     both: storage -> own host pool
+    lanes/page_load.py      both: pages land in any order, SGLang learns of the contiguous prefix
+    lanes/page_server.py    DE: offers pinned pages to the PE, with leases
+    lanes/peer_protocol.py  what page server and peer lane tell each other
+    lanes/peer_lane.py      PE: DE's host pool -> own host pool
+    restore.py              DE: promised pages stay until they are back on the device
 
-Beside it: plugin.py (SGLang's door), storage.py (the storage backend; it starts runtime.py: what one engine
-rank owns), and the folders
+Beside it: plugin.py (SGLang's door), storage.py (the storage backend; it starts runtime.py, which builds and
+wires what one engine rank is made of), and the folders
 
     start/         settings, and what is refused before an engine serves
-    control/       the channel to the scheduler
+    control/       the channel to the scheduler, and what heartbeats say
     lanes/         everything that moves pages
     pools/         what the bytes of a page are: layout, names, host tree
     threads/       what every thread here needs
@@ -29,6 +32,7 @@ rank owns), and the folders
 
 `launch`, `evals`, `patches` and `requirements` are links to the folders of the repository, so that one package
 is installed.
+docs/design.md tells which thread runs what.
 """
 
 __version__ = "0.1.0"

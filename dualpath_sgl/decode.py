@@ -9,8 +9,8 @@ to the PE as `decode_prefix_len`, and restores it.
 A read that takes too long does not hold the request back any longer: it goes on, for the PE, while
 SGLang admits the request with what the host tree has.
 
-Everything runs on SGLang's scheduler thread except `on_plan` and `on_no_plan` (control channel),
-`take` (prefetch I/O thread) and the callbacks of loads and rooms, which only fill queues.
+Its states are `DecodeState`.  Everything runs on SGLang's scheduler thread except `on_plan` and `on_no_plan`
+(control channel), `take_operation` (prefetch I/O thread) and what a load calls (store lane).
 """
 
 from __future__ import annotations
@@ -20,20 +20,26 @@ import time
 from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from functools import partial
+from typing import TYPE_CHECKING, Any
 
 import torch
 
-from dualpath_sgl.closing import close_room
 from dualpath_sgl.control.decode_work import DecodeWork
+from dualpath_sgl.control.workload import Work
+from dualpath_sgl.lanes.loads import Loads
 from dualpath_sgl.lanes.page_load import PageLoad
+from dualpath_sgl.lanes.page_server import PageServer
+from dualpath_sgl.lanes.store_lane import StoreLane
 from dualpath_sgl.pools.host_tree import HostPrefix, held_on_host
 from dualpath_sgl.pools.layout import page_blocks
 from dualpath_sgl.pools.prompt_hash import prompt_hash
+from dualpath_sgl.request_state import DecodeState
 from dualpath_sgl.restore import RestoreGuard
+from dualpath_sgl.room_reports import RoomReports, RoomRequest
 from dualpath_sgl.spans.tracing import traceparent_of
 from dualpath_sgl.threads import faults
-from scheduler_svc.wire.protocol import Outcome, Plan, Report, Role, Workload
+from scheduler_svc.wire.protocol import Outcome, Plan
 
 if TYPE_CHECKING:
     from sglang.srt.disaggregation.decode import DecodePreallocQueue, DecodeRequest
@@ -43,12 +49,11 @@ if TYPE_CHECKING:
         PrefetchOperation,
     )
 
-    from dualpath_sgl.runtime import Runtime
-
 logger = logging.getLogger(__name__)
 
 TICKS_A_VOTE = 64
 """With several ranks, how many of SGLang's scheduler iterations pass between votes on slow reads."""
+READING = (DecodeState.LOADING, DecodeState.LATE)
 
 
 def longest_hold_s() -> float:
@@ -58,81 +63,84 @@ def longest_hold_s() -> float:
     return envs.SGLANG_DISAGGREGATION_BOOTSTRAP_TIMEOUT.get() / 2
 
 
-@dataclass(eq=False)
-class _Request:
+@dataclass(eq=False, kw_only=True)
+class _Request(RoomRequest):
+    """`plan` is what all ranks go by: None until they agree on one."""
+
     req: Req
-    room: int
-    traceparent: str | None
-    reported_s: float
-    prompt_hash: str
-    plan: Plan | None = None
-    settled: bool = False
-    """The plan is carried out or given up: SGLang may admit the request."""
-    loading: bool = False
-    load: PageLoad | None = None
-    fallback_reason: str | None = None
+    state: DecodeState = DecodeState.ARRIVED
+    received: Plan | None = None
+    """The plan as it came to this rank."""
 
 
 class DecodeSide:
-    def __init__(self, runtime: Runtime) -> None:
-        self._runtime = runtime
+    def __init__(
+        self,
+        *,
+        tp_size: int,
+        pool: Any,
+        reports: RoomReports,
+        loads: Loads,
+        store_lane: StoreLane,
+        server: PageServer,
+        restores: RestoreGuard,
+    ) -> None:
+        """`pool`: SGLang's KV host pool."""
+        self._tp_size = tp_size
+        self._pool = pool
+        self._page_size: int = pool.page_size
+        self._reports = reports
+        self._loads = loads
+        self._store_lane = store_lane
+        self._server = server
+        self.restores = restores
+        self.work = DecodeWork()
         self._requests: dict[str, _Request] = {}
+        """Until SGLang admits them, by request id."""
         self._rooms: dict[int, _Request] = {}
         """Whose room it is: reported, and still queued."""
-        self._plans: dict[int, Plan] = {}
         self._loading_rooms: set[int] = set()
         """Until SGLang has the load's last acknowledgement, which may be long after the request left."""
-        self._refused: set[int] = set()
-        """Rooms that the scheduler will send no plan for."""
         self._late: dict[str, _Request] = {}
-        """Admitted while their read goes on, by request id."""
+        """All that are LATE, admitted or not, by request id."""
         self._ticks = 0
         self._longest_hold_s = longest_hold_s()
         self._unlocks: deque[Callable[[], None]] = deque()
-        self.restores = RestoreGuard(runtime)
-        self.work = DecodeWork()
+        """Host locks of withdrawn pages; undone on SGLang's scheduler thread."""
 
     # -- called by hooks ----------------------------------------------------------------------
 
     def add(self, queue: DecodePreallocQueue, req: Req) -> None:
-        """A request entered the queue: report what this DE holds of its prompt."""
+        """A request entered the queue: report what this DE holds of its prompt.
+
+        Continues in `tick`: the plan comes to `on_plan`, on the control channel's thread.
+        """
         if req.rid in self._requests:
             return
-        request = _Request(
-            req,
-            req.bootstrap_room,
-            traceparent_of(req.time_stats),
-            time.monotonic(),
-            prompt_hash(req),
+        request = self._requests[req.rid] = _Request(
+            room=req.bootstrap_room,
+            rid=req.rid,
+            prompt_tokens=len(req.origin_input_ids),
+            prompt_hash=prompt_hash(req),
+            traceparent=traceparent_of(req.time_stats),
+            req=req,
         )
-        self._requests[req.rid] = request
         if self._is_taken(request.room):
             # Its room is another request's (n > 1, a reused room): one plan cannot serve both.
-            request.settled = True
+            request.state = request.state.to(DecodeState.SETTLED)
             return
         self._rooms[request.room] = request
-        held = held_on_host(queue.tree_cache, req)
-        self._runtime.control.send(
-            Report(
-                room=request.room,
-                engine_id=self._runtime.settings.engine_id,
-                role=Role.DECODE,
-                rank=self._runtime.rank,
-                prompt_tokens=len(req.origin_input_ids),
-                local_pages=held.tokens // self._runtime.page_size,
-                prompt_hash=request.prompt_hash,
-                traceparent=request.traceparent,
-            )
-        )
+        request.state = request.state.to(DecodeState.REPORTED)
+        self._reports.report(request, held_on_host(queue.tree_cache, req).tokens // self._page_size)
 
     def _is_taken(self, room: int) -> bool:
         """Whether an earlier request still publishes into `room`, or may."""
-        return room in self._rooms or room in self._loading_rooms or self._runtime.server.is_open(room)
+        return room in self._rooms or room in self._loading_rooms or self._server.offers(room)
 
     def admits(self, decode_req: DecodeRequest) -> bool:
         """Whether SGLang may reserve device memory now; a dictionary look-up."""
         request = self._requests.get(decode_req.req.rid)
-        return request is None or request.settled
+        return request is None or request.state.admissible
 
     def tick(self, queue: DecodePreallocQueue) -> None:
         """Advance every queued request; called once per scheduler iteration, never waits."""
@@ -143,33 +151,33 @@ class DecodeSide:
         queued = {decode_req.req.rid for decode_req in queue.queue}
         for request in [request for rid, request in self._requests.items() if rid not in queued]:
             self._leave(queue, request)
-        waiting = [r for r in self._requests.values() if not r.settled and not r.loading]
+        waiting = self._in_state(DecodeState.REPORTED)
         for request, decided in zip(waiting, self._decided(queue, waiting), strict=True):
             if decided:
                 self._step(self._decide, queue, request)
-        loading = [request for request in self._requests.values() if request.loading and not request.settled]
-        for request in loading:
+        for request in self._in_state(DecodeState.LOADING):
             self._step(self._follow, queue, request)
-        self._stop_holding(queue, [request for request in loading if not request.settled])
+        self._stop_holding(queue, self._in_state(DecodeState.LOADING))
+
+    def _in_state(self, state: DecodeState) -> list[_Request]:
+        return [request for request in self._requests.values() if request.state is state]
 
     def reset(self) -> None:
         """SGLang drops its whole cache (it is idle): nothing may be served or stay locked after."""
-        self._runtime.server.close_all()
+        self._server.withdraw_all()
         self._unlock()
         self.restores.reset()
         for request in self._requests.values():
-            if not request.settled:  # it left SGLang's queue after the last tick
-                self._report_done(request, Outcome.ABORTED)
+            if not request.state.admissible:  # it left SGLang's queue after the last tick
+                self._abort(request)
         self._requests.clear()
         self._rooms.clear()
-        self._plans.clear()
-        self._refused.clear()
         self._late.clear()
 
     @property
     def held(self) -> int:
         """Requests, rooms, pins and promises that this DE has not let go of; 0 when idle."""
-        rooms = self._runtime.server.open_rooms
+        rooms = self._server.offered_rooms
         return len(self._requests) + len(self._late) + rooms + len(self._unlocks) + self.restores.held
 
     def _unlock(self) -> None:
@@ -184,10 +192,10 @@ class DecodeSide:
         A plan is taken up once all ranks have it; as soon as one rank gives up, all do.
         """
         for request in waiting:
-            request.plan = self._plans.get(request.room)
+            request.plan = request.received
             if request.plan is None:
-                request.fallback_reason = self._out_of_patience(request)
-        if waiting and self._runtime.tp_size > 1:
+                request.fallback_reason = self._reports.why_no_plan(request)
+        if waiting and self._tp_size > 1:
             has_plan = [int(request.plan is not None) for request in waiting]
             gave_up = [int(request.fallback_reason is not None) for request in waiting]
             state = torch.tensor([has_plan, [1 - flag for flag in gave_up]])
@@ -200,15 +208,6 @@ class DecodeSide:
                     request.plan = None
         return [request.plan is not None or request.fallback_reason is not None for request in waiting]
 
-    def _out_of_patience(self, request: _Request) -> str | None:
-        if request.room in self._refused:
-            return "scheduler refused the report"
-        if not self._runtime.control.connected:
-            return "scheduler away"
-        if time.monotonic() > request.reported_s + self._runtime.settings.plan_timeout_s:
-            return "no plan in time"
-        return None
-
     def _step(
         self,
         step: Callable[[DecodePreallocQueue, _Request], None],
@@ -220,16 +219,15 @@ class DecodeSide:
             step(queue, request)
         except Exception as error:
             faults.record("room %d goes on without DualPath", request.room)
-            self._runtime.server.close(request.room)
-            if not request.settled:
+            self._server.withdraw(request.room)
+            if not request.state.admissible:
                 self._settle(request, f"{type(error).__name__} in the decode engine")
 
     def _decide(self, queue: DecodePreallocQueue, request: _Request) -> None:
-        self._plans.pop(request.room, None)
-        self._refused.discard(request.room)
         if request.plan is None:
             self._settle(request, request.fallback_reason)
         else:
+            request.state = request.state.to(DecodeState.PLANNED)
             self._carry_out(queue, request, request.plan)
 
     def _follow(self, queue: DecodePreallocQueue, request: _Request) -> None:
@@ -239,19 +237,19 @@ class DecodeSide:
         if not queue.tree_cache.check_prefetch_progress(handle):
             return
         queue.tree_cache.pop_prefetch_loaded_tokens(handle)
-        load, reason = request.load, None
+        load, reason = request.page_load, None
         if load is None:
             reason = "storage read revoked"
-            self._runtime.server.end(request.room, reason)
-        elif load.first_page + load.prefix < request.plan.split_page:
+            self._server.end(request.room, reason)
+        elif not _brought(request.plan, load):
             reason = (
                 "prefetch deadline passed" if load.operation.deadline_expired else "storage read fell short"
             )
         self._settle(request, reason)
 
     def _renew(self, request: _Request) -> None:
-        if request.load is None or request.load.lanes_open:
-            self._runtime.server.renew(request.room)
+        if request.page_load is None or request.page_load.lanes_open:
+            self._server.renew(request.room)
 
     def _stop_holding(self, queue: DecodePreallocQueue, loading: list[_Request]) -> None:
         """Admit requests whose read is so slow that SGLang would fail them for waiting longer.
@@ -263,7 +261,7 @@ class DecodeSide:
             return
         since_s = time.monotonic() - self._longest_hold_s
         slow = [request.reported_s < since_s for request in loading]
-        if self._runtime.tp_size > 1:
+        if self._tp_size > 1:
             if self._ticks % TICKS_A_VOTE:
                 return
             votes = torch.tensor(slow, dtype=torch.int)
@@ -271,8 +269,8 @@ class DecodeSide:
             slow = votes.tolist()
         for request, give_way in zip(loading, slow, strict=True):
             if give_way:
-                self._late[request.req.rid] = request
-                self._settle(request, "storage read too slow")
+                self._late[request.rid] = request
+                self._settle(request, "storage read too slow", DecodeState.LATE)
 
     def _follow_late(self, queue: DecodePreallocQueue) -> None:
         for rid, request in list(self._late.items()):
@@ -281,50 +279,50 @@ class DecodeSide:
                 self._renew(request)
             else:
                 queue.tree_cache.pop_prefetch_loaded_tokens(handle)
+                request.state = request.state.to(DecodeState.SETTLED)
                 del self._late[rid]
 
     def _carry_out(self, queue: DecodePreallocQueue, request: _Request, plan: Plan) -> None:
-        page_size, server = self._runtime.page_size, self._runtime.server
         held = held_on_host(queue.tree_cache, request.req)
-        held_pages = held.tokens // page_size
+        held_pages = held.tokens // self._page_size
         if plan.split_page <= plan.prefill_local_pages and plan.split_page <= held_pages:
             self._settle(request)  # the PE needs nothing and nothing is to be read
             return
-        offers = plan.prefill_local_pages < plan.split_page
-        if offers:
-            server.open(request.room, plan.prefill_local_pages, request.prompt_hash)
-            self._offer_held(queue, request, held, plan)
+        if plan.prefill_local_pages < plan.split_page:
+            self._server.offer(request.room, plan.prefill_local_pages, request.prompt_hash)
+            self._publish_held(queue, request, held, plan)
         if held_pages >= plan.split_page:
-            server.end(request.room)
+            self._server.end(request.room)
             self._settle(request)
-            return
-        if self._start_read(queue, request, held, plan.split_page):
-            request.loading = True
+        elif self._start_read(queue, request, held, plan.split_page):
+            request.state = request.state.to(DecodeState.LOADING)
         else:
-            server.end(request.room, "decode engine cannot prefetch")
+            self._server.end(request.room, "decode engine cannot prefetch")
             self._settle(request, "prefetch refused")
 
-    def _offer_held(
+    def _publish_held(
         self, queue: DecodePreallocQueue, request: _Request, held: HostPrefix, plan: Plan
     ) -> None:
         """Pin and publish pages `[L_P, min(L_D, x))`, which need no storage read at all."""
-        page_size = self._runtime.page_size
-        first = plan.prefill_local_pages * page_size
-        end = min(held.tokens, plan.split_page * page_size)
+        first = plan.prefill_local_pages * self._page_size
+        end = min(held.tokens, plan.split_page * self._page_size)
         if first >= end:
             return
-        pages, sizes = page_blocks(self._runtime.pool, held.host_indices()[first:end])
+        pages, sizes = page_blocks(self._pool, held.host_indices()[first:end])
         unlock = held.lock(queue.tree_cache)
-        self._runtime.server.publish(request.room, pages, sizes, unpin=lambda: self._unlocks.append(unlock))
+        self._server.publish(request.room, pages, sizes, unpin=partial(self._unlocks.append, unlock))
 
     def _start_read(
         self, queue: DecodePreallocQueue, request: _Request, held: HostPrefix, split_page: int
     ) -> bool:
-        """Start SGLang's prefetch of pages `[L_D, x)`; False when SGLang declines it."""
+        """Start SGLang's prefetch of pages `[L_D, x)`; False when SGLang declines it.
+
+        Continues in `take_operation`, on the prefetch I/O thread, once SGLang gave it host memory.
+        """
         if held.tokens != held.matched_tokens:
             return False  # the deepest matched node has no host copy yet: nothing to append to
         req, tree = request.req, queue.tree_cache
-        end = split_page * self._runtime.page_size
+        end = split_page * self._page_size
         pass_keys = tree.hicache_storage_pass_prefix_keys
         tree.prefetch_from_storage(
             req.cache_request_handle,
@@ -340,53 +338,54 @@ class DecodeSide:
         )
         return tree.has_ongoing_prefetch(req.cache_request_handle)
 
-    def _settle(self, request: _Request, fallback_reason: str | None = None) -> None:
-        request.settled = True
+    def _settle(
+        self,
+        request: _Request,
+        fallback_reason: str | None = None,
+        state: DecodeState = DecodeState.SETTLED,
+    ) -> None:
+        request.state = request.state.to(state)
         request.fallback_reason = request.fallback_reason or fallback_reason
         if fallback_reason is not None:
             logger.info("DualPath: room %d goes on without a DE read: %s", request.room, fallback_reason)
-        self._report_done(request, Outcome.FALLBACK if request.fallback_reason else Outcome.OK)
+        self._reports.done(request, Outcome.FALLBACK if request.fallback_reason else Outcome.OK)
 
     def _leave(self, queue: DecodePreallocQueue, request: _Request) -> None:
         """The request was admitted, or aborted while it waited here."""
-        if request.settled:
+        is_admitted = request.state.admissible
+        if is_admitted:
             self.work.admitted(request.req)
-        del self._requests[request.req.rid]
+        del self._requests[request.rid]
         if self._rooms.get(request.room) is request:
             del self._rooms[request.room]
-            self._plans.pop(request.room, None)
-            self._refused.discard(request.room)
-        if request.settled:
+        if is_admitted:
             return
         from sglang.srt.mem_cache.base_prefix_cache import CacheRequestOutcome
 
         # First nobody may count on the pages, then SGLang may free them.
-        self._runtime.server.close(request.room)
+        self._server.withdraw(request.room)
         queue.tree_cache.finish(request.req.cache_request_handle, CacheRequestOutcome.ABORT)
-        self._report_done(request, Outcome.ABORTED)
+        self._abort(request)
 
-    def _report_done(self, request: _Request, outcome: Outcome) -> None:
-        close_room(
-            self._runtime,
-            request.room,
-            request.traceparent,
-            request.plan,
-            request.load,
-            outcome,
-            request.fallback_reason,
-        )
+    def _abort(self, request: _Request) -> None:
+        request.state = request.state.to(DecodeState.ABORTED)
+        self._reports.done(request, Outcome.ABORTED)
 
-    # -- other threads ------------------------------------------------------------------------
+    # -- the control channel's thread ---------------------------------------------------------
 
     def on_plan(self, plan: Plan) -> None:
-        if plan.room in self._rooms:  # else: its request has left, aborted or out of patience
-            self._plans[plan.room] = plan
+        """The plan is taken up by `tick`, on SGLang's scheduler thread."""
+        request = self._rooms.get(plan.room)
+        if request is not None:  # else it has left, aborted or out of patience
+            request.received = plan
 
     def on_no_plan(self, room: int) -> None:
-        if room in self._rooms:
-            self._refused.add(room)
+        """The scheduler refused the report: `tick` lets the request go on without a plan."""
+        request = self._rooms.get(room)
+        if request is not None:
+            request.refused = True
 
-    # -- SGLang takes or frees a prefetch's pages -------------------------------------------------
+    # -- SGLang takes or frees a prefetch's pages (its scheduler thread) -------------------------
 
     def give_back(self, rid: str) -> None:
         """SGLang is about to take, or free, the pages that its prefetch for `rid` has loaded.
@@ -395,54 +394,65 @@ class DecodeSide:
         """
         request = self._requests.get(rid) or self._late.get(rid)
         if request is not None:
-            self._runtime.server.close(request.room)
+            self._server.withdraw(request.room)
 
-    def take(self, controller: HybridCacheController, operation: PrefetchOperation) -> None:
-        """The prefetch has host memory: read it, publishing pages as they land."""
+    # -- SGLang's prefetch I/O thread ---------------------------------------------------------
+
+    def take_operation(self, controller: HybridCacheController, operation: PrefetchOperation) -> None:
+        """The prefetch has host memory: read it from the store.
+
+        Continues in `_publish`, `_end` and `_hold`, on the store lane's thread, and in `_follow`, on SGLang's
+        scheduler thread, once SGLang has the load's acknowledgements.
+        """
         request = self._requests.get(operation.request_id)
-        if request is None or not request.loading:
-            self._runtime.load_from_store(controller, operation)
+        plan = request.plan if request is not None else None
+        if request is None or plan is None or request.state not in READING:
+            self._loads.read_unplanned(controller, operation)
             return
-        request.load = load = PageLoad(
+        load = request.page_load = self._loads.begin(
             controller,
             operation,
-            open_loads=self._runtime.open_loads,
-            page_bytes=self._runtime.page_bytes,
-            on_prefix=lambda load, before: self._publish(request, load, before),
-            on_lanes_done=lambda load: self._end(request, load),
-            hold=lambda acknowledge: self._runtime.server.when_closed(
-                request.room, lambda: self._hand_over(request.room, acknowledge)
-            ),
+            on_prefix=partial(self._publish, plan),
+            on_lanes_done=partial(self._end, request),
+            hold=partial(self._hold, request.room),
         )
         self._loading_rooms.add(request.room)
-        self._runtime.store_lane.submit(load, 0, load.pages)
+        self._store_lane.submit(load, 0, load.pages)
         load.close_part()
 
-    def _hand_over(self, room: int, acknowledge: Callable[[], None]) -> None:
-        acknowledge()
-        self._loading_rooms.discard(room)
+    # -- the store lane's thread, called by a load ------------------------------------------------
 
-    def _publish(self, request: _Request, load: PageLoad, before: int) -> None:
-        skip = max(0, request.plan.prefill_local_pages - load.first_page)
+    def _publish(self, plan: Plan, load: PageLoad, before: int) -> None:
+        """Pages `[before, load.prefix)` have landed: the PE gets those that it misses."""
+        skip = max(0, plan.prefill_local_pages - load.first_page)
         first = max(before, skip)
         if first < load.prefix:
-            pages, sizes = page_blocks(self._runtime.pool, load.host_indices(first, load.prefix))
-            self._runtime.server.publish(request.room, pages, sizes)
+            pages, sizes = page_blocks(self._pool, load.host_indices(first, load.prefix))
+            self._server.publish(plan.room, pages, sizes)
 
     def _end(self, request: _Request, load: PageLoad) -> None:
-        whole = load.first_page + load.prefix >= request.plan.split_page
-        if not whole:
-            request.fallback_reason = "storage read fell short"
-        self._runtime.server.end(request.room, None if whole else "storage read fell short")
+        """No further page will land."""
+        reason = None if _brought(request.plan, load) else "storage read fell short"
+        request.fallback_reason = reason or request.fallback_reason
+        self._server.end(request.room, reason)
 
-    def load(self) -> Workload:
+    def _hold(self, room: int, load: PageLoad) -> None:
+        """SGLang gets the pages back in `_hand_over`, once no PE may count on them; on whatever thread."""
+        self._server.when_withdrawn(room, partial(self._hand_over, room, load))
+
+    def _hand_over(self, room: int, load: PageLoad) -> None:
+        load.acknowledge()
+        self._loading_rooms.discard(room)
+
+    # -- any thread -------------------------------------------------------------------------------
+
+    def work_at_hand(self) -> Work:
         # Copied in this order: a request admitted meanwhile is in both, never in neither.
-        queued = {rid: len(request.req.origin_input_ids) for rid, request in self._requests.copy().items()}
+        queued = {rid: request.prompt_tokens for rid, request in self._requests.copy().items()}
         sequences, tokens = self.work.with_queued(queued)
-        return Workload(
-            sequences=sequences,
-            tokens=tokens,
-            # Queued requests have no device memory reserved yet.
-            device_free_tokens=max(0, self._runtime.device_free_tokens - sum(queued.values())),
-            **self._runtime.storage_load(),
-        )
+        return Work(sequences, tokens, queued_tokens=sum(queued.values()))
+
+
+def _brought(plan: Plan | None, load: PageLoad) -> bool:
+    """Whether the DE's host pool has every page of its share."""
+    return plan is not None and load.first_page + load.prefix >= plan.split_page

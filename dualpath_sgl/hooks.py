@@ -1,5 +1,11 @@
 """Where DualPath meets SGLang 0.5.23: one hook per method, registered only when it is enabled.
 
+A request's way is the order of the functions here.  PE: it arrives (`before_prefetch_kvcache`), its stored
+prefix is known (`after_sync_prefetch_hit_query`), it has host memory (`around_prefetch_io`), SGLang is through
+with it (`after_finish`).  DE: it is queued (`after_prealloc_add`), looked at once an iteration
+(`before_pop_preallocated`), has host memory (`around_prefetch_io`), SGLang takes its pages
+(`before_handle_prefetch_result`) and restores them.
+
 Each hook does nothing until the engine's runtime exists and leaves health checks and warm-up
 requests (fake bootstrap hosts) alone.
 """
@@ -12,9 +18,10 @@ from queue import Empty
 from typing import TYPE_CHECKING, Any
 
 from dualpath_sgl import runtime
-from dualpath_sgl.control.real_request import real
+from dualpath_sgl.control.real_request import is_real
 from dualpath_sgl.decode import DecodeSide
 from dualpath_sgl.experimental import attention_quota
+from dualpath_sgl.lanes.page_load import acknowledge
 from dualpath_sgl.lanes.rank_sync import meet
 from dualpath_sgl.pools import key_tag, weights
 from dualpath_sgl.pools.device_memory import free_tokens
@@ -42,10 +49,6 @@ def _decode() -> DecodeSide | None:
     return side if isinstance(side, DecodeSide) else None
 
 
-def _is_real(req: Req) -> bool:
-    return bool(real([req]))
-
-
 # -- both: the engine stands -------------------------------------------------------------------------
 
 
@@ -63,7 +66,7 @@ def after_scheduler_init(_result: None, _scheduler: Any, *_args: Any, **_kwargs:
 
 def before_prefetch_kvcache(scheduler: Any, req: Req, *_args: Any, **_kwargs: Any) -> None:
     side = _prefill()
-    if side is not None and _is_real(req):
+    if side is not None and is_real(req):
         side.begin(req, holds_only_kv(scheduler.tree_cache))
 
 
@@ -89,11 +92,12 @@ def before_submit_prefetch(
 
 
 def after_sync_prefetch_hit_query(
-    hit_tokens: int, _controller: Any, operation: Any, _local_hit_tokens: int
+    hit_tokens: int, controller: Any, operation: Any, _local_hit_tokens: int
 ) -> None:
+    """On SGLang's prefetch thread, once all ranks agree."""
     side = _prefill()
     if side is not None:
-        side.hits_known(operation, hit_tokens)
+        side.hits_known(operation, hit_tokens, controller.prefetch_threshold)
 
 
 def after_bootstrap_add(_result: None, queue: Any, req: Req, *_args: Any, **_kwargs: Any) -> None:
@@ -108,8 +112,7 @@ def after_bootstrap_add(_result: None, queue: Any, req: Req, *_args: Any, **_kwa
 
 def before_revoke(tree: Any, handle: Any) -> None:
     side = _prefill()
-    info = tree.ongoing_prefetch.get(handle) if side is not None else None
-    if info is None:
+    if side is None or (info := tree.ongoing_prefetch.get(handle)) is None:
         return
     if info.operation.deadline_expired:
         side.revoked(handle.rid, "prefetch deadline passed")
@@ -134,7 +137,7 @@ def after_finish(_result: None, _tree: Any, handle: Any, outcome: Any) -> None:
 def after_check_hicache_events(_result: None, tree: Any) -> None:
     current = runtime.current()
     if current is not None:
-        current.device_free_tokens = free_tokens(tree)
+        current.workload.device_free_tokens = free_tokens(tree)
     side = _decode()
     if side is not None:
         side.work.count()
@@ -144,10 +147,10 @@ def after_check_hicache_events(_result: None, tree: Any) -> None:
 
 
 def around_prefetch_io(original: Callable, controller: Any) -> None:
+    """The body of SGLang's prefetch I/O thread, which gets every prefetch that has host memory."""
     current = runtime.current()
     if current is None:
         return original(controller)
-    current.controller = controller
     current.rank_sync.open()
     prefill = _prefill()
     while not controller.storage_stop_event.is_set():
@@ -158,10 +161,19 @@ def around_prefetch_io(original: Callable, controller: Any) -> None:
         if operation is not None:
             if controller.prefetch_completion_sync_groups:
                 current.rank_sync.admit(operation)
-            current.take(controller, operation)
+            _take_operation(current.side, controller, operation)
         if prefill is not None:
-            _guarded(prefill.tick_io)()
+            _guarded(prefill.start_overdue)()
     return None
+
+
+def _take_operation(side: PrefillSide | DecodeSide, controller: Any, operation: Any) -> None:
+    """SGLang gets the operation's memory back, whatever happens."""
+    try:
+        side.take_operation(controller, operation)
+    except Exception:
+        faults.record("request %s is computed without its stored pages", operation.request_id)
+        acknowledge(controller, operation, 0)
 
 
 def around_prefetch_sync(original: Callable, controller: Any) -> None:
@@ -178,7 +190,7 @@ def after_prealloc_add(
     _result: None, queue: Any, req: Req, is_retracted: bool = False, is_rebootstrap: bool = False
 ) -> None:
     side = _decode()
-    if side is None or is_retracted or is_rebootstrap or not _is_real(req):
+    if side is None or is_retracted or is_rebootstrap or not is_real(req):
         return
     if any(decode_req.req is req for decode_req in reversed(queue.queue)):
         side.add(queue, req)
@@ -224,7 +236,7 @@ def before_retire_prefetch(_tree: Any, handle: Any, host_indices: Any, *_args: A
 def before_tree_reset(tree: Any) -> None:
     current = runtime.current()
     if current is not None:
-        was_idle = not len(current.open_loads)
+        was_idle = not len(current.loads.open)
         current.quiesce()
         if current.tp_size > 1:
             meet()

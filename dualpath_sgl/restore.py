@@ -11,6 +11,8 @@ import time
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
+from opentelemetry.trace import Tracer
+
 from dualpath_sgl.pools.host_tree import held_on_host
 from dualpath_sgl.spans.tracing import record_span, traceparent_of
 
@@ -20,14 +22,12 @@ if TYPE_CHECKING:
     from sglang.srt.managers.schedule_batch import Req
     from sglang.srt.mem_cache.unified_radix_cache import UnifiedRadixCache
 
-    from dualpath_sgl.runtime import Runtime
-
 
 class RestoreGuard:
     """Runs on SGLang's scheduler thread."""
 
-    def __init__(self, runtime: Runtime) -> None:
-        self._runtime = runtime
+    def __init__(self, tracer: Tracer) -> None:
+        self._tracer = tracer
         # By request id: requests with one room (n > 1, a room that a client chose) have a promise each.
         self._unlocks: dict[str, Callable[[], None]] = {}
         self._begun_ns: dict[str, int] = {}
@@ -52,7 +52,7 @@ class RestoreGuard:
         begun_ns = self._begun_ns.pop(request.req.rid, None)
         if begun_ns is not None:
             record_span(
-                self._runtime.tracer,
+                self._tracer,
                 "restore",
                 traceparent_of(request.req.time_stats),
                 begun_ns,

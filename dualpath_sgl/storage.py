@@ -26,7 +26,7 @@ class DualPathStorage(MooncakeStore):
     def __init__(self, storage_config: HiCacheStorageConfig, _kwargs: dict[str, Any]) -> None:
         """Connect to the store.
 
-        Raises RuntimeError when DualPath is off or its hooks did not apply, start_checks.Refused
+        Raises RuntimeError when DualPath is off or its hooks did not apply, start.checks.Refused
         when it cannot serve this rank, ValueError for a read rate that is
         none, and whatever MooncakeStore raises.
         """

@@ -24,8 +24,10 @@ from contextlib import suppress
 from pathlib import Path
 
 import zmq
+from zmq.constants import Event
 from zmq.utils.monitor import recv_monitor_message
 
+from dualpath_sgl.threads import faults
 from dualpath_sgl.threads.mailbox import Mailbox
 from scheduler_svc.telemetry.log_limit import LimitedLog
 from scheduler_svc.wire import protocol
@@ -60,7 +62,7 @@ BROKEN_HANDSHAKES = 2
 """In a row, until they count as a refusal: a scheduler breaks off with keys it does not admit, so that they
 try again, but also when it is stopped."""
 
-_HANDSHAKE_FAILED = {
+_HANDSHAKE_FAILED: dict[Event, str] = {
     zmq.EVENT_HANDSHAKE_FAILED_AUTH: (
         "it does not admit this engine's key; put the .key file of DUALPATH_KEY_FILE into the scheduler's "
         "directory of authorized keys"
@@ -85,38 +87,23 @@ _FOLLOWED = (
 )
 
 
-def _nobody_waits(room: int) -> None:
-    pass
-
-
 class ControlChannel(threading.Thread):
     def __init__(
         self,
         address: str,
         engine: RankInfo,
-        load: Callable[[], Workload],
-        on_plan: Callable[[Plan], None],
         key_files: tuple[Path, Path] | None = None,
-        on_no_plan: Callable[[int], None] = _nobody_waits,
     ) -> None:
         """`key_files`: this engine's CURVE secret key and the scheduler's public one.
-
-        `on_plan` and `on_no_plan` are called on this thread and must not block.  `on_no_plan` gets the
-        room of a report for which no plan comes any more; it may be one that is done or unknown by now.
 
         Raises scheduler_svc.wire.keys.KeyFileError when one of the files is no key.
         """
         super().__init__(name="dualpath-control", daemon=True)
         self.connected = False
         """The scheduler has accepted this rank on the present connection: plans can come."""
-        self.faults = 0
-        """Exceptions in this channel and in its callbacks, each of which is logged."""
         self._address = address
         self._engine = engine
-        self._load = load
-        self._last_load = Workload()
-        self._on_plan = on_plan
-        self._on_no_plan = on_no_plan
+        self._last_workload = Workload()
         self._key_files = key_files
         self._refusals_said: set[object] = set()
         """Kinds of refusal that were logged since the scheduler accepted this rank last."""
@@ -128,6 +115,22 @@ class ControlChannel(threading.Thread):
         # Reports without an answer, by room: sent again to a scheduler that forgot this engine.
         self._unanswered: dict[int, Report] = {}
         self._socket = self._new_socket()
+
+    def serve(
+        self,
+        workload: Callable[[], Workload],
+        on_plan: Callable[[Plan], None],
+        on_no_plan: Callable[[int], None],
+    ) -> None:
+        """Start the thread.  For every heartbeat it asks for the rank's `workload`.
+
+        `on_plan` and `on_no_plan` are called on it and must not block.  `on_no_plan` gets the room of a
+        report for which no plan comes any more; it may be one that is done or unknown by now.
+        """
+        self._workload = workload
+        self._on_plan = on_plan
+        self._on_no_plan = on_no_plan
+        self.start()
 
     def send(self, message: Report | Done | RankInfo) -> None:
         """A `RankInfo` is what this rank is from now on (new weights); the scheduler hears of it at once."""
@@ -142,7 +145,7 @@ class ControlChannel(threading.Thread):
             try:
                 self._serve(self._socket)
             except Exception:
-                self._fault("the control channel failed; it connects anew")
+                self._record_fault("the control channel failed; it connects anew")
             self._lose()
             with suppress(zmq.ZMQError):
                 self._socket.disable_monitor()
@@ -152,10 +155,10 @@ class ControlChannel(threading.Thread):
             try:
                 self._socket = self._new_socket()
             except Exception:
-                self._fault("the control channel cannot be opened")
+                self._record_fault("the control channel cannot be opened")
 
     def _new_socket(self) -> zmq.Socket:
-        socket = zmq.Context.instance().socket(zmq.DEALER)
+        socket: zmq.Socket = zmq.Context.instance().socket(zmq.DEALER)
         socket.setsockopt(zmq.LINGER, 0)
         socket.setsockopt(zmq.IMMEDIATE, 1)
         socket.setsockopt(zmq.RECONNECT_IVL, 100)
@@ -177,7 +180,7 @@ class ControlChannel(threading.Thread):
         next_heartbeat_s, interval_s = 0.0, HEARTBEAT_S
         while not self._stopping.is_set():
             wait_s = max(0.0, min(next_heartbeat_s - time.monotonic(), HEARTBEAT_S))
-            ready = dict(poller.poll(wait_s * 1000))
+            ready = dict(poller.poll(int(wait_s * 1000)))
             if monitor in ready:
                 if self._follow_connection(monitor):
                     return
@@ -197,7 +200,7 @@ class ControlChannel(threading.Thread):
         """Returns whether the socket is of no more use."""
         is_over = False
         while monitor.poll(0):
-            event = recv_monitor_message(monitor)["event"]
+            event = Event(recv_monitor_message(monitor)["event"])
             self._lose()
             if event == zmq.EVENT_HANDSHAKE_SUCCEEDED:
                 self._broken_handshakes = 0
@@ -241,14 +244,14 @@ class ControlChannel(threading.Thread):
 
     def _beat(self, socket: zmq.Socket) -> None:
         try:
-            self._last_load = self._load()
+            self._last_workload = self._workload()
         except Exception:
-            self._fault("the load of this rank could not be told; the scheduler gets the last one")
+            self._record_fault("the workload of this rank could not be told; the scheduler gets the last one")
         self._transmit(
             socket,
             Heartbeat(
                 engine=self._engine,
-                load=self._last_load,
+                load=self._last_workload,
                 version=PROTOCOL_VERSION,
                 oldest_version=OLDEST_PEER_VERSION,
                 hello=not self.connected,
@@ -275,7 +278,7 @@ class ControlChannel(threading.Thread):
         except zmq.Again:
             return False
         except (ValueError, TypeError):
-            self._fault("%.200r cannot be sent", message)
+            self._record_fault("%.200r cannot be sent", message)
             return False
         return True
 
@@ -322,9 +325,8 @@ class ControlChannel(threading.Thread):
         try:
             callback(argument)
         except Exception:
-            self._fault("the scheduler's answer about room %d could not be used", room)
+            self._record_fault("the scheduler's answer about room %d could not be used", room)
 
-    def _fault(self, text: str, *arguments: object) -> None:
-        """To be called while an exception is handled."""
-        self.faults += 1
-        self._log.log(logging.ERROR, f"DualPath: {text}", *arguments, exc_info=True)
+    def _record_fault(self, what: str, *names: object) -> None:
+        """As `faults.record`, but a flood of faults does not fill the log."""
+        faults.record(what, *names, log=self._log)

@@ -13,7 +13,7 @@ from collections.abc import Mapping
 from itertools import chain
 from typing import TYPE_CHECKING
 
-from dualpath_sgl.control.real_request import real
+from dualpath_sgl.control.real_request import is_real
 
 if TYPE_CHECKING:
     from sglang.srt.disaggregation.decode import DecodePreallocQueue
@@ -46,7 +46,9 @@ class DecodeWork:
         if self._queue is None or now_s < self._next_count_s:
             return
         self._next_count_s = now_s + COUNT_INTERVAL_S
-        self._tokens = {req.rid: len(req.origin_input_ids) for req in real(_unfinished(self._queue))}
+        self._tokens = {
+            req.rid: len(req.origin_input_ids) for req in _unfinished(self._queue) if is_real(req)
+        }
 
     def with_queued(self, queued: Mapping[str, int]) -> tuple[int, int]:
         """Requests and their prompt tokens; from any thread.

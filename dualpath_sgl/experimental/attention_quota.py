@@ -1,4 +1,4 @@
-"""The compute quota of a prefill step (paper section 6, A.4): its attention takes a set time at most.
+"""Experimental: the compute quota of a prefill step (paper section 6, A.4) bounds its attention's time.
 
 SGLang fills a step by token count (`--chunked-prefill-size`), however long the cached prefixes are that
 the new tokens attend to.  With a quota a step takes requests in SGLang's order while their predicted
@@ -28,7 +28,7 @@ logger = logging.getLogger(__name__)
 
 
 class AttentionTime(NamedTuple):
-    """Of one engine: the square term of a prompt's prefill time, which is what attention takes."""
+    """The square term of a prompt's prefill time on one engine, which is what attention takes."""
 
     ms_per_square: float
     """`a` of `f(l) = a * l^2 + b * l + c`, the milliseconds in which `l` tokens are computed."""
@@ -43,14 +43,14 @@ class AttentionTime(NamedTuple):
 
 
 class Quota(NamedTuple):
-    """Of every step of one engine."""
+    """What the attention of every step of one engine may take."""
 
     time: AttentionTime
     ms: float
 
 
 _quota: Quota | None = None
-"""Of this process's engine; None: the token count alone bounds a step."""
+"""What binds this process's engine; None: the token count alone bounds a step."""
 
 
 def after_init_chunk_sizer(_result: None, scheduler: Any) -> None:
@@ -121,12 +121,12 @@ class _WithinVocabulary:
         return self._runner.forward(forward_batch=forward_batch, **kwargs)
 
 
-def after_get_prefill_adder_class(adder: type[PrefillAdder], _scheduler: Any) -> type[PrefillAdder]:
+def after_get_prefill_adder_class(adder: Any, _scheduler: Any) -> type[PrefillAdder]:
     return adder if _quota is None else quota_adder(adder, _quota)
 
 
 @cache
-def quota_adder(base: type[PrefillAdder], quota: Quota) -> type[PrefillAdder]:
+def quota_adder(base: Any, quota: Quota) -> type[PrefillAdder]:
     """SGLang's class that fills one step, bounded by `quota` too."""
     from sglang.srt.managers.schedule_policy import AddReqResult
 

@@ -1,6 +1,7 @@
 """Everything that moves pages into a host pool, and what keeps that safe.
 
 page_load.py      one prefetch operation of SGLang: its pages may land in any order
+loads.py          how loads begin; reads outside of any plan
 open_loads.py     loads whose memory may still be written to
 store_lane.py     storage -> own host pool
 peer_lane.py      PE: one DE's host pool -> own host pool

@@ -84,25 +84,25 @@ class Forwarder:
             if code != 0:
                 raise RuntimeError(f"Mooncake refused to register the KV host pool: code {code}")
         # P2PHANDSHAKE picks its own port: peers must be told on every start.
-        self.session = f"{host}:{self._engine.get_rpc_port()}"
+        self.mooncake_address = f"{host}:{self._engine.get_rpc_port()}"
 
-    def answers(self, session: str) -> bool:
-        """Whether the engine behind `session` lives.  Waits up to 60 s for one that hangs.
+    def answers(self, mooncake_address: str) -> bool:
+        """Whether the engine at `mooncake_address` lives.  Waits up to 60 s for one that hangs.
 
-        Ask before the first read from a session: Mooncake makes its first contact inside that read and
+        Ask before the first read from an engine: Mooncake makes its first contact inside that read and
         under a lock, where an engine that hangs stops the reads from all others for as long.
         """
-        return self._engine.send_probe(session) == 0
+        return self._engine.send_probe(mooncake_address) == 0
 
     def read(
         self,
-        session: str,
+        mooncake_address: str,
         local: Sequence[int],
         remote: Sequence[int],
         lengths: Sequence[int],
         patience_s: float = math.inf,
     ) -> bool:
-        """Copy `lengths[i]` bytes from `remote[i]` in `session` to `local[i]`; True if all arrived.
+        """Copy `lengths[i]` bytes from `remote[i]` at that engine to `local[i]`; True if all arrived.
 
         Once it has returned, nothing writes into `local`.  Raises StillWriting when no transfer has
         ended for `patience_s`.  Every block costs time whatever its size: join them first (`merge_runs`).
@@ -113,7 +113,7 @@ class Forwarder:
                 transfers.wait_for_room(UNDER_WAY, patience_s)
                 if transfers.failed:
                     break
-                transfers.start(session, *piece)
+                transfers.start(mooncake_address, *piece)
             transfers.wait_for_room(1, patience_s)
         except Exception as error:
             if not transfers:
@@ -133,8 +133,8 @@ class _Transfers:
     def __len__(self) -> int:
         return len(self._batches)
 
-    def start(self, session: str, local: int, remote: int, length: int) -> None:
-        batch = self._engine.batch_transfer_async_read(session, [local], [remote], [length])
+    def start(self, mooncake_address: str, local: int, remote: int, length: int) -> None:
+        batch = self._engine.batch_transfer_async_read(mooncake_address, [local], [remote], [length])
         # Asking for the state of a batch that was refused (0, or -1 without its sign) ends the process.
         if 0 < batch < 2**63:
             self._batches.append(batch)

@@ -8,30 +8,33 @@ an acknowledgement that came after it would free pages that have a new owner.
 from __future__ import annotations
 
 import threading
-from typing import TYPE_CHECKING
-
-if TYPE_CHECKING:
-    from dualpath_sgl.lanes.page_load import PageLoad
+from typing import Protocol
 
 DRAIN_S = 40.0
 """How long SGLang itself waits at most for its four storage threads (10 s each)."""
+
+
+class Load(Protocol):
+    """A `PageLoad`."""
+
+    def stop(self) -> None: ...
 
 
 class OpenLoads:
     """Safe from any thread."""
 
     def __init__(self) -> None:
-        self._loads: set[PageLoad] = set()
+        self._loads: set[Load] = set()
         self._changed = threading.Condition()
 
     def __len__(self) -> int:
         return len(self._loads)
 
-    def add(self, load: PageLoad) -> None:
+    def add(self, load: Load) -> None:
         with self._changed:
             self._loads.add(load)
 
-    def remove(self, load: PageLoad) -> None:
+    def remove(self, load: Load) -> None:
         """SGLang has its last acknowledgement."""
         with self._changed:
             self._loads.discard(load)

@@ -11,10 +11,11 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Callable
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 import torch
 
+from dualpath_sgl.lanes.open_loads import OpenLoads
 from dualpath_sgl.threads import faults
 from scheduler_svc.wire.protocol import LaneRecord
 
@@ -24,13 +25,14 @@ if TYPE_CHECKING:
         PrefetchOperation,
     )
 
-    from dualpath_sgl.lanes.open_loads import OpenLoads
+
+Lane = Literal["store", "peer"]
 
 
-class LaneClock:
-    """When one lane worked on one load; becomes its `LaneRecord`."""
+class LaneWork:
+    """What one lane did for one load, and when; becomes its `LaneRecord`."""
 
-    def __init__(self, lane: str, first_page: int) -> None:
+    def __init__(self, lane: Lane, first_page: int) -> None:
         self.lane = lane
         self.first_page = first_page
         self.end_page = first_page
@@ -38,7 +40,7 @@ class LaneClock:
         self.transfers = 0
         """Calls that moved pages."""
         self.blocks = 0
-        """Of a forward: contiguous blocks that its calls were made of."""
+        """Contiguous blocks that a forward's calls were made of."""
         self.queued_ns = time.time_ns()
         self.begun_ns = 0
         self.ended_ns = 0
@@ -50,6 +52,11 @@ class LaneClock:
         self.end_page += pages
         self.bytes += byte_count
         self.transfers += byte_count > 0
+        self.ended_ns = time.time_ns()
+
+    def void(self) -> None:
+        """Nothing of what was moved counts."""
+        self.end_page, self.bytes = self.first_page, 0
         self.ended_ns = time.time_ns()
 
     def record(self) -> LaneRecord:
@@ -68,9 +75,13 @@ class PageLoad:
     """Pages `[0, pages)` of one operation; page 0 is prompt page `first_page`.
 
     Where it begins is the operation's own word: SGLang may move it until there is host memory.
-    Lanes work between `open_part` and `close_part` and call `land` for pages that are whole.
-    `hold`, when given, receives the closing step and may call it later: a DE does so to keep
-    owning pages that a PE still reads.
+    Lanes work between `open_part` and `close_part` and call `land` for pages that are whole.  The load calls
+    its owner, on the lane's thread:
+
+        on_prefix(load, before)   pages `[before, load.prefix)` are whole; inside `land`
+        on_lanes_done(load)       every lane has let go; once
+        hold(load)                right after it, instead of `acknowledge()`: the owner calls that later.
+                                  A DE keeps pages so that a PE still reads
     """
 
     def __init__(
@@ -82,7 +93,7 @@ class PageLoad:
         page_bytes: int,
         on_prefix: Callable[[PageLoad, int], None] | None = None,
         on_lanes_done: Callable[[PageLoad], None] | None = None,
-        hold: Callable[[Callable[[], None]], None] | None = None,
+        hold: Callable[[PageLoad], None] | None = None,
     ) -> None:
         self.controller = controller
         self.operation = operation
@@ -91,7 +102,9 @@ class PageLoad:
         self.pages = len(operation.hash_value)
         self.prefix = 0
         """Pages landed without a gap."""
-        self.clocks: list[LaneClock] = []
+        self.lane_work: list[LaneWork] = []
+        self.fallback_reason: str | None = None
+        """Why another source than the planned one brings some of the pages."""
         self._landed = bytearray(self.pages)
         self._host_indices = operation.host_indices
         self._withheld = bytearray(self.pages)
@@ -151,12 +164,13 @@ class PageLoad:
             self._withheld[first:end] = bytes(end - first)
         self._leave()
 
-    def open_part(self, lane: str, first: int) -> LaneClock:
+    def open_part(self, lane: Lane, first: int) -> LaneWork:
+        """`lane` begins to bring pages from the load's page `first` on, and keeps the books in the result."""
         with self._lock:
             self._open_parts += 1
-            clock = LaneClock(lane, self.first_page + first)
-            self.clocks.append(clock)
-            return clock
+            work = LaneWork(lane, self.first_page + first)
+            self.lane_work.append(work)
+            return work
 
     def land(self, first: int, end: int) -> None:
         """Pages `[first, end)` are whole in the host pool."""
@@ -192,11 +206,12 @@ class PageLoad:
                 # SGLang must get its memory back whatever becomes of the report.
                 faults.record("the load of request %s was not reported", self.operation.request_id)
         if self._hold is None:
-            self._acknowledge()
+            self.acknowledge()
         else:
-            self._hold(self._acknowledge)
+            self._hold(self)
 
-    def _acknowledge(self) -> None:
+    def acknowledge(self) -> None:
+        """Give SGLang its pages; its scheduler thread goes on with them.  Once."""
         with self._lock:
             self._acknowledged = True
         acknowledge(self.controller, self.operation, self.prefix)

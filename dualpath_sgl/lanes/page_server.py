@@ -1,8 +1,8 @@
 """The DE rank's page server: tells PEs where pinned pages lie, and knows until when.
 
-A room is *open* from the DE's plan until its pages were released, its lease ended, or the DE
-needs the memory back.  Closing comes first, unpinning after it: whoever asks after the close is
-told that what it read does not count (see peer_protocol).
+A room's pages are *offered* from the DE's plan until they were released, their lease ended, or the DE
+needs the memory back.  Withdrawing comes first, unpinning after it: whoever asks after that is
+told that what it read does not count (peer_protocol.py, whose other end is peer_lane.py).
 
 It runs inside an engine: what a message costs in time and memory is bounded, whoever sends it.
 """
@@ -34,11 +34,11 @@ logger = logging.getLogger(__name__)
 POLL_MS = 100
 """How often leases and silent pulls are looked for."""
 WAITING_S = 0.5
-"""How often a PE with an open room and no news is told to wait on."""
-CLOSED_REMEMBERED = 4096
+"""How often a PE whose room is offered and has no news is told to wait on."""
+WITHDRAWN_REMEMBERED = 4096
 """Rooms.  A PE that asks for one of them is told so at once and need not wait for a plan to arrive."""
 EARLY_PULLS = 1024
-"""Pulls for rooms that are not open (yet); the oldest goes when there are more."""
+"""Pulls for rooms that are not offered (yet); the oldest goes when there are more."""
 MOST_UNFINISHED_BYTES = 2 * peer_protocol.MAX_MESSAGE_BYTES
 """Beyond this without an end of the message a connection is cut."""
 MESSAGES_AT_A_TIME = 256
@@ -49,7 +49,7 @@ ANOTHER_ENGINE = "pulled by another engine"
 
 
 @dataclass
-class _Room:
+class _Offer:
     first_page: int
     prompt_hash: str | None
     lease_until_s: float
@@ -63,7 +63,7 @@ class _Room:
     """A PE has asked for it."""
     ended: bool = False
     reason: str | None = None
-    on_close: list[Callable[[], None]] = field(default_factory=list)
+    on_withdrawal: list[Callable[[], None]] = field(default_factory=list)
     strangers: set[bytes] = field(default_factory=set)
     """Lanes that asked for this room and meant another prompt: nothing of it is theirs to release."""
     served: bytes | None = None
@@ -81,15 +81,15 @@ class _Puller:
     since_s: float
     next_page: int
     news_s: float
-    state: _Room | None = None
-    """What it is served from, once the room is open."""
+    offer: _Offer | None = None
+    """What it is served from, once there is an offer."""
 
 
 class PageServer(threading.Thread):
     def __init__(
         self,
         host: str,
-        session: str,
+        mooncake_address: str,
         fingerprint: str,
         lease_s: float,
         subscribe_timeout_s: float,
@@ -97,15 +97,15 @@ class PageServer(threading.Thread):
     ) -> None:
         """With `keys` it speaks CURVE, and only with the holders of those."""
         super().__init__(name="dualpath-page-server", daemon=True)
-        self._session = session
+        self._mooncake_address = mooncake_address
         self.fingerprint = fingerprint
         """May be set at any time; only pulls that name it are served from then on."""
         self._lease_s = lease_s
         self._subscribe_timeout_s = subscribe_timeout_s
-        self._rooms: dict[int, _Room] = {}
-        self._closed: OrderedDict[int, None] = OrderedDict()
+        self._offers: dict[int, _Offer] = {}
+        self._withdrawn: OrderedDict[int, None] = OrderedDict()
         self._lock = threading.Lock()
-        """Of the two above; held for as long as one room's next message takes to make."""
+        """Guards the two above; held for as long as one room's next message takes to make."""
         self._pullers: OrderedDict[int, _Puller] = OrderedDict()
         """By room; the server's own thread."""
         self._wake: Mailbox[int] = Mailbox()
@@ -125,13 +125,13 @@ class PageServer(threading.Thread):
 
     # -- called by the DE's scheduler thread and lanes --------------------------------------
 
-    def open(self, room: int, first_page: int, prompt_hash: str | None = None) -> None:
+    def offer(self, room: int, first_page: int, prompt_hash: str | None = None) -> None:
         """Begin to offer pages from `first_page` on, to whoever means the prompt of that hash."""
-        self.close(room)
+        self.withdraw(room)
         now_s = time.monotonic()
         with self._lock:
-            self._closed.pop(room, None)
-            self._rooms[room] = _Room(
+            self._withdrawn.pop(room, None)
+            self._offers[room] = _Offer(
                 first_page,
                 prompt_hash,
                 lease_until_s=now_s + self._lease_s,
@@ -143,9 +143,9 @@ class PageServer(threading.Thread):
     def renew(self, room: int) -> None:
         """The DE still reads for this room, however long its storage queue is."""
         with self._lock:
-            state = self._rooms.get(room)
-            if state is not None:
-                self._vouch(state)
+            offer = self._offers.get(room)
+            if offer is not None:
+                self._vouch(offer)
 
     def publish(
         self,
@@ -154,68 +154,67 @@ class PageServer(threading.Thread):
         sizes: tuple[int, ...],
         unpin: Callable[[], None] | None = None,
     ) -> None:
-        """The next pages are whole and pinned; `unpin` is called once the room is closed.
-
-        Of a room that is closed already `unpin` is called at once.
+        """The next pages are whole and pinned; `unpin` is called once the offer is withdrawn, at once if it
+        is so already.
         """
         with self._lock:
-            state = self._rooms.get(room)
-            if state is not None:
-                state.pages.extend(pages)
-                state.sizes = sizes
-                self._vouch(state)
+            offer = self._offers.get(room)
+            if offer is not None:
+                offer.pages.extend(pages)
+                offer.sizes = sizes
+                self._vouch(offer)
                 if unpin is not None:
-                    state.on_close.append(unpin)
-        if state is None and unpin is not None:
+                    offer.on_withdrawal.append(unpin)
+        if offer is None and unpin is not None:
             unpin()
         self._wake.put(room)
 
     def end(self, room: int, reason: str | None = None) -> None:
         """No further page will be published; `reason` says why when some are missing."""
         with self._lock:
-            state = self._rooms.get(room)
-            if state is not None:
-                state.ended, state.reason = True, reason
+            offer = self._offers.get(room)
+            if offer is not None:
+                offer.ended, offer.reason = True, reason
         self._wake.put(room)
 
-    def when_closed(self, room: int, callback: Callable[[], None]) -> None:
+    def when_withdrawn(self, room: int, callback: Callable[[], None]) -> None:
         """Call `callback` (on any thread) once nobody may count on the room's pages any more."""
         with self._lock:
-            state = self._rooms.get(room)
-            if state is not None:
-                state.on_close.append(callback)
+            offer = self._offers.get(room)
+            if offer is not None:
+                offer.on_withdrawal.append(callback)
                 return
         callback()
 
-    def close(self, room: int) -> None:
+    def withdraw(self, room: int) -> None:
         """Take the pages back now: what is read from here on does not count."""
         with self._lock:
-            state = self._rooms.pop(room, None)
-            if state is None:
+            offer = self._offers.pop(room, None)
+            if offer is None:
                 return
-            self._closed[room] = None
-            if len(self._closed) > CLOSED_REMEMBERED:
-                self._closed.popitem(last=False)
-        for callback in state.on_close:
+            self._withdrawn[room] = None
+            if len(self._withdrawn) > WITHDRAWN_REMEMBERED:
+                self._withdrawn.popitem(last=False)
+        for callback in offer.on_withdrawal:
             try:
                 callback()
             except Exception:
                 faults.record("a page of room %d may stay pinned", room)
 
-    def close_all(self) -> None:
-        for room in list(self._rooms):
-            self.close(room)
+    def withdraw_all(self) -> None:
+        for room in list(self._offers):
+            self.withdraw(room)
 
-    def is_open(self, room: int) -> bool:
-        return room in self._rooms
+    def offers(self, room: int) -> bool:
+        return room in self._offers
 
     @property
-    def open_rooms(self) -> int:
-        return len(self._rooms)
+    def offered_rooms(self) -> int:
+        return len(self._offers)
 
-    def _vouch(self, state: _Room) -> None:
-        state.vouched_s = time.monotonic()
-        state.lease_until_s = max(state.lease_until_s, state.vouched_s + self._lease_s)
+    def _vouch(self, offer: _Offer) -> None:
+        offer.vouched_s = time.monotonic()
+        offer.lease_until_s = max(offer.lease_until_s, offer.vouched_s + self._lease_s)
 
     # -- the server's own thread -------------------------------------------------------------
 
@@ -275,7 +274,7 @@ class PageServer(threading.Thread):
             return
         now_s = time.monotonic()
         self._pullers[pull.room] = _Puller(identity, pull, now_s, pull.first_page, now_s)
-        if len(self._pullers) > EARLY_PULLS + len(self._rooms):
+        if len(self._pullers) > EARLY_PULLS + len(self._offers):
             self._drop_oldest_early_pull()
 
     def _refusal(self, identity: bytes, pull: Pull) -> str | None:
@@ -289,47 +288,47 @@ class PageServer(threading.Thread):
         return None
 
     def _drop_oldest_early_pull(self) -> None:
-        early = next((room for room in self._pullers if room not in self._rooms), None)
+        early = next((room for room in self._pullers if room not in self._offers), None)
         if early is not None:
             puller = self._pullers.pop(early)
             self._send(puller.identity, Ended(room=early, end_page=puller.next_page, reason="not offered"))
 
-    def _may_speak(self, identity: bytes, room: int, state: _Room | None) -> bool:
+    def _may_speak(self, identity: bytes, room: int, offer: _Offer | None) -> bool:
         """Whether `identity` may end `room`: neither another lane's nor another prompt's."""
         puller = self._pullers.get(room)
         if puller is not None and puller.identity != identity:
             return False
-        return state is None or (state.served in (None, identity) and identity not in state.strangers)
+        return offer is None or (offer.served in (None, identity) and identity not in offer.strangers)
 
     def _read_on(self, identity: bytes, room: int) -> None:
         """The PE reads what was offered, and has not come to its end."""
         with self._lock:
-            state = self._rooms.get(room)
-            if state is not None and state.served == identity:
-                longest_s = state.vouched_s + LEASES_WHILE_READING * self._lease_s
+            offer = self._offers.get(room)
+            if offer is not None and offer.served == identity:
+                longest_s = offer.vouched_s + LEASES_WHILE_READING * self._lease_s
                 wished_s = min(time.monotonic() + self._lease_s, longest_s)
-                state.lease_until_s = max(state.lease_until_s, wished_s)
+                offer.lease_until_s = max(offer.lease_until_s, wished_s)
 
     def _release(self, identity: bytes, room: int) -> None:
         with self._lock:
-            state = self._rooms.get(room)
-        # Answered before the close unpins anything.
-        self._send(identity, Released(room=room, valid=state is not None and state.served == identity))
-        if self._may_speak(identity, room, state):
+            offer = self._offers.get(room)
+        # Answered before the withdrawal unpins anything.
+        self._send(identity, Released(room=room, valid=offer is not None and offer.served == identity))
+        if self._may_speak(identity, room, offer):
             self._pullers.pop(room, None)
-            self.close(room)
+            self.withdraw(room)
 
     def _expire(self) -> None:
         now_s = time.monotonic()
         with self._lock:
             over = [
                 room
-                for room, state in self._rooms.items()
-                if now_s > state.lease_until_s or (not state.subscribed and now_s > state.subscribe_until_s)
+                for room, offer in self._offers.items()
+                if now_s > offer.lease_until_s or (not offer.subscribed and now_s > offer.subscribe_until_s)
             ]
         for room in over:
             self._warn("DualPath: lease of room %d ended before its pages were released", room)
-            self.close(room)
+            self.withdraw(room)
 
     def _push(self, room: int) -> None:
         """Tell whoever pulls `room` what is new of it."""
@@ -354,43 +353,43 @@ class PageServer(threading.Thread):
     def _news(self, puller: _Puller, now_s: float) -> Pages | Ended | None:
         room = puller.pull.room
         with self._lock:
-            state = self._rooms.get(room)
-            puller.state = puller.state or state
-            if state is not None and puller.state is state:
-                return self._news_of(puller, state)
-            closed = room in self._closed or state is not puller.state
-        if closed:
+            offer = self._offers.get(room)
+            puller.offer = puller.offer or offer
+            if offer is not None and puller.offer is offer:
+                return self._news_of(puller, offer)
+            is_over = room in self._withdrawn or offer is not puller.offer
+        if is_over:
             return Ended(room=room, end_page=puller.next_page, reason="lease ended")
         if now_s < puller.since_s + self._subscribe_timeout_s:
             return None  # the plan may reach the PE first
         return Ended(room=room, end_page=puller.next_page, reason="not offered")
 
-    def _news_of(self, puller: _Puller, state: _Room) -> Pages | Ended | None:
+    def _news_of(self, puller: _Puller, offer: _Offer) -> Pages | Ended | None:
         pull, first = puller.pull, puller.next_page
-        if state.served not in (None, puller.identity):
+        if offer.served not in (None, puller.identity):
             return Ended(room=pull.room, end_page=first, reason=ANOTHER_ENGINE)
-        if state.first_page > pull.first_page:
+        if offer.first_page > pull.first_page:
             return Ended(room=pull.room, end_page=first, reason="not offered")
-        if state.prompt_hash and pull.prompt_hash and state.prompt_hash != pull.prompt_hash:
-            state.strangers.add(puller.identity)
+        if offer.prompt_hash and pull.prompt_hash and offer.prompt_hash != pull.prompt_hash:
+            offer.strangers.add(puller.identity)
             return Ended(room=pull.room, end_page=first, reason="another prompt")
-        state.strangers.discard(puller.identity)
-        state.subscribed = True
-        end = min(state.end_page, pull.end_page)
+        offer.strangers.discard(puller.identity)
+        offer.subscribed = True
+        end = min(offer.end_page, pull.end_page)
         if first < end:
-            most = max(1, peer_protocol.MOST_POINTERS // len(state.sizes))
-            begin = first - state.first_page
-            offered = state.pages[begin : begin + min(most, end - first)]
-            state.served = puller.identity
+            most = max(1, peer_protocol.MOST_POINTERS // len(offer.sizes))
+            begin = first - offer.first_page
+            offered = offer.pages[begin : begin + min(most, end - first)]
+            offer.served = puller.identity
             return Pages(
                 room=pull.room,
-                session=self._session,
+                mooncake_address=self._mooncake_address,
                 first_page=first,
                 pointers=tuple(pointer for page in offered for pointer in page),
-                sizes=state.sizes,
+                sizes=offer.sizes,
             )
-        if end == pull.end_page or state.ended:
-            missing = None if end == pull.end_page else state.reason or "fewer pages than planned"
+        if end == pull.end_page or offer.ended:
+            missing = None if end == pull.end_page else offer.reason or "fewer pages than planned"
             return Ended(room=pull.room, end_page=max(end, pull.first_page), reason=missing)
         return None
 

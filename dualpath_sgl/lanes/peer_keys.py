@@ -31,7 +31,7 @@ class PeerKeys:
         self._key_file = key_file
         self._own = load_secret(key_file)
         self._directory = directory
-        # Of its own: ZeroMQ asks one authenticator a context, and SGLang uses the common one.
+        # A context of its own: ZeroMQ asks one authenticator a context, and SGLang uses the common one.
         self._context = zmq.Context()
         self._authenticator = PeerAuthenticator(directory, self._context)
         self._log = LimitedLog(logger)

@@ -1,6 +1,6 @@
 """The peer lane: one DE's host pool -> this PE's host pool.
 
-One lane per DE rank.  It is driven by what the DE says is ready, so waiting for one request's
+One lane per DE rank; peer_protocol.py says what the two tell each other.  It is driven by what the DE says is ready, so waiting for one request's
 pages never delays another's, nor the store lane.  A pull ends in exactly one way: all its pages
 confirmed and landed, or its missing pages handed to `on_missing` for another source.
 
@@ -26,7 +26,7 @@ import zmq
 
 from dualpath_sgl.lanes import peer_protocol
 from dualpath_sgl.lanes.forward import Forwarder, StillWriting, merge_runs
-from dualpath_sgl.lanes.page_load import LaneClock, PageLoad
+from dualpath_sgl.lanes.page_load import LaneWork, PageLoad
 from dualpath_sgl.lanes.peer_keys import Secure
 from dualpath_sgl.lanes.peer_protocol import Ended, Pages, Pull, Reading, Release, Released
 from dualpath_sgl.threads import faults
@@ -64,7 +64,7 @@ class _Pull:
     end: int
     """Wanted: pages `[0, end)` of the load."""
     prompt_hash: str | None
-    clock: LaneClock
+    work: LaneWork
     safe_end: int
     """Another source may read pages `[0, safe_end)`."""
     deadline_s: float = 0.0
@@ -88,7 +88,7 @@ class _Pull:
 
 
 class _Greeted(NamedTuple):
-    session: str
+    mooncake_address: str
     answers: bool
 
 
@@ -119,7 +119,7 @@ class PeerLane(threading.Thread):
         self._endpoint = endpoint
         self._forwarder = forwarder
         self.fingerprint = fingerprint
-        """Of the pages it asks for; may be set at any time."""
+        """What the pages it asks for must be; may be set at any time."""
         self._timeout_s = timeout_s
         self._on_missing = on_missing
         self._mailbox: Mailbox[_Pull | Release | _Greeted] = Mailbox()
@@ -134,12 +134,12 @@ class PeerLane(threading.Thread):
         self._unanswered: set[int] = set()
         """Rooms given up whose release the DE has not answered: its words may still be about that pull."""
         self._known: set[str] = set()
-        """Sessions that answered; reads from them are safe to begin (`Forwarder.answers`)."""
+        """Mooncake addresses that answered; reads from them are safe to begin (`Forwarder.answers`)."""
         self._greeting: str | None = None
         self._unfinished: _Unfinished | None = None
         self._wave_bytes = FIRST_WAVE_BYTES
         self._noise = LimitedLog(logger)
-        self._socket = zmq.Context.instance().socket(zmq.DEALER)
+        self._socket: zmq.Socket = zmq.Context.instance().socket(zmq.DEALER)
         self._socket.setsockopt(zmq.LINGER, 0)
         self._socket.setsockopt(zmq.MAXMSGSIZE, peer_protocol.MAX_MESSAGE_BYTES)
         self._socket.setsockopt(zmq.IPV6, int("[" in self._endpoint))
@@ -309,7 +309,7 @@ class PeerLane(threading.Thread):
     # -- reading ----------------------------------------------------------------------------------
 
     def _readable(self) -> bool:
-        return any(not pull.offers or pull.offers[0].session in self._known for pull in self._turns)
+        return any(not pull.offers or pull.offers[0].mooncake_address in self._known for pull in self._turns)
 
     def _read_wave(self) -> None:
         """One wave of the first pull, in turn, whose DE is known to answer."""
@@ -317,7 +317,7 @@ class PeerLane(threading.Thread):
             pull = self._turns.popleft()
             if pull.over or pull.load.cancelled or not pull.offers:
                 continue
-            known = pull.offers[0].session in self._known
+            known = pull.offers[0].mooncake_address in self._known
             self._try_for(pull, self._read if known else self._greet)
             if pull.offers:
                 self._turns.append(pull)
@@ -327,26 +327,27 @@ class PeerLane(threading.Thread):
     def _greet(self, pull: _Pull) -> None:
         """Find out whether the engine that holds the pages answers, on a thread that may wait for it."""
         if self._greeting is None:
-            session = pull.offers[0].session
+            address = pull.offers[0].mooncake_address
             threading.Thread(
-                target=self._ask, args=(session,), name=f"dualpath-greeting {session}", daemon=True
+                target=self._ask, args=(address,), name=f"dualpath-greeting {address}", daemon=True
             ).start()
-            self._greeting = session
+            self._greeting = address
 
-    def _ask(self, session: str) -> None:
+    def _ask(self, mooncake_address: str) -> None:
+        """On a thread of its own; continues in `_greeted`, on the lane's."""
         answers = False
         try:
-            answers = self._forwarder.answers(session)
+            answers = self._forwarder.answers(mooncake_address)
         finally:
-            self._mailbox.put(_Greeted(session, answers))
+            self._mailbox.put(_Greeted(mooncake_address, answers))
 
     def _greeted(self, greeted: _Greeted) -> None:
         self._greeting = None
         if greeted.answers:
-            self._known.add(greeted.session)
+            self._known.add(greeted.mooncake_address)
             return
         for pull in list(self._turns):
-            if pull.offers and pull.offers[0].session == greeted.session:
+            if pull.offers and pull.offers[0].mooncake_address == greeted.mooncake_address:
                 self._try_for(pull, self._release, "forward failed")
 
     def _read(self, pull: _Pull) -> None:
@@ -369,10 +370,10 @@ class PeerLane(threading.Thread):
                 return
             begin = (first - offer_first) * blocks_a_page
             blocks = merge_runs(local, offer.pointers[begin : begin + len(sizes)], sizes)
-            pull.clock.begin()
+            pull.work.begin()
             begun_s = time.monotonic()
             try:
-                whole = self._forwarder.read(offer.session, *blocks, self._timeout_s)
+                whole = self._forwarder.read(offer.mooncake_address, *blocks, self._timeout_s)
             except StillWriting as writing:
                 self._keep_back(pull, first, end, writing, lease)
                 return
@@ -381,8 +382,8 @@ class PeerLane(threading.Thread):
             self._release(pull, "forward failed")
             return
         pull.read = end
-        pull.clock.moved(end - first, sum(sizes))
-        pull.clock.blocks += len(blocks[0])
+        pull.work.moved(end - first, sum(sizes))
+        pull.work.blocks += len(blocks[0])
         if end == offer_end:
             pull.offers.popleft()
         self._progress(sum(sizes), time.monotonic() - begun_s)
@@ -454,7 +455,7 @@ class PeerLane(threading.Thread):
             if landed:
                 load.land(0, landed)
             if not confirmed:
-                pull.clock.moved(-pull.read, -pull.clock.bytes)
+                pull.work.void()
             if landed < pull.end and not load.cancelled:
                 reason = reason or ("peer offered too few pages" if confirmed else "lease ended")
                 self._on_missing(load, landed, pull.safe_end, reason)

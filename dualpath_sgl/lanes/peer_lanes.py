@@ -12,9 +12,11 @@ from dualpath_sgl.lanes.peer_lane import PeerLane
 class PeerLanes:
     """Safe from any thread."""
 
-    def __init__(self, make: Callable[[str, str], PeerLane]) -> None:
-        """`make(endpoint, engine_id)`: a lane to that page server of that DE, not started yet."""
+    def __init__(self, make: Callable[[str, str, str], PeerLane], fingerprint: str) -> None:
+        """`make(endpoint, engine_id, fingerprint)`: a lane, not started yet, to that page server of that DE,
+        for pages of that fingerprint."""
         self._make = make
+        self._fingerprint = fingerprint
         self._lanes: dict[str, PeerLane] = {}
         self._lock = threading.Lock()
 
@@ -40,8 +42,9 @@ class PeerLanes:
             pass
 
     def rename_layout(self, fingerprint: str) -> None:
-        """Every lane asks for pages of this fingerprint from now on; new ones are `make`'s affair."""
+        """Every lane asks for pages of this fingerprint from now on."""
         with self._lock:
+            self._fingerprint = fingerprint
             for lane in self._lanes.values():
                 lane.fingerprint = fingerprint
 
@@ -50,7 +53,7 @@ class PeerLanes:
             lane = self._lanes.get(endpoint)
             if lane is None or not lane.is_alive():
                 self._lanes = {key: lane for key, lane in self._lanes.items() if lane.is_alive()}
-                lane = _started(self._make(endpoint, engine_id))
+                lane = _started(self._make(endpoint, engine_id, self._fingerprint))
                 self._lanes[endpoint] = lane
             return lane
 

@@ -33,30 +33,31 @@ Pointer = Annotated[int, Meta(ge=0, le=2**63 - 1)]
 """An address in user space."""
 
 
-class Pull(Wire, tag="pull"):
+class Pull(Wire, frozen=True, tag="pull"):
     room: Room
     first_page: Count
     end_page: Count
     fingerprint: Name
     prompt_hash: Annotated[str, Meta(max_length=256)] | None = None
-    """Of the prompt that the PE means by this room; None where it does not say."""
+    """Names the prompt that the PE means by this room; None where it does not say."""
     version: Count = 1
     """Absent is the first one."""
 
 
-class Reading(Wire, tag="reading"):
+class Reading(Wire, frozen=True, tag="reading"):
     room: Room
 
 
-class Release(Wire, tag="release"):
+class Release(Wire, frozen=True, tag="release"):
     room: Room
 
 
-class Pages(Wire, tag="pages"):
+class Pages(Wire, frozen=True, tag="pages"):
     """Consecutive pages; page `first_page + i` is made of `len(sizes)` blocks."""
 
     room: Room
-    session: Name
+    mooncake_address: Name = msgspec.field(name="session")
+    """Where the DE's memory is read: `host:port` of its transfer engine, which Mooncake calls a session."""
     first_page: Count
     pointers: tuple[Pointer, ...]
     """Addresses in the DE's memory, page by page, `len(sizes)` for each."""
@@ -64,18 +65,18 @@ class Pages(Wire, tag="pages"):
     """Bytes of each block of one page."""
 
 
-class Waiting(Wire, tag="waiting"):
+class Waiting(Wire, frozen=True, tag="waiting"):
     room: Room
 
 
-class Ended(Wire, tag="ended"):
+class Ended(Wire, frozen=True, tag="ended"):
     room: Room
     end_page: Count
     reason: Annotated[str, Meta(max_length=256)] | None = None
     """None when every asked page was offered."""
 
 
-class Released(Wire, tag="released"):
+class Released(Wire, frozen=True, tag="released"):
     room: Room
     valid: bool
 

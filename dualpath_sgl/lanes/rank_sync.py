@@ -101,8 +101,7 @@ class RankSync:
         """Acknowledgements of operations that are no longer in flight belong to nobody."""
         while not controller.prefetch_sync_queue.empty():
             ack: PrefetchAck | None = controller.prefetch_sync_queue.get()
-            entry = self._by_operation.get(id(ack.operation)) if ack is not None else None
-            if entry is None:
+            if ack is None or (entry := self._by_operation.get(id(ack.operation))) is None:
                 continue
             if ack.completed_tokens is not None:
                 entry.landed_tokens = ack.completed_tokens

@@ -16,7 +16,7 @@ from collections.abc import Callable
 from queue import SimpleQueue
 from typing import NamedTuple
 
-from dualpath_sgl.lanes.page_load import LaneClock, PageLoad
+from dualpath_sgl.lanes.page_load import LaneWork, PageLoad
 from dualpath_sgl.threads import faults
 from dualpath_sgl.threads.priority import wait_politely
 
@@ -41,7 +41,7 @@ class _Part(NamedTuple):
     load: PageLoad
     first: int
     end: int
-    clock: LaneClock
+    work: LaneWork
 
 
 class StoreHangs(Exception):
@@ -68,7 +68,7 @@ class StoreLane(threading.Thread):
 
     @property
     def batch_bytes(self) -> int:
-        """Of the next read."""
+        """How much the next read asks for."""
         rate = self.rate_bytes_per_s
         least = min(LEAST_BATCH_BYTES, int(rate * MOST_BATCH_S) or LEAST_BATCH_BYTES)
         return min(max(least, int(rate * BATCH_S)), MOST_BATCH_BYTES)
@@ -78,6 +78,18 @@ class StoreLane(threading.Thread):
         with self._lock:
             self.queue_bytes += (end - first) * load.page_bytes
         self._parts.put(_Part(load, first, end, load.open_part("store", first)))
+
+    def take_over(self, load: PageLoad, first: int, end: int, reason: str) -> None:
+        """Pages `[first, end)` of `load` did not come from its DE, for this reason: read them here."""
+        logger.warning(
+            "DualPath: pages [%d, %d) of request %s come from the store instead: %s",
+            load.first_page + first,
+            load.first_page + end,
+            load.operation.request_id,
+            reason,
+        )
+        load.fallback_reason = reason
+        self.submit(load, first, end)
 
     def run(self) -> None:
         wait_politely()
@@ -97,7 +109,7 @@ class StoreLane(threading.Thread):
         try:
             self._read(part)
         finally:
-            unread_pages = part.load.first_page + part.end - part.clock.end_page
+            unread_pages = part.load.first_page + part.end - part.work.end_page
             with self._lock:
                 self.queue_bytes -= unread_pages * part.load.page_bytes
             part.load.close_part()
@@ -106,11 +118,11 @@ class StoreLane(threading.Thread):
         load, first = part.load, part.first
         while first < part.end and not load.cancelled:
             end = min(first + max(1, self.batch_bytes // load.page_bytes), part.end)
-            part.clock.begin()
+            part.work.begin()
             started_s = time.monotonic()
             whole = self._read_pages(load, first, end)
             self._account(whole * load.page_bytes, time.monotonic() - started_s)
-            part.clock.moved(whole, whole * load.page_bytes)
+            part.work.moved(whole, whole * load.page_bytes)
             load.land(first, first + whole)
             if whole < end - first:
                 return
@@ -123,19 +135,20 @@ class StoreLane(threading.Thread):
         """
         if self._hanging >= MOST_HANGING:
             raise StoreHangs(f"{self._hanging} storage reads hang: its pages are recomputed")
-        if self._reader is None:
+        reader = self._reader
+        if reader is None:
             reader = _Reader()
             reader.start()
             self._reader = reader
         read = _Read(load, first, end)
-        self._reader.reads.put(read)
+        reader.reads.put(read)
         if not read.over.wait(HANG_S):
-            self._give_up(read)
+            self._give_up(read, reader)
         if read.error is not None:
             raise read.error
         return read.whole
 
-    def _give_up(self, read: _Read) -> None:
+    def _give_up(self, read: _Read, reader: _Reader) -> None:
         """Raises StoreHangs, unless the read has just ended."""
         give_back = read.load.withhold(read.first, read.end)
         with self._lock:
@@ -149,7 +162,7 @@ class StoreLane(threading.Thread):
         if not read.leave_to_itself(over):
             over()
             return
-        self._reader.reads.put(None)
+        reader.reads.put(None)
         self._reader = None
         raise StoreHangs(
             f"the store has not answered for {HANG_S:g} s: from page {read.load.first_page + read.first} on "

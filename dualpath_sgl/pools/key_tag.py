@@ -32,7 +32,7 @@ def after_generate_storage_config(
 
 
 def key_tag(pool: Any, device_pool: Any, config: HiCacheStorageConfig) -> str:
-    """Of the host pool `pool`, which mirrors `device_pool`."""
+    """The tag for pages of the host pool `pool`, which mirrors `device_pool`."""
     # A host pool says uint8 of both kinds of fp8; its device pool knows which one it is.
     dtype = short_dtype(getattr(device_pool, "dtype", pool.dtype))
     facts = geometry(pool) | {

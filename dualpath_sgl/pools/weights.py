@@ -41,7 +41,7 @@ class Weights:
         """Empty for first weights without a version."""
         self._version: str | None = version
         self._unique = ""
-        """Of the last change."""
+        """The name that the last change brought."""
         self._is_mixed = False
         """The cache may hold pages of earlier weights."""
         self._is_session_open = False

@@ -13,7 +13,7 @@ from scheduler_svc.telemetry.tracing import context_from
 if TYPE_CHECKING:
     from sglang.srt.observability.req_time_stats import SchedulerReqTimeStats
 
-    from dualpath_sgl.lanes.page_load import LaneClock
+    from dualpath_sgl.lanes.page_load import LaneWork
 
 SPAN_OF_LANE = {"store": "storage.read", "peer": "forward"}
 
@@ -45,29 +45,29 @@ def record_span(
 
 def record_lane(
     tracer: Tracer,
-    clock: LaneClock,
+    work: LaneWork,
     traceparent: str | None,
     attributes: Mapping[str, str | int | float | bool],
 ) -> None:
     """One `storage.read` or `forward` span; queue wait is an attribute, not part of its length."""
-    if not clock.begun_ns:
+    if not work.begun_ns:
         return
-    busy_s = max(clock.ended_ns - clock.begun_ns, 1) / 1e9
+    busy_s = max(work.ended_ns - work.begun_ns, 1) / 1e9
     record_span(
         tracer,
-        SPAN_OF_LANE[clock.lane],
+        SPAN_OF_LANE[work.lane],
         traceparent,
-        clock.begun_ns,
-        clock.ended_ns,
+        work.begun_ns,
+        work.ended_ns,
         {
-            "dualpath.lane": clock.lane,
-            "dualpath.bytes": clock.bytes,
-            "dualpath.transfers": clock.transfers,
-            **({"dualpath.blocks": clock.blocks} if clock.blocks else {}),
-            "dualpath.pages.first": clock.first_page,
-            "dualpath.pages.end": clock.end_page,
-            "dualpath.queue_wait_s": max(0, clock.begun_ns - clock.queued_ns) / 1e9,
-            "dualpath.bandwidth_bytes_per_s": clock.bytes / busy_s,
+            "dualpath.lane": work.lane,
+            "dualpath.bytes": work.bytes,
+            "dualpath.transfers": work.transfers,
+            **({"dualpath.blocks": work.blocks} if work.blocks else {}),
+            "dualpath.pages.first": work.first_page,
+            "dualpath.pages.end": work.end_page,
+            "dualpath.queue_wait_s": max(0, work.begun_ns - work.queued_ns) / 1e9,
+            "dualpath.bandwidth_bytes_per_s": work.bytes / busy_s,
             **attributes,
         },
     )

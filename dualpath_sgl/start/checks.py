@@ -2,7 +2,7 @@
 
 Pure: nothing of SGLang or torch is imported.  The same rules judge an engine's flags (`dualpath doctor`,
 and SGLang's own resolution of them), the storage backend that it builds and the host pool that it
-registers; each of these knows some of the facts (engine_facts.py).  A fact that is not known is None,
+registers; each of these knows some of the facts (facts.py).  A fact that is not known is None,
 and no rule says anything about it.
 """
 
@@ -11,7 +11,7 @@ from __future__ import annotations
 import ipaddress
 from collections.abc import Callable
 from dataclasses import dataclass
-from urllib.request import proxy_bypass_environment
+from urllib.request import proxy_bypass
 
 LAYOUT = "page_first_direct"
 IO_BACKEND = "direct"
@@ -75,7 +75,7 @@ class Facts:
     side_pool: str | None = None
     """Name of a host pool beside the one of the KV."""
     protocol: str | None = None
-    """Of the forwarding engine."""
+    """Transport of the forwarding engine."""
     devices: tuple[str, ...] = ()
     """RDMA devices asked for, for forwarding."""
     host_devices: frozenset[str] | None = None
@@ -83,7 +83,7 @@ class Facts:
     force_tcp: bool | None = None
     """MC_FORCE_TCP, which holds for every transfer engine of a process."""
     store_protocol: str | None = None
-    """Of the store's client, where the environment names one."""
+    """Transport of the store's client, where the environment names one."""
     http_proxy: str | None = None
     no_proxy: str = ""
     own_host: str | None = None
@@ -390,7 +390,7 @@ def _bypasses(host: str, no_proxy: str) -> bool:
         networks = []
     if networks and any(address in network for network in networks):
         return True
-    return bool(proxy_bypass_environment(host, {"no": no_proxy}))
+    return bool(proxy_bypass(host, {"no": no_proxy}))
 
 
 def _otlp_protocol(facts: Facts) -> Problem | None:

@@ -1,4 +1,4 @@
-"""What SGLang knows of an engine, as the facts that start_checks.py judges, and when it is judged.
+"""What SGLang knows of an engine, as the facts that checks.py judges, and when it is judged.
 
 Three moments, each in time to end the engine with a sentence: its flags are resolved (in the server's
 process, before a model is loaded), its storage backend and its host pools are made (in each rank's), and
@@ -158,7 +158,7 @@ def _published(read: Callable[[], Any]) -> Any:
 
 
 def register_checks() -> None:
-    """Judge flags in SGLang's own resolution of them, which then ends with start_checks.Refused."""
+    """Judge flags in SGLang's own resolution of them, which then ends with checks.Refused."""
     from sglang.srt.arg_groups.resolution_hooks import register_resolution_hook
 
     register_resolution_hook(EARLY_STEP)(_before_pd)

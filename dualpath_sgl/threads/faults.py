@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 import threading
+from typing import Protocol
 
 logger = logging.getLogger(__name__)
 
@@ -15,12 +16,18 @@ _lock = threading.Lock()
 _count = 0
 
 
-def record(what: str, *names: object) -> None:
+class Log(Protocol):
+    """A logger, or one that limits what it writes (`LimitedLog`)."""
+
+    def log(self, level: int, text: str, /, *arguments: object, exc_info: bool) -> None: ...
+
+
+def record(what: str, *names: object, log: Log = logger) -> None:
     """Called in an `except` block: `what` (a log format with its `names`) says what it cost."""
     global _count
     with _lock:
         _count += 1
-    logger.exception("DualPath: " + what, *names)
+    log.log(logging.ERROR, "DualPath: " + what, *names, exc_info=True)
 
 
 def count() -> int:

@@ -17,7 +17,7 @@ from dualpath_sgl.lanes.forward import Forwarder
 size, old, new = map(int, sys.argv[1:4])
 memory = torch.full((size,), old, dtype=torch.uint8)
 forwarder = Forwarder("127.0.0.1", "tcp", "", [memory])
-print("READY", forwarder.session, memory.data_ptr(), flush=True)
+print("READY", forwarder.mooncake_address, memory.data_ptr(), flush=True)
 for line in sys.stdin:
     memory.fill_(new)
     print("FILLED", flush=True)
@@ -32,7 +32,7 @@ class MemoryPeer:
             stdout=subprocess.PIPE,
             text=True,
         )
-        _, self.session, base = self._said("READY").split()
+        _, self.mooncake_address, base = self._said("READY").split()
         self.base, self.size = int(base), size
 
     def pause(self) -> None:

@@ -29,20 +29,22 @@ class StormForwarder(Forwarder):
     """One for the process: the storm's seed decides."""
     late_writes: ClassVar[list[LateWrites]] = []
 
-    def read(self, session, local, remote, lengths, patience_s=math.inf) -> bool:
+    def read(self, mooncake_address, local, remote, lengths, patience_s=math.inf) -> bool:
         fate = self.chance.choice(FATES)
         if fate == "refused":
             return False
         if fate == "writes later":
             half = len(local) // 2
-            if half and not super().read(session, local[:half], remote[:half], lengths[:half], patience_s):
+            if half and not super().read(
+                mooncake_address, local[:half], remote[:half], lengths[:half], patience_s
+            ):
                 return False
             late = LateWrites(local[half:], lengths[half:], self.chance.uniform(*WRITES_LATER_S))
             self.late_writes.append(late)
             raise forward.StillWriting(late)
         if fate == "pauses":
             time.sleep(self.chance.uniform(*PAUSES_S))
-        return super().read(session, local, remote, lengths, patience_s)
+        return super().read(mooncake_address, local, remote, lengths, patience_s)
 
 
 class LateWrites:

@@ -63,19 +63,13 @@ class Peer:
         self.no_plans: list[int] = []
         """Rooms."""
         self.load = Workload(sequences=3)
-        self.channel = ControlChannel(
-            address,
-            engine(engine_id, role),
-            lambda: self.load,
-            lambda plan: self.on_plan(plan),
-            on_no_plan=self.no_plans.append,
-        )
+        self.channel = ControlChannel(address, engine(engine_id, role))
 
     def on_plan(self, plan: Plan) -> None:
         self.plans.put(plan)
 
     def __enter__(self) -> Peer:
-        self.channel.start()
+        self.channel.serve(lambda: self.load, lambda plan: self.on_plan(plan), self.no_plans.append)
         return self
 
     def __exit__(self, *_) -> None:

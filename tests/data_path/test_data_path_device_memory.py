@@ -4,31 +4,20 @@ from __future__ import annotations
 
 from types import SimpleNamespace
 
-import pytest
 from data_path_world import rooms
+from engine_parts import EngineParts
 
 from dualpath_sgl import decode, hooks, runtime
-from dualpath_sgl.decode import DecodeSide
-from dualpath_sgl.prefill import PrefillSide
-from dualpath_sgl.start.config import Settings
+from scheduler_svc.wire.protocol import Role
 
 UNTRACED = SimpleNamespace(trace_ctx=SimpleNamespace(tracing_enable=False))
 
 
-@pytest.fixture
-def engine(monkeypatch) -> SimpleNamespace:
+def engine(role: Role, monkeypatch) -> EngineParts:
     """A running engine reduced to what a heartbeat is made of: a real one needs a model."""
-    engine = SimpleNamespace(
-        settings=Settings(engine_id="engine-0"),
-        rank=0,
-        page_size=16,
-        device_free_tokens=0,
-        storage_load=dict,
-        control=SimpleNamespace(send=lambda message: None),
-        server=SimpleNamespace(is_open=lambda room: False),
-    )
-    monkeypatch.setattr(runtime, "_current", engine)
-    return engine
+    parts = EngineParts(role)
+    monkeypatch.setattr(runtime, "_current", parts.as_runtime)
+    return parts
 
 
 def tree(free_pages: int, evictable: int) -> SimpleNamespace:
@@ -48,18 +37,19 @@ def request(tokens: int) -> SimpleNamespace:
     )
 
 
-def test_pages_that_the_tree_would_evict_count_as_free(engine):
-    side = engine.side = PrefillSide(engine)
+def test_pages_that_the_tree_would_evict_count_as_free(monkeypatch):
+    load = engine(Role.PREFILL, monkeypatch).workload.now
     hooks.after_check_hicache_events(None, tree(free_pages=2, evictable=160))
-    assert side.load().device_free_tokens == 2 * 16 + 160
+    assert load().device_free_tokens == 2 * 16 + 160
 
 
-def test_requests_that_wait_for_device_memory_are_taken_off(engine, monkeypatch):
+def test_requests_that_wait_for_device_memory_are_taken_off(monkeypatch):
     monkeypatch.setattr(decode, "held_on_host", lambda tree, req: SimpleNamespace(tokens=0))
-    side = engine.side = DecodeSide(engine)
+    parts = engine(Role.DECODE, monkeypatch)
+    side, load = parts.side, parts.workload.now
     hooks.after_check_hicache_events(None, tree(free_pages=10, evictable=0))
     queue = SimpleNamespace(tree_cache=None)
     side.add(queue, request(tokens=100))
-    assert side.load().device_free_tokens == 60
+    assert load().device_free_tokens == 60
     side.add(queue, request(tokens=100))
-    assert side.load().device_free_tokens == 0
+    assert load().device_free_tokens == 0

@@ -22,7 +22,7 @@ import sys, torch
 from dualpath_sgl.lanes.forward import Forwarder
 memory = torch.arange(1 << 16, dtype=torch.int32)
 forwarder = Forwarder("127.0.0.1", "tcp", "", [memory])
-print(forwarder.session, memory.data_ptr(), flush=True)
+print(forwarder.mooncake_address, memory.data_ptr(), flush=True)
 sys.stdin.read()
 """
 
@@ -73,13 +73,13 @@ def test_lists_of_different_length_are_refused():
 
 @pytest.fixture
 def peer():
-    """Another process with 256 KiB of registered memory: (process, session, address)."""
+    """Another process with 256 KiB of registered memory: (process, Mooncake address, memory's)."""
     process = subprocess.Popen(
         [sys.executable, "-c", PEER], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
     )
     try:
-        session, address = process.stdout.readline().split()
-        yield process, session, int(address)
+        mooncake_address, address = process.stdout.readline().split()
+        yield process, mooncake_address, int(address)
     finally:
         process.kill()
         process.wait()
@@ -88,14 +88,14 @@ def peer():
 
 
 def test_a_read_brings_the_bytes_of_another_process_and_a_dead_one_gives_false(peer):
-    process, session, remote = peer
+    process, mooncake_address, remote = peer
     memory = torch.full((1 << 16,), -1, dtype=torch.int32)
     forwarder = Forwarder("127.0.0.1", "tcp", "", [memory])
     # Remote pages in reverse order, with a gap in the middle.
     blocks = [(page * 4096, (14 - page) * 4096) for page in range(15) if page != 7]
 
     assert forwarder.read(
-        session,
+        mooncake_address,
         [memory.data_ptr() + here for here, _ in blocks],
         [remote + there for _, there in blocks],
         [4096] * len(blocks),
@@ -108,15 +108,15 @@ def test_a_read_brings_the_bytes_of_another_process_and_a_dead_one_gives_false(p
 
     process.kill()
     process.wait()
-    assert not forwarder.read(session, [memory.data_ptr()], [remote], [4096])
-    assert not forwarder.read(session, [memory.data_ptr()], [remote], [4096])
+    assert not forwarder.read(mooncake_address, [memory.data_ptr()], [remote], [4096])
+    assert not forwarder.read(mooncake_address, [memory.data_ptr()], [remote], [4096])
 
 
 def test_memory_that_the_peer_did_not_register_cannot_be_read(peer):
-    _, session, remote = peer
+    _, mooncake_address, remote = peer
     memory = torch.full((1024,), -1, dtype=torch.int32)
     forwarder = Forwarder("127.0.0.1", "tcp", "", [memory])
-    assert not forwarder.read(session, [memory.data_ptr()], [remote + (1 << 24)], [4096])
+    assert not forwarder.read(mooncake_address, [memory.data_ptr()], [remote + (1 << 24)], [4096])
     assert torch.equal(memory, torch.full_like(memory, -1))
 
 

@@ -236,7 +236,7 @@ def test_pages_without_blocks_of_their_own_are_refused():
 
 def test_a_page_server_serves_no_page_under_the_name_of_earlier_weights():
     decode, prefill = Rank(PAGES), Rank(PAGES)
-    server = PageServer("127.0.0.1", decode.forwarder.session, FINGERPRINT, LONG_S, LONG_S)
+    server = PageServer("127.0.0.1", decode.forwarder.mooncake_address, FINGERPRINT, LONG_S, LONG_S)
     server.start()
     missing = []
     lane = PeerLane(
@@ -246,12 +246,12 @@ def test_a_page_server_serves_no_page_under_the_name_of_earlier_weights():
 
     def pull() -> None:
         load, room = prefill.load(2), next(rooms)
-        server.open(room, 0)
+        server.offer(room, 0)
         server.publish(room, *decode.blocks(decode.pages(2)))
         lane.submit(load, room, 2)
         load.close_part()
         eventually(lambda: not load.lanes_open, "the pull ends")
-        eventually(lambda: room not in server._rooms, "the decode engine holds nothing for it")
+        eventually(lambda: room not in server._offers, "the decode engine holds nothing for it")
 
     pull()
     assert missing == []

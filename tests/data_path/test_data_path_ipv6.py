@@ -19,7 +19,7 @@ import sys, torch
 from dualpath_sgl.lanes.forward import Forwarder
 memory = torch.arange(4096, dtype=torch.int32)
 forwarder = Forwarder("::1", "tcp", "", [memory])
-print(forwarder.session, memory.data_ptr(), flush=True)
+print(forwarder.mooncake_address, memory.data_ptr(), flush=True)
 sys.stdin.read()
 """
 READER = """
@@ -40,7 +40,7 @@ def test_a_page_server_answers_at_an_ipv6_address():
         socket.setsockopt(zmq.LINGER, 0)
         socket.setsockopt(zmq.IPV6, 1)
         socket.connect(server.endpoint)
-        server.open(7, 0)
+        server.offer(7, 0)
         socket.send(encode(Pull(room=7, first_page=0, end_page=1, fingerprint="another")))
         assert socket.poll(PATIENCE_S * 1000)
         assert isinstance(decode_to_lane(socket.recv()), Ended)
@@ -58,7 +58,9 @@ def test_pages_are_forwarded_between_ipv6_addresses():
     )
     with owner:
         try:
-            session, address = owner.stdout.readline().split()
-            subprocess.run([sys.executable, "-c", READER, session, address], env=environment, check=True)
+            mooncake_address, address = owner.stdout.readline().split()
+            subprocess.run(
+                [sys.executable, "-c", READER, mooncake_address, address], env=environment, check=True
+            )
         finally:
             owner.kill()

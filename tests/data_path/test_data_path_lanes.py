@@ -39,7 +39,7 @@ def decode() -> Rank:
 
 @pytest.fixture(scope="module")
 def server(decode) -> PageServer:
-    server = PageServer("127.0.0.1", decode.forwarder.session, FINGERPRINT, LONG_S, LONG_S)
+    server = PageServer("127.0.0.1", decode.forwarder.mooncake_address, FINGERPRINT, LONG_S, LONG_S)
     server.start()
     return server
 
@@ -60,11 +60,11 @@ class Lanes:
         self.missing: list[tuple[PageLoad, int, int, str]] = []
         self.made: list[PeerLane] = []
         self._prefill, self._timeout_s = prefill, timeout_s
-        self.lanes = PeerLanes(self._make)
+        self.lanes = PeerLanes(self._make, FINGERPRINT)
 
-    def _make(self, endpoint: str, _engine_id: str) -> PeerLane:
+    def _make(self, endpoint: str, _engine_id: str, fingerprint: str) -> PeerLane:
         self.made.append(
-            PeerLane(endpoint, self._prefill.forwarder, FINGERPRINT, self._timeout_s, self.on_missing)
+            PeerLane(endpoint, self._prefill.forwarder, fingerprint, self._timeout_s, self.on_missing)
         )
         return self.made[-1]
 
@@ -93,7 +93,7 @@ def offered(decode, server) -> Callable[[], tuple[int, torch.Tensor]]:
 
     def offer(prompt_hash: str | None = None) -> tuple[int, torch.Tensor]:
         room, pages = next(rooms), decode.pages(PAGES)
-        server.open(room, 0, prompt_hash)
+        server.offer(room, 0, prompt_hash)
         server.publish(room, *decode.blocks(pages))
         server.end(room)
         return room, bytes_of(decode.pool, pages)
@@ -175,7 +175,7 @@ def test_a_lane_that_cannot_be_had_raises_and_the_next_one_is_made_anew(
         with pytest.raises((RuntimeError, OSError)):
             lanes.lanes.let_go(server.endpoint, "decode-0", room)
     load.close_part()
-    assert not load.lanes_open and not load.clocks, "the load is the caller's, as before"
+    assert not load.lanes_open and not load.lane_work, "the load is the caller's, as before"
     load = lanes.pull(server.endpoint, room)
     ended(load)
     assert torch.equal(prefill.landed(load), content)
@@ -221,7 +221,7 @@ def test_a_fault_in_one_pull_ends_it_and_no_other(prefill, server, lanes, offere
         elif step == "the read":
             patch.setattr(prefill.forwarder, "read", raises)
         else:
-            server.close(first)
+            server.withdraw(first)
             patch.setattr(lanes, "on_missing", raises)
         lanes.lanes.submit(server.endpoint, "decode-0", load, first, PAGES)
         load.close_part()
@@ -259,7 +259,7 @@ def test_of_two_loads_of_one_room_the_second_is_not_pulled_and_none_is_lost(pref
     second = lanes.pull(server.endpoint, room)
     ended(second)
     assert lanes.missing == [(second, 0, PAGES, "another request of this room")]
-    server.open(room, 0)
+    server.offer(room, 0)
     server.publish(room, *decode.blocks(pages))
     ended(first)
     assert torch.equal(prefill.landed(first), bytes_of(decode.pool, pages))
@@ -284,11 +284,11 @@ def test_pages_of_a_room_that_was_closed_and_opened_again_meanwhile_do_not_count
     """Two requests of one room, one after the other, on the DE: the first one's pages are gone."""
     room, pages = next(rooms), decode.pages(PAGES)
     load = prefill.load(2 * PAGES)
-    server.open(room, 0)
+    server.offer(room, 0)
     server.publish(room, *decode.blocks(pages))
     lanes.lanes.submit(server.endpoint, "decode-0", load, room, 2 * PAGES)
-    eventually(lambda: load.clocks[0].end_page == PAGES, "its first pages are read")
-    server.open(room, 0)
+    eventually(lambda: load.lane_work[0].end_page == PAGES, "its first pages are read")
+    server.offer(room, 0)
     server.publish(room, *decode.blocks(pages))
     server.end(room)
     load.close_part()
@@ -302,11 +302,11 @@ def test_a_lane_never_gets_another_prompts_pages(prefill, server, lanes, offered
     other = lanes.pull(server.endpoint, room, prompt_hash="another one")
     ended(other)
     assert lanes.missing == [(other, 0, PAGES, "another prompt")]
-    assert room in server._rooms, "it was not for the other request to end"
+    assert room in server._offers, "it was not for the other request to end"
     load = lanes.pull(server.endpoint, room, prompt_hash="this prompt")
     ended(load)
     assert torch.equal(prefill.landed(load), content)
-    eventually(lambda: room not in server._rooms, "the room is closed")
+    eventually(lambda: room not in server._offers, "the room is closed")
 
 
 @pytest.mark.parametrize("hashes", [("one", None), (None, "one"), (None, None)])

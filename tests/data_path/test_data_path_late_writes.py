@@ -55,7 +55,7 @@ class Reader:
         self.memory = torch.zeros(peer.size, dtype=torch.uint8)
         self._peer = peer
         self._forwarder = Forwarder("127.0.0.1", "tcp", "", [self.memory])
-        assert self._forwarder.read(peer.session, [self.memory.data_ptr()], [peer.base], [4096])
+        assert self._forwarder.read(peer.mooncake_address, [self.memory.data_ptr()], [peer.base], [4096])
         self.memory.zero_()
 
     def read(self, blocks: list[tuple[int, int]], refused: int | None = None, **options) -> bool:
@@ -65,7 +65,7 @@ class Reader:
             remote[refused] += self._peer.size + (1 << 30)
         local = [self.memory.data_ptr() + offset for offset, _ in blocks]
         return self._forwarder.read(
-            self._peer.session, local, remote, [length for _, length in blocks], **options
+            self._peer.mooncake_address, local, remote, [length for _, length in blocks], **options
         )
 
     def begun(self) -> bool:
@@ -188,7 +188,7 @@ class OfferingPeer:
         self.says(
             Pages(
                 room=room,
-                session=self.peer.session,
+                mooncake_address=self.peer.mooncake_address,
                 first_page=first,
                 pointers=tuple(pointers),
                 sizes=(self._half, self._half),
@@ -270,7 +270,7 @@ def hang_in_the_middle(world: World) -> tuple[PageLoad, int]:
     load, room = world.pull(world.PAGES)
     world.de.hears(Pull)
     world.de.offers(room, 0, 2)
-    eventually(lambda: load.clocks[0].end_page == 2, "two pages are read")
+    eventually(lambda: load.lane_work[0].end_page == 2, "two pages are read")
     world.peer.pause()
     world.de.offers(room, 2, world.PAGES - 2)
     eventually(lambda: world.missing, "the load is given up")
@@ -350,7 +350,7 @@ def test_a_cancelled_load_that_hangs_keeps_back_the_pages_under_way_too(world):
     load, room = world.pull(world.PAGES)
     world.de.hears(Pull)
     world.de.offers(room, 0, 2)
-    eventually(lambda: load.clocks[0].end_page == 2, "two pages are read")
+    eventually(lambda: load.lane_work[0].end_page == 2, "two pages are read")
     world.peer.pause()
     world.de.offers(room, 2, world.PAGES - 2)
     time.sleep(0.3)  # the wave is under way
@@ -388,9 +388,9 @@ host, fingerprint = sys.argv[1:3]
 room, count, block, old, new = map(int, sys.argv[3:])
 memory = torch.full((2, count, block), old, dtype=torch.uint8)
 forwarder = Forwarder(host, "tcp", "", [memory])
-server = PageServer(host, forwarder.session, fingerprint, 5.0, 10.0)
+server = PageServer(host, forwarder.mooncake_address, fingerprint, 5.0, 10.0)
 server.start()
-server.open(room, 0)
+server.offer(room, 0)
 keys, values = memory[0].data_ptr(), memory[1].data_ptr()
 server.publish(
     room,

@@ -22,7 +22,7 @@ import sys, torch
 from dualpath_sgl.lanes.forward import Forwarder
 memory = torch.full((int(sys.argv[1]),), int(sys.argv[2]), dtype=torch.uint8)
 forwarder = Forwarder("127.0.0.1", "tcp", "", [memory])
-print("READY", forwarder.session, flush=True)
+print("READY", forwarder.mooncake_address, flush=True)
 sys.stdin.readline()
 print("HOLDS", *set(memory[:4096].tolist()), flush=True)
 """
@@ -30,7 +30,7 @@ print("HOLDS", *set(memory[:4096].tolist()), flush=True)
 
 class Engine(NamedTuple):
     process: subprocess.Popen
-    session: str
+    mooncake_address: str
 
     def said(self, word: str) -> list[str]:
         return next(line.split()[1:] for line in self.process.stdout if line.startswith(word))
@@ -47,7 +47,7 @@ def engine() -> Iterator[Engine]:
     )
     try:
         ready = Engine(process, "")
-        yield ready._replace(session=ready.said("READY")[0])
+        yield ready._replace(mooncake_address=ready.said("READY")[0])
     finally:
         process.kill()
         process.wait()
@@ -72,11 +72,11 @@ def test_a_stranger_reads_and_writes_an_engines_memory_and_the_document_says_so(
     assert stranger.initialize("127.0.0.1", "P2PHANDSHAKE", "tcp", "") == 0
     mine = torch.zeros(4096, dtype=torch.uint8)
     assert stranger.register_memory(mine.data_ptr(), mine.nbytes) == 0
-    address = stranger.get_first_buffer_address(engine.session)
-    assert stranger.transfer_sync_read(engine.session, mine.data_ptr(), address, mine.nbytes) == 0
+    address = stranger.get_first_buffer_address(engine.mooncake_address)
+    assert stranger.transfer_sync_read(engine.mooncake_address, mine.data_ptr(), address, mine.nbytes) == 0
     assert (mine == OURS).all()
     mine.fill_(FOREIGN)
-    assert stranger.transfer_sync_write(engine.session, mine.data_ptr(), address, mine.nbytes) == 0
+    assert stranger.transfer_sync_write(engine.mooncake_address, mine.data_ptr(), address, mine.nbytes) == 0
     engine.process.stdin.write("\n")
     engine.process.stdin.flush()
     assert engine.said("HOLDS") == [str(FOREIGN)]

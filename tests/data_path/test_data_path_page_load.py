@@ -97,7 +97,7 @@ def test_the_final_acknowledgement_waits_for_the_hold():
     load.close_part()
     assert order == ["lanes done"] and len(held) == 1
     assert finals(acknowledgements(rank().controller)) == 0
-    held[0]()
+    held[0].acknowledge()
     assert finals(acknowledgements(rank().controller)) == 1
 
 
@@ -164,16 +164,19 @@ def test_a_failing_end_of_lanes_callback_does_not_keep_the_final_acknowledgement
     assert finals(acknowledgements(rank().controller)) == 1
 
 
-def test_lane_clocks_count_from_the_prompt_and_make_valid_records():
+def test_a_lanes_work_counts_from_the_prompt_and_makes_valid_records():
     load = rank().load(5, first_page=7)
-    clock = load.open_part("store", 2)
-    assert (clock.first_page, clock.end_page) == (9, 9)
-    idle = clock.record()
+    work = load.open_part("store", 2)
+    assert (work.first_page, work.end_page) == (9, 9)
+    idle = work.record()
     assert (idle.bytes, idle.busy_s) == (0, 0)
-    clock.begin()
-    clock.moved(3, 300)
-    record = clock.record()
+    work.begin()
+    work.moved(3, 300)
+    record = work.record()
     assert (record.first_page, record.end_page, record.bytes) == (9, 12, 300)
+    work.void()
+    record = work.record()
+    assert (record.first_page, record.end_page, record.bytes) == (9, 9, 0)
 
 
 def test_a_host_pool_gives_two_blocks_per_page_of_page_first_direct():

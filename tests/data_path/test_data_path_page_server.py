@@ -72,7 +72,7 @@ def pull(room: int, end: int = 4, **fields) -> Pull:
 
 def opened(server: PageServer, pages: int = 4, **fields) -> int:
     room = next(rooms)
-    server.open(room, 0, **fields)
+    server.offer(room, 0, **fields)
     server.publish(room, [(1000 + 128 * page, 1064 + 128 * page) for page in range(pages)], SIZES)
     server.end(room)
     return room
@@ -84,7 +84,7 @@ def opened(server: PageServer, pages: int = 4, **fields) -> int:
 def test_only_the_lane_that_was_served_confirms_and_ends_a_room(server, puller):
     lane, stranger = puller(), puller()
     room, released = opened(server), []
-    server.when_closed(room, lambda: released.append(room))
+    server.when_withdrawn(room, lambda: released.append(room))
     lane.says(pull(room))
     assert isinstance(lane.hears(), Pages) and isinstance(lane.hears(), Ended)
     stranger.says(Release(room=room))
@@ -92,7 +92,7 @@ def test_only_the_lane_that_was_served_confirms_and_ends_a_room(server, puller):
     stranger.says(pull(room))
     assert stranger.hears().reason == "pulled by another engine"
     stranger.says(Reading(room=room))
-    assert not released and room in server._rooms
+    assert not released and room in server._offers
     lane.says(Release(room=room))
     assert lane.hears() == Released(room=room, valid=True)
     eventually(lambda: released, "the room is closed")
@@ -105,7 +105,7 @@ def test_a_pull_that_waits_is_not_taken_over_by_another_engine(server, puller):
     eventually(lambda: room in server._pullers, "the pull has arrived")
     stranger.says(pull(room))
     assert stranger.hears().reason == "pulled by another engine"
-    server.open(room, 0)
+    server.offer(room, 0)
     server.publish(room, [(1000, 1064)] * 4, SIZES)
     assert isinstance(lane.hears(), Pages)
 
@@ -114,14 +114,14 @@ def test_a_lane_that_never_pulled_may_let_a_room_go(server, puller):
     room, lane = opened(server), puller()
     lane.says(Release(room=room))
     assert lane.hears() == Released(room=room, valid=False), "nothing was read"
-    eventually(lambda: room not in server._rooms, "the room is closed")
+    eventually(lambda: room not in server._offers, "the room is closed")
 
 
 def test_a_later_life_of_a_room_confirms_nothing_of_the_earlier_one(server, puller):
     room, lane = opened(server), puller()
     lane.says(pull(room))
     assert isinstance(lane.hears(), Pages) and isinstance(lane.hears(), Ended)
-    server.open(room, 0)
+    server.offer(room, 0)
     lane.says(Release(room=room))
     assert lane.hears() == Released(room=room, valid=False)
 
@@ -134,7 +134,7 @@ def test_another_version_and_another_prompt_are_refused_by_name(server, puller):
     lane.says(pull(room, prompt_hash="yours"))
     assert lane.hears().reason == "another prompt"
     lane.says(Release(room=room))
-    assert lane.hears() == Released(room=room, valid=False) and room in server._rooms
+    assert lane.hears() == Released(room=room, valid=False) and room in server._offers
     lane.says(pull(room, prompt_hash="mine"))
     assert isinstance(lane.hears(), Pages)
 
@@ -149,7 +149,7 @@ def test_a_lane_that_reads_on_keeps_its_room_but_not_for_ever(puller, monkeypatc
     lane = puller(server)
     room, closed_s = opened(server), []
     begun_s = time.monotonic()
-    server.when_closed(room, lambda: closed_s.append(time.monotonic() - begun_s))
+    server.when_withdrawn(room, lambda: closed_s.append(time.monotonic() - begun_s))
     lane.says(pull(room))
     assert isinstance(lane.hears(), Pages)
     while not closed_s and time.monotonic() - begun_s < WAIT_S:
@@ -167,7 +167,7 @@ def test_a_lane_that_says_nothing_loses_its_room_with_the_lease(puller):
     lane = puller(server)
     room = opened(server)
     lane.says(pull(room))
-    eventually(lambda: room not in server._rooms, "the lease ended")
+    eventually(lambda: room not in server._offers, "the lease ended")
 
 
 # -- bounds -----------------------------------------------------------------------------------------------
@@ -177,7 +177,7 @@ def test_a_lane_that_says_nothing_loses_its_room_with_the_lease(puller):
 def test_an_offer_of_any_length_comes_in_messages_of_bounded_size(server, puller, blocks):
     lane, room = puller(), next(rooms)
     pages = 600_000 if blocks < 5000 else 5
-    server.open(room, 0)
+    server.offer(room, 0)
     server.publish(room, [tuple(range(page, page + blocks)) for page in range(pages)], (64,) * blocks)
     lane.says(pull(room, pages))
     got = 0
@@ -192,12 +192,12 @@ def test_an_offer_of_any_length_comes_in_messages_of_bounded_size(server, puller
 
 def test_a_long_offer_does_not_keep_another_rooms_pages_waiting(server, puller):
     long, short, other = next(rooms), next(rooms), puller()
-    server.open(long, 0)
+    server.offer(long, 0)
     server.publish(long, [(page,) for page in range(2_000_000)], (64,))
     reader = puller()
     reader.says(pull(long, 2_000_000))
     assert reader.hears().first_page == 0
-    server.open(short, 0)
+    server.offer(short, 0)
     server.publish(short, [(1,)] * 4, (64,))
     other.says(pull(short))
     assert isinstance(other.hears(), Pages)
@@ -215,7 +215,7 @@ def test_pulls_for_rooms_that_nobody_opens_are_bounded_and_disturb_no_real_one(s
     lane.says(pull(waiting))
     assert isinstance(lane.hears(), Pages)
     eventually(lambda: early in server._pullers, "its pull has arrived")
-    server.open(early, 0)
+    server.offer(early, 0)
     server.publish(early, [(1000, 1064)] * 4, SIZES)
     while (message := lane.hears()).room != early:
         pass
@@ -224,8 +224,8 @@ def test_pulls_for_rooms_that_nobody_opens_are_bounded_and_disturb_no_real_one(s
     while (message := flood.hears(1.0)) is not None:
         assert message.reason == "not offered"
         refused += 1
-    assert refused >= 20_000 - page_server.EARLY_PULLS - server.open_rooms
-    assert len(server._pullers) <= page_server.EARLY_PULLS + server.open_rooms
+    assert refused >= 20_000 - page_server.EARLY_PULLS - server.offered_rooms
+    assert len(server._pullers) <= page_server.EARLY_PULLS + server.offered_rooms
 
 
 def test_a_flood_of_nonsense_fills_no_log_and_delays_no_pages(server, puller, caplog):
@@ -245,12 +245,12 @@ def test_calls_about_rooms_that_are_not_open_do_nothing(server):
     room = next(rooms)
     server.end(room, "why not")
     server.renew(room)
-    server.close(room)
-    server.close(room)
+    server.withdraw(room)
+    server.withdraw(room)
     called = []
-    server.when_closed(room, lambda: called.append(1))
+    server.when_withdrawn(room, lambda: called.append(1))
     server.publish(room, [(1, 2)], SIZES, unpin=lambda: called.append(2))
-    assert called == [1, 2] and room not in server._rooms
+    assert called == [1, 2] and room not in server._offers
 
 
 def resident_bytes() -> int:

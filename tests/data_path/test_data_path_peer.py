@@ -77,7 +77,9 @@ def fresh(decode, prefill):
 
 
 def page_server(decode: Rank, lease_s: float, subscribe_timeout_s: float) -> PageServer:
-    server = PageServer("127.0.0.1", decode.forwarder.session, FINGERPRINT, lease_s, subscribe_timeout_s)
+    server = PageServer(
+        "127.0.0.1", decode.forwarder.mooncake_address, FINGERPRINT, lease_s, subscribe_timeout_s
+    )
     server.start()
     return server
 
@@ -135,7 +137,7 @@ class Calls:
 
 
 def nothing_is_left(server: PageServer, lane: Lane, room: int) -> None:
-    eventually(lambda: room not in server._rooms, "room closed")
+    eventually(lambda: room not in server._offers, "room closed")
     eventually(lambda: room not in server._pullers, "puller gone")
     assert room not in lane.lane._pulls
 
@@ -147,9 +149,9 @@ def test_a_whole_pull_lands_the_exact_bytes_and_closes_the_room(decode, prefill,
     room, pages = next(rooms), decode.pages(PAGES)
     unpin, closed = Calls(), Calls()
     load = prefill.load(PAGES, first_page=5)
-    server.open(room, first_page=5)
+    server.offer(room, first_page=5)
     server.publish(room, *decode.blocks(pages), unpin=unpin)
-    server.when_closed(room, closed)
+    server.when_withdrawn(room, closed)
     server.end(room)
 
     lane.pull(load, room)
@@ -159,7 +161,7 @@ def test_a_whole_pull_lands_the_exact_bytes_and_closes_the_room(decode, prefill,
     assert lane.missing_of(load) == []
     nothing_is_left(server, lane, room)
     assert (unpin.count, closed.count) == (1, 1)
-    record = load.clocks[0].record()
+    record = load.lane_work[0].record()
     assert (record.lane, record.first_page, record.end_page) == ("peer", 5, 5 + PAGES)
     assert record.bytes == PAGES * prefill.page_bytes
 
@@ -174,13 +176,13 @@ def test_pages_published_before_and_after_the_pull_arrives_all_land(decode, pref
         first, end = (edge * prefill.pool.page_size for edge in batches[batch])
         server.publish(room, *decode.blocks(pages[first:end]), unpin=unpins[batch])
 
-    server.open(room, first_page=0)
+    server.offer(room, first_page=0)
     publish(0)
     publish(1)
     lane.pull(load, room)
     for batch in (2, 3):
         read = batches[batch][0] * prefill.page_bytes
-        eventually(lambda read=read: load.clocks[0].bytes == read, "the batches so far are read")
+        eventually(lambda read=read: load.lane_work[0].bytes == read, "the batches so far are read")
         assert load.prefix == 0, "pages count only once the DE has confirmed them"
         publish(batch)
     until_acknowledged(load)
@@ -188,7 +190,7 @@ def test_pages_published_before_and_after_the_pull_arrives_all_land(decode, pref
     assert lane.missing_of(load) == []
     # The first two batches were offered at once.  Of pages that follow each other, keys are one block
     # and values another.
-    assert (load.clocks[0].transfers, load.clocks[0].blocks) == (3, 6)
+    assert (load.lane_work[0].transfers, load.lane_work[0].blocks) == (3, 6)
     nothing_is_left(server, lane, room)
     assert [unpin.count for unpin in unpins] == [1] * len(batches)
 
@@ -198,7 +200,7 @@ def test_a_pull_that_arrives_before_the_room_opens_waits_for_it(decode, prefill,
     load = prefill.load(PAGES)
     lane.pull(load, room)
     eventually(lambda: room in server._pullers, "the pull has arrived")
-    server.open(room, first_page=0)
+    server.offer(room, first_page=0)
     server.publish(room, *decode.blocks(pages))
     until_acknowledged(load)
     assert torch.equal(prefill.landed(load), bytes_of(decode.pool, pages))
@@ -208,7 +210,7 @@ def test_a_pull_that_arrives_before_the_room_opens_waits_for_it(decode, prefill,
 def test_a_pull_of_the_middle_of_an_offer_gets_the_middle(decode, prefill, server, lane):
     room, pages = next(rooms), decode.pages(PAGES)
     load = prefill.load(6, first_page=4)
-    server.open(room, first_page=1)
+    server.offer(room, first_page=1)
     server.publish(room, *decode.blocks(pages))
     lane.pull(load, room, end=5)
     until_acknowledged(load)
@@ -222,7 +224,7 @@ def test_a_quiet_but_living_de_is_waited_for(decode, prefill, server):
     room, pages = next(rooms), decode.pages(2)
     patient = Lane(prefill, server.endpoint, timeout_s=1.5)  # the DE speaks up every WAITING_S
     load = prefill.load(2)
-    server.open(room, first_page=0)
+    server.offer(room, first_page=0)
     patient.pull(load, room)
     # Two signs of life, each restarting the lane's clock, then the pages.
     pull = lambda: patient.lane._pulls[room]  # noqa: E731
@@ -242,7 +244,7 @@ def test_a_quiet_but_living_de_is_waited_for(decode, prefill, server):
 def test_an_offer_that_ends_early_leaves_exactly_the_rest_to_another_source(decode, prefill, server, lane):
     room, pages = next(rooms), decode.pages(7)
     load = prefill.load(PAGES)
-    server.open(room, first_page=0)
+    server.offer(room, first_page=0)
     server.publish(room, *decode.blocks(pages))
     server.end(room, "storage read fell short")
     lane.pull(load, room)
@@ -265,7 +267,7 @@ def test_a_part_that_waits_for_another_source_keeps_the_load_open(decode, prefil
 
     other = PeerLane(server.endpoint, prefill.forwarder, FINGERPRINT, LONG_S, on_missing)
     other.start()
-    server.open(room, first_page=0)
+    server.offer(room, first_page=0)
     server.end(room, "nothing")
     other.submit(load, room, 3)
     load.close_part()
@@ -280,7 +282,7 @@ def test_another_layout_is_refused_and_nothing_is_read(decode, prefill, server):
     unpin = Calls()
     stranger = Lane(prefill, server.endpoint, LONG_S, fingerprint="layout-2")
     load = prefill.load(PAGES)
-    server.open(room, first_page=0)
+    server.offer(room, first_page=0)
     server.publish(room, *decode.blocks(pages), unpin=unpin)
     stranger.pull(load, room)
     until_acknowledged(load)
@@ -300,8 +302,8 @@ def test_a_room_that_is_never_offered_ends_the_pull(prefill, hasty_server, hasty
 
 def test_a_room_that_closed_before_the_pull_is_refused_at_once(prefill, server, lane):
     room, load = next(rooms), prefill.load(4)
-    server.open(room, 0)
-    server.close(room)
+    server.offer(room, 0)
+    server.withdraw(room)
     lane.pull(load, room)
     until_acknowledged(load)  # long before the server's subscribe time-out
     assert lane.missing_of(load) == [(0, 4, "lease ended")]
@@ -312,23 +314,23 @@ def test_a_room_that_nobody_asks_for_closes_long_before_its_lease_ends(decode):
     room = next(rooms)
     unpin, closed = Calls(), Calls()
     server = page_server(decode, lease_s=LONG_S, subscribe_timeout_s=SHORT_S)
-    server.open(room, first_page=0)
+    server.offer(room, first_page=0)
     server.publish(room, *decode.blocks(decode.pages(2)), unpin=unpin)
-    server.when_closed(room, closed)
+    server.when_withdrawn(room, closed)
     eventually(lambda: closed.count, "the room closed")
-    assert (unpin.count, closed.count) == (1, 1) and room not in server._rooms
+    assert (unpin.count, closed.count) == (1, 1) and room not in server._offers
 
 
 def test_what_is_published_or_awaited_after_the_close_is_let_go_at_once(decode, server):
     room = next(rooms)
     unpin, closed = Calls(), Calls()
-    server.open(room, first_page=0)
-    server.close(room)
+    server.offer(room, first_page=0)
+    server.withdraw(room)
     server.publish(room, *decode.blocks(decode.pages(2)), unpin=unpin)
-    server.when_closed(room, closed)
+    server.when_withdrawn(room, closed)
     server.end(room)
-    server.close(room)
-    assert (unpin.count, closed.count) == (1, 1) and room not in server._rooms
+    server.withdraw(room)
+    assert (unpin.count, closed.count) == (1, 1) and room not in server._offers
 
 
 # -- pages taken back while they are read --------------------------------------------------------
@@ -339,17 +341,17 @@ def test_a_read_that_ends_after_its_room_was_closed_does_not_count(decode, prefi
     unpin = Calls()
     load = prefill.load(PAGES)
     prefill.forwarder.gate.clear()
-    server.open(room, first_page=0)
+    server.offer(room, first_page=0)
     server.publish(room, *decode.blocks(pages), unpin=unpin)
     lane.pull(load, room)
     eventually(lambda: prefill.forwarder.finished_reads == 1, "the read is under way")
-    server.close(room)
+    server.withdraw(room)
     assert unpin.count == 1
     prefill.forwarder.gate.set()
     until_acknowledged(load)
     assert load.prefix == 0
     assert [missing[:2] for missing in lane.missing_of(load)] == [(0, PAGES)]
-    record = load.clocks[0].record()
+    record = load.lane_work[0].record()
     assert (record.end_page - record.first_page, record.bytes) == (0, 0)
     nothing_is_left(server, lane, room)
 
@@ -359,7 +361,7 @@ def test_a_lease_that_ends_during_the_pull_voids_all_that_was_read(decode, prefi
     unpin = Calls()
     load = prefill.load(PAGES)
     prefill.forwarder.gate.clear()
-    hasty_server.open(room, first_page=0)
+    hasty_server.offer(room, first_page=0)
     hasty_server.publish(room, *decode.blocks(pages), unpin=unpin)
     hasty_server.end(room)
     hasty_lane.pull(load, room)
@@ -377,12 +379,12 @@ def test_a_room_whose_pages_are_still_being_read_outlives_its_lease(
     """A long storage queue is no reason to take pages back: the DE owns them while it reads."""
     room, pages = next(rooms), decode.pages(PAGES)
     load = prefill.load(PAGES)
-    hasty_server.open(room, first_page=0)
+    hasty_server.offer(room, first_page=0)
     hasty_lane.pull(load, room)
     for _ in range(20):
         hasty_server.renew(room)
         threading.Event().wait(SHORT_S / 5)
-    assert hasty_server.open_rooms == 1
+    assert hasty_server.offered_rooms == 1
     hasty_server.publish(room, *decode.blocks(pages))
     hasty_server.end(room)
     until_acknowledged(load)
@@ -394,14 +396,14 @@ def test_taking_every_room_back_ends_every_pull(decode, prefill, server, lane):
     unpins, loads, opened = [], [], []
     for _ in range(5):
         room, unpin, load = next(rooms), Calls(), prefill.load(4)
-        server.open(room, first_page=0)
+        server.offer(room, first_page=0)
         server.publish(room, *decode.blocks(decode.pages(2)), unpin=unpin)
         lane.pull(load, room)
         unpins.append(unpin), loads.append(load), opened.append(room)
     for load in loads:
-        eventually(lambda load=load: load.clocks[0].bytes, "its first pages are read")
-    server.close_all()
-    assert server.open_rooms == 0 and [unpin.count for unpin in unpins] == [1] * 5
+        eventually(lambda load=load: load.lane_work[0].bytes, "its first pages are read")
+    server.withdraw_all()
+    assert server.offered_rooms == 0 and [unpin.count for unpin in unpins] == [1] * 5
     # The lane hears of it with the next sign of life, at the latest after the subscribe time.
     for room in opened:
         server._pullers[room].since_s -= LONG_S  # that time passes
@@ -419,10 +421,10 @@ def test_a_cancelled_load_releases_the_room_and_asks_nobody_else(decode, prefill
     room = next(rooms)
     unpin = Calls()
     load = prefill.load(PAGES)
-    server.open(room, first_page=0)
+    server.offer(room, first_page=0)
     server.publish(room, *decode.blocks(decode.pages(3)), unpin=unpin)
     lane.pull(load, room)
-    eventually(lambda: load.clocks[0].bytes, "its first pages are read")
+    eventually(lambda: load.lane_work[0].bytes, "its first pages are read")
     load.operation.mark_terminate()
     acks = until_acknowledged(load)
     assert sum(bool(ack.completed_req) for ack in acks) == 1
@@ -490,9 +492,11 @@ def test_a_de_that_does_not_confirm_makes_nothing_count(decode, prefill):
         if isinstance(message, Release):
             return []
         flat = tuple(pointer for page in pointers for pointer in page)
-        session = decode.forwarder.session
+        address = decode.forwarder.mooncake_address
         return [
-            wire(Pages(room=message.room, session=session, first_page=0, pointers=flat, sizes=sizes)),
+            wire(
+                Pages(room=message.room, mooncake_address=address, first_page=0, pointers=flat, sizes=sizes)
+            ),
             wire(Ended(room=message.room, end_page=4)),
         ]
 
@@ -510,15 +514,20 @@ def offers(decode: Rank) -> dict[str, dict]:
     pointers, sizes = decode.blocks(decode.pages(8))
     four = tuple(pointer for page in pointers[:4] for pointer in page)
     eight = tuple(pointer for page in pointers for pointer in page)
-    right = {"session": decode.forwarder.session, "first_page": 0, "pointers": four, "sizes": sizes}
+    right = {
+        "mooncake_address": decode.forwarder.mooncake_address,
+        "first_page": 0,
+        "pointers": four,
+        "sizes": sizes,
+    }
     return {
         "skips a page": right | {"first_page": 1},
         "more pages than asked": right | {"pointers": eight},
         "blocks of another size": right | {"sizes": tuple(size // 2 for size in sizes)},
         "one block per page": right | {"sizes": (sum(sizes),)},
         "memory it did not register": right | {"pointers": tuple(p + 2**40 for p in four)},
-        "pages of a dead engine": right | {"session": "127.0.0.1:1"},
-        "a session that is no address": right | {"session": "nowhere"},
+        "pages of a dead engine": right | {"mooncake_address": "127.0.0.1:1"},
+        "a Mooncake address that is none": right | {"mooncake_address": "nowhere"},
         "half a page": right | {"pointers": four[:-1]},
         "pages without blocks": right | {"sizes": ()},
     }
@@ -533,7 +542,7 @@ def offers(decode: Rank) -> dict[str, dict]:
         "one block per page",
         "memory it did not register",
         "pages of a dead engine",
-        "a session that is no address",
+        "a Mooncake address that is none",
         "half a page",
         "pages without blocks",
     ],
@@ -591,10 +600,10 @@ def test_a_lane_ignores_malformed_frames_and_words_about_strangers(decode, prefi
         if isinstance(message, Release):
             return [*noise, wire(Released(room=room, valid=True))]
         flat = tuple(pointer for page in pointers for pointer in page)
-        session = decode.forwarder.session
+        address = decode.forwarder.mooncake_address
         return [
             *noise,
-            wire(Pages(room=room, session=session, first_page=0, pointers=flat, sizes=sizes)),
+            wire(Pages(room=room, mooncake_address=address, first_page=0, pointers=flat, sizes=sizes)),
             wire(Ended(room=room, end_page=4)),
         ]
 
@@ -613,7 +622,7 @@ def test_a_server_ignores_malformed_frames_and_goes_on(decode, prefill, server, 
     stranger.setsockopt(zmq.LINGER, 0)
     stranger.connect(server.endpoint)
     try:
-        server.open(room, first_page=0)
+        server.offer(room, first_page=0)
         for frame in GARBAGE:
             stranger.send(frame)
         stranger.send_multipart([b"two", b"frames"])
@@ -625,7 +634,7 @@ def test_a_server_ignores_malformed_frames_and_goes_on(decode, prefill, server, 
         assert not stranger.poll(0), "garbage is not answered"
     finally:
         stranger.close()
-    assert room in server._rooms
+    assert room in server._offers
     load = prefill.load(PAGES)
     server.publish(room, *decode.blocks(pages))
     lane.pull(load, room)
@@ -654,9 +663,9 @@ def test_a_pull_behind_a_long_read_is_not_taken_for_a_silent_peer(decode, prefil
             return [wire(Released(room=room, valid=True))]
         if room == second:
             threading.Event().wait(0.2)  # a slow answer, well within the lane's time-out
-        session = decode.forwarder.session
+        address = decode.forwarder.mooncake_address
         return [
-            wire(Pages(room=room, session=session, first_page=0, pointers=flat, sizes=sizes)),
+            wire(Pages(room=room, mooncake_address=address, first_page=0, pointers=flat, sizes=sizes)),
             wire(Ended(room=room, end_page=4)),
         ]
 
@@ -677,10 +686,10 @@ def test_a_pull_behind_a_long_read_is_not_taken_for_a_silent_peer(decode, prefil
 
 def test_a_room_that_is_opened_twice_keeps_nothing_of_its_first_life_pinned(decode, server):
     room, unpin = next(rooms), Calls()
-    server.open(room, first_page=0)
+    server.offer(room, first_page=0)
     server.publish(room, *decode.blocks(decode.pages(2)), unpin=unpin)
-    server.open(room, first_page=0)
-    server.close(room)
+    server.offer(room, first_page=0)
+    server.withdraw(room)
     assert unpin.count == 1
 
 
@@ -690,11 +699,11 @@ def test_a_callback_that_fails_does_not_keep_the_others_from_being_called(decode
     def fail() -> None:
         raise ValueError("someone else's fault")
 
-    server.open(room, first_page=0)
-    server.when_closed(room, fail)
+    server.offer(room, first_page=0)
+    server.when_withdrawn(room, fail)
     server.publish(room, *decode.blocks(decode.pages(2)), unpin=unpin)
     with suppress(ValueError):
-        server.close(room)
+        server.withdraw(room)
     assert unpin.count == 1
 
 
@@ -707,9 +716,9 @@ from dualpath_sgl.lanes.page_server import PageServer
 count, block = map(int, sys.argv[1:3])
 memory = torch.full((count * 2 * block,), 7, dtype=torch.uint8)
 forwarder = Forwarder("127.0.0.1", "tcp", "", [memory])
-server = PageServer("127.0.0.1", forwarder.session, sys.argv[3], 60.0, 60.0)
+server = PageServer("127.0.0.1", forwarder.mooncake_address, sys.argv[3], 60.0, 60.0)
 server.start()
-server.open(int(sys.argv[4]), 0)
+server.offer(int(sys.argv[4]), 0)
 first = memory.data_ptr()
 server.publish(int(sys.argv[4]), [
     (first + 2 * page * block, first + (2 * page + 1) * block) for page in range(count)
@@ -731,7 +740,7 @@ def test_a_de_killed_or_hung_mid_pull_leaves_the_whole_range_to_another_source(p
         lane = Lane(prefill, process.stdout.readline().strip(), timeout_s=1.0)
         load = prefill.load(PAGES)
         lane.pull(load, room)
-        eventually(lambda: load.clocks[0].bytes == 3 * prefill.page_bytes, "what there is was read")
+        eventually(lambda: load.lane_work[0].bytes == 3 * prefill.page_bytes, "what there is was read")
         process.send_signal(end_of_it)
         until_acknowledged(load)
         assert lane.missing_of(load) == [(0, PAGES, "peer silent")]

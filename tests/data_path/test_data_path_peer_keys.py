@@ -41,17 +41,17 @@ count, block = map(int, sys.argv[3:5])
 own = keys / "peers/decode-0.key_secret"
 memory = torch.full((count * 2 * block,), 7, dtype=torch.uint8)
 forwarder = Forwarder("127.0.0.1", "tcp", "", [memory])
-server = PageServer("127.0.0.1", forwarder.session, fingerprint, 60.0, 60.0, PeerKeys(own, keys / "peers"))
+server = PageServer("127.0.0.1", forwarder.mooncake_address, fingerprint, 60.0, 60.0, PeerKeys(own, keys / "peers"))
 server.start()
 engine = RankInfo(engine_id="decode-0", role=Role.DECODE, url="http://127.0.0.1:1",
                   page_endpoint=server.endpoint, fingerprint=fingerprint, page_size=4, page_bytes=2 * block)
-channel = ControlChannel(scheduler, engine, Workload, lambda plan: None, (own, keys / "scheduler.key"))
-channel.start()
+channel = ControlChannel(scheduler, engine, (own, keys / "scheduler.key"))
+channel.serve(Workload, lambda plan: None, lambda room: None)
 print(server.endpoint, flush=True)
 first = memory.data_ptr()
 for line in sys.stdin:
     room = int(line)
-    server.open(room, 0)
+    server.offer(room, 0)
     pages = [(first + 2 * page * block, first + (2 * page + 1) * block) for page in range(count)]
     server.publish(room, pages, (block, block))
     channel.send(Report(room=room, engine_id="decode-0", role=Role.DECODE, prompt_tokens=4 * count,
@@ -125,8 +125,8 @@ def control(world: World, prefill: Rank) -> Iterator[tuple[ControlChannel, Queue
         engine_id="prefill-0", role=Role.PREFILL, url="http://127.0.0.1:2", bootstrap_port=3,
         fingerprint=FINGERPRINT, page_size=4, page_bytes=prefill.page_bytes,
     )  # fmt: skip
-    channel = ControlChannel(world.scheduler, engine, Workload, plans.put, world.files("prefill-0"))
-    channel.start()
+    channel = ControlChannel(world.scheduler, engine, world.files("prefill-0"))
+    channel.serve(Workload, plans.put, lambda room: None)
     try:
         eventually(lambda: world.engines() == {"prefill-0", "decode-0"}, "both engines are known")
         yield channel, plans

@@ -10,11 +10,12 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from data_path_world import FINGERPRINT, Rank, bytes_of, eventually, rooms
+from data_path_world import FINGERPRINT, PAGE_TOKENS, Rank, bytes_of, eventually, rooms
+from engine_parts import EngineParts
 
 from dualpath_sgl.lanes.page_server import PageServer
+from dualpath_sgl.lanes.peer_lane import PeerLane
 from dualpath_sgl.prefill import PrefillSide
-from dualpath_sgl.start.config import Settings
 from scheduler_svc.wire.protocol import Done, Outcome, Path, Plan, Report, Role
 
 LONG_S = 60.0
@@ -29,30 +30,20 @@ def decode() -> Rank:
 
 @pytest.fixture(scope="module")
 def server(decode) -> PageServer:
-    server = PageServer("127.0.0.1", decode.forwarder.session, FINGERPRINT, LONG_S, LONG_S)
+    server = PageServer("127.0.0.1", decode.forwarder.mooncake_address, FINGERPRINT, LONG_S, LONG_S)
     server.start()
     return server
 
 
 @pytest.fixture
-def engine(decode):
+def engine(decode) -> EngineParts:
     """A PE whose messages to the scheduler are kept in `sent`."""
-    sent: list[Report | Done] = []
-    return SimpleNamespace(
-        sent=sent,
-        settings=Settings(engine_id="prefill-0"),
-        rank=0,
-        role=Role.PREFILL,
-        page_size=4,
-        fingerprint=FINGERPRINT,
-        forwarder=decode.forwarder,
-        page_bytes=decode.page_bytes,
-        open_loads=decode.open_loads,
-        peer_keys=None,
-        controller=SimpleNamespace(prefetch_threshold=4),
-        control=SimpleNamespace(send=sent.append, connected=True),
-        tracer=None,
-    )
+
+    def new_lane(endpoint: str, _engine_id: str, fingerprint: str) -> PeerLane:
+        return PeerLane(endpoint, decode.forwarder, fingerprint, LONG_S, engine.store_lane.take_over)
+
+    engine = EngineParts(Role.PREFILL, page_tokens=PAGE_TOKENS, new_lane=new_lane, fingerprint=FINGERPRINT)
+    return engine
 
 
 def request(room: int, rid: str) -> SimpleNamespace:
@@ -72,7 +63,7 @@ def arrived(engine, side: PrefillSide) -> tuple[str, int]:
     rid = f"request-{room}"
     side.begin(request(room, rid))
     side.matched(rid, 0)
-    side.hits_known(SimpleNamespace(request_id=rid, pool_transfers=None), PAGES * engine.page_size)
+    side.hits_known(SimpleNamespace(request_id=rid, pool_transfers=None), PAGES * PAGE_TOKENS, PAGE_TOKENS)
     assert isinstance(engine.sent[-1], Report) and engine.sent[-1].hit_pages == PAGES
     return rid, room
 
@@ -93,29 +84,29 @@ def plan(room: int, endpoint: str) -> Plan:
 
 
 def test_the_decode_engine_lets_go_when_the_request_ends_without_a_load(engine, server):
-    side = PrefillSide(engine)
+    side = engine.side
     rid, room = arrived(engine, side)
-    server.open(room, 0)
+    server.offer(room, 0)
     side.on_plan(plan(room, server.endpoint))
     side.forget(rid)
-    eventually(lambda: server.open_rooms == 0, "room closed")
+    eventually(lambda: server.offered_rooms == 0, "room closed")
     done = engine.sent[-1]
     assert isinstance(done, Done) and done.outcome is Outcome.FALLBACK
     assert done.fallback_reason == "no host memory" and done.loaded_pages == 0
 
 
 def test_a_second_look_at_the_store_still_follows_the_plan(engine, server, decode):
-    side = PrefillSide(engine)
+    side = engine.side
     rid, room = arrived(engine, side)
     side.on_plan(plan(room, server.endpoint))
-    side.matched(rid, 2 * engine.page_size)  # two pages came into SGLang's tree meanwhile
+    side.matched(rid, 2 * PAGE_TOKENS)  # two pages came into SGLang's tree meanwhile
     source = decode.pages(PAGES)
-    server.open(room, 0)
+    server.offer(room, 0)
     server.publish(room, *decode.blocks(source))
     server.end(room)
     load = decode.load(PAGES - 2, first_page=2)
     load.operation.request_id = rid
-    side.take(decode.controller, load.operation)
+    side.take_operation(decode.controller, load.operation)
     eventually(lambda: isinstance(engine.sent[-1], Done), "load done")
     assert engine.sent[-1].outcome is Outcome.OK and engine.sent[-1].loaded_pages == PAGES - 2
     landed = bytes_of(decode.pool, load.operation.host_indices)
@@ -123,7 +114,7 @@ def test_a_second_look_at_the_store_still_follows_the_plan(engine, server, decod
 
 
 def test_a_request_without_a_report_ends_silently(engine):
-    side = PrefillSide(engine)
+    side = engine.side
     room = next(rooms)
     side.begin(request(room, "r"))
     side.forget("r")

@@ -76,7 +76,7 @@ def test_every_page_is_read_once_and_lands_whole(rank, lane):
     assert torch.equal(rank.landed(load), content)
     assert rank.controller.storage_backend.reads == load.operation.hash_value
     assert lane.queue_bytes == 0 and lane.rate_bytes_per_s > 0
-    assert load.clocks[0].record().bytes == PAGES * rank.page_bytes
+    assert load.lane_work[0].record().bytes == PAGES * rank.page_bytes
 
 
 def test_the_lane_gives_way_to_threads_that_compute(lane):
@@ -92,7 +92,7 @@ def test_a_part_reads_only_its_own_pages(rank, lane):
     assert torch.equal(rank.landed(load, 0, 4), before[:4])
     assert rank.controller.storage_backend.reads == load.operation.hash_value[4:9]
     assert load.prefix == 0 and lane.queue_bytes == 0
-    record = load.clocks[0].record()
+    record = load.lane_work[0].record()
     assert (record.first_page, record.end_page) == (4, 9)
 
 

@@ -46,7 +46,7 @@ def drive(decode: Rank, server: PageServer, request: Request, chance: random.Ran
     page = decode.pool.page_size
     if request.fate == "never offered":
         return
-    server.open(request.room, first_page=0)
+    server.offer(request.room, first_page=0)
     stop = request.count // 2 if request.fate in ("ends early", "taken back", "stalls") else request.count
     first = 0
     while first < stop:
@@ -62,7 +62,7 @@ def drive(decode: Rank, server: PageServer, request: Request, chance: random.Ran
         first = end
         time.sleep(chance.choice([0, 0, 0.002, 0.01]))
     if request.fate == "taken back":
-        server.close(request.room)
+        server.withdraw(request.room)
     elif request.fate != "stalls":
         server.end(request.room, None if stop == request.count else "storage read fell short")
 
@@ -71,7 +71,7 @@ def drive(decode: Rank, server: PageServer, request: Request, chance: random.Ran
 def cluster():
     """(PE, DE, page server with short limits, store lane, peer lane, peer lane of another layout)"""
     prefill, decode = Rank(pages=512), Rank(pages=512)
-    server = PageServer("127.0.0.1", decode.forwarder.session, FINGERPRINT, 1.0, 0.5)
+    server = PageServer("127.0.0.1", decode.forwarder.mooncake_address, FINGERPRINT, 1.0, 0.5)
     store = StoreLane()
 
     def from_store(load: PageLoad, first: int, end: int, _reason: str) -> None:
@@ -125,8 +125,8 @@ def test_after_a_storm_of_faults_bytes_are_right_and_nothing_is_pinned(cluster, 
         if ack.completed_req:
             finals[ack.rid] = finals.get(ack.rid, 0) + 1
     assert finals == {request.load.operation.request_id: 1 for request in requests}
-    eventually(lambda: not server._rooms and not server._pullers, "every room is closed")
-    assert server.open_rooms == 0 and not lane._pulls and not strange_lane._pulls
+    eventually(lambda: not server._offers and not server._pullers, "every room is closed")
+    assert server.offered_rooms == 0 and not lane._pulls and not strange_lane._pulls
     eventually(lambda: store.queue_bytes == 0, "the store queue is empty")
     for request in requests:
         assert request.let_go == [1] * len(request.let_go), request.fate

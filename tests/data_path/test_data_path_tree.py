@@ -22,7 +22,7 @@ def test_a_prefill_engine_takes_a_planned_prompt_from_the_decode_engine(engine, 
     assert engine.store.reads == [] and engine.dones(req)[0].outcome is Outcome.OK
     engine.finishes(req)
     engine.becomes_idle()
-    assert peer.server.open_rooms == 0
+    assert peer.server.offered_rooms == 0
 
 
 @pytest.mark.parametrize("core", ["python", "rust"])

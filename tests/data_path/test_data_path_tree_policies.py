@@ -91,7 +91,7 @@ def test_a_prefill_engine_computes_what_the_deadline_cut_off(engine, policy):
     peer.publishes(req, tokens, 0, HALF)
     engine.until(lambda: engine.admitted(req), "admitted, though the decode engine still reads")
     assert all(engine.in_tree(tokens))
-    engine.until(lambda: peer.server.open_rooms == 0, "the decode engine was let go")
+    engine.until(lambda: peer.server.offered_rooms == 0, "the decode engine was let go")
     engine.finishes(req)
     engine.becomes_idle()
 
@@ -129,7 +129,7 @@ def test_a_prefill_engine_without_host_memory_lets_the_decode_engine_go(engine):
     engine.until(lambda: engine.reports(req), "report")
     peer.opens(req)
     engine.planned(req, peer, PAGES)
-    engine.until(lambda: peer.server.open_rooms == 0, "the decode engine was let go")
+    engine.until(lambda: peer.server.offered_rooms == 0, "the decode engine was let go")
     engine.until(lambda: engine.admitted(req), "admitted")
     (done,) = engine.dones(req)
     assert done.fallback_reason == "no host memory" and done.loaded_pages == 0
@@ -151,7 +151,7 @@ def test_a_model_with_a_side_pool_takes_the_prefill_path_at_once(engine, planned
         peer.opens(req)
         engine.planned(req, peer, PAGES)
     engine.until(lambda: engine.admitted(req), "loaded from the store")
-    engine.until(lambda: peer.server.open_rooms == 0, "the decode engine was let go")
+    engine.until(lambda: peer.server.offered_rooms == 0, "the decode engine was let go")
     assert engine.in_tree(tokens) == [True] * PAGES
     engine.finishes(req)
     engine.becomes_idle()

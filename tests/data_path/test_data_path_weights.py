@@ -183,8 +183,8 @@ def test_the_scheduler_hears_of_another_fingerprint_at_once():
     engine = RankInfo(
         engine_id="d", role=Role.DECODE, url="http://h:1", fingerprint="a", page_size=4, page_bytes=9
     )
-    channel = ControlChannel(f"tcp://127.0.0.1:{port}", engine, Workload, lambda plan: None)
-    channel.start()
+    channel = ControlChannel(f"tcp://127.0.0.1:{port}", engine)
+    channel.serve(Workload, lambda plan: None, lambda room: None)
     try:
         seen = []
         while "a" not in seen:

@@ -11,6 +11,7 @@ from types import SimpleNamespace
 
 import pytest
 from data_path_world import rooms
+from engine_parts import EngineParts
 from sglang.srt.disaggregation.decode import DecodePreallocQueue, DecodeRequest, DecodeTransferQueue
 from sglang.srt.disaggregation.prefill import PrefillBootstrapQueue
 from sglang.srt.disaggregation.utils import FAKE_BOOTSTRAP_HOST
@@ -20,10 +21,7 @@ from sglang.srt.sampling.sampling_params import SamplingParams
 
 from dualpath_sgl import decode, hooks, runtime
 from dualpath_sgl.control import decode_work
-from dualpath_sgl.decode import DecodeSide
-from dualpath_sgl.prefill import PrefillSide
-from dualpath_sgl.start.config import Settings
-from scheduler_svc.wire.protocol import Role, Workload
+from scheduler_svc.wire.protocol import Role
 
 
 def request(tokens: int = 10, host: str = "127.0.0.1") -> Req:
@@ -53,20 +51,9 @@ class DecodeEngine:
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(decode_work, "COUNT_INTERVAL_S", 0.0)
         monkeypatch.setattr(decode, "held_on_host", lambda tree, req: SimpleNamespace(tokens=0))
-        self._runtime = SimpleNamespace(
-            settings=Settings(engine_id="decode-0"),
-            rank=0,
-            tp_size=1,
-            role=Role.DECODE,
-            page_size=16,
-            device_free_tokens=0,
-            storage_load=dict,
-            control=SimpleNamespace(send=lambda message: None, connected=False),
-            server=SimpleNamespace(close=lambda room: None, is_open=lambda room: False),
-            tracer=None,
-        )
-        self.side = self._runtime.side = DecodeSide(self._runtime)
-        monkeypatch.setattr(runtime, "_current", self._runtime)
+        self.parts = EngineParts(Role.DECODE, connected=False)
+        self.side = self.parts.side
+        monkeypatch.setattr(runtime, "_current", self.parts.as_runtime)
         self.scheduler = SimpleNamespace(
             waiting_queue=[], running_batch=ScheduleBatch(reqs=[], batch_is_full=False)
         )
@@ -88,7 +75,7 @@ class DecodeEngine:
 
     @property
     def load(self) -> tuple[int, int]:
-        load: Workload = self.side.load()
+        load = self.parts.workload.now()
         return load.sequences, load.tokens
 
 
@@ -149,7 +136,7 @@ def test_only_requests_that_wait_for_device_memory_are_taken_off_what_is_free(en
     engine.arrive(request(tokens=100))
     engine.step()
     assert engine.load == (2, 400)
-    assert engine.side.load().device_free_tokens == 1000 - 100
+    assert engine.parts.workload.now().device_free_tokens == 1000 - 100
 
 
 def test_health_checks_are_no_work(engine):
@@ -179,23 +166,21 @@ class Tree:
 
 
 @pytest.fixture
-def prefill(monkeypatch) -> PrefillSide:
-    engine = SimpleNamespace(
-        settings=Settings(engine_id="prefill-0"), page_size=16, device_free_tokens=0, storage_load=dict
-    )
-    engine.side = PrefillSide(engine)
-    monkeypatch.setattr(runtime, "_current", engine)
-    return engine.side
+def prefill(monkeypatch) -> EngineParts:
+    parts = EngineParts(Role.PREFILL)
+    monkeypatch.setattr(runtime, "_current", parts.as_runtime)
+    return parts
 
 
 def test_a_request_counts_on_a_prefill_engine_until_sglang_has_finished_with_it(prefill):
+    load = prefill.workload.now
     requests = [request(tokens=100), request(tokens=50)]
     for req in requests:
-        prefill.begin(req)
-    prefill.begin(requests[0])  # SGLang looks for its stored prefix once more
-    assert (prefill.load().sequences, prefill.load().tokens) == (2, 150)
-    prefill.forget(requests[0].rid)
-    assert (prefill.load().sequences, prefill.load().tokens) == (1, 50)
+        prefill.side.begin(req)
+    prefill.side.begin(requests[0])  # SGLang looks for its stored prefix once more
+    assert (load().sequences, load().tokens) == (2, 150)
+    prefill.side.forget(requests[0].rid)
+    assert (load().sequences, load().tokens) == (1, 50)
 
 
 def test_a_prompt_that_the_prefill_engine_refuses_as_too_long_stops_counting(prefill):
@@ -205,8 +190,8 @@ def test_a_prompt_that_the_prefill_engine_refuses_as_too_long_stops_counting(pre
         tree_cache=Tree(), output_streamer=SimpleNamespace(stream_output=lambda reqs, logprob: None)
     )
     req = request(tokens=100)
-    prefill.begin(req)
+    prefill.side.begin(req)
     queue.add(req, 1)
     assert req.finished() and not queue.queue
     hooks.after_bootstrap_add(None, queue, req, 1)
-    assert prefill.held == 0
+    assert prefill.side.held == 0

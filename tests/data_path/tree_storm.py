@@ -21,7 +21,7 @@ from sglang.srt.managers.schedule_batch import Req
 from storm_forwarder import StormForwarder
 from tree_story import STEP_S, Engine, Peer
 
-from dualpath_sgl import closing, decode
+from dualpath_sgl import decode, request_state, room_reports
 from dualpath_sgl.lanes import store_lane
 from dualpath_sgl.lanes.page_load import PageLoad
 from dualpath_sgl.pools.prompt_hash import prompt_hash
@@ -84,6 +84,7 @@ class Storm:
         self._seen, self._since_s = (0, 0), time.monotonic()
         self._spoil_store()
         self._spoil_callbacks()
+        self._watch_states()
 
     # -- the weather ----------------------------------------------------------------------------
 
@@ -104,8 +105,21 @@ class Storm:
     def _spoil_callbacks(self) -> None:
         """What lanes, rooms and hooks call of ours raises now and then."""
         luck = random.Random(self.chance.random())
-        for module, name in ((closing, "record_lane"), (decode, "page_blocks")):
+        for module, name in ((room_reports, "record_lane"), (decode, "page_blocks")):
             setattr(module, name, _raising_at_times(getattr(module, name), luck))
+
+    def _watch_states(self) -> None:
+        """A move that no request makes is an exception, of which a storm has many: this one counts."""
+        check = request_state._checked
+
+        def checked(allowed, now, state):
+            try:
+                return check(allowed, now, state)
+            except request_state.IllegalTransition as error:
+                self.wrong.append(str(error))
+                raise
+
+        request_state._checked = checked
 
     def _weather(self, arriving: bool) -> None:
         kind = self.chance.choice(WEATHER)
@@ -236,7 +250,7 @@ class Storm:
 
     def _peer_is_idle(self) -> bool:
         if self.peer.server is not None:
-            return self.peer.server.open_rooms == 0
+            return self.peer.server.offered_rooms == 0
         return not any(request.pull and request.pull.lanes_open for request in self.requests)
 
     def _check_store(self) -> None:
@@ -387,7 +401,7 @@ class OnPrefill(Request):
             for _ in range(chance.choice([0, 0, 1, 5])):
                 yield
         if self.fate == "taken back":
-            peer.server.close(self.req.bootstrap_room)
+            peer.server.withdraw(self.req.bootstrap_room)
         elif self.fate != "stalls":
             peer.ends(self.req, None if page == self.split else "storage read fell short")
 

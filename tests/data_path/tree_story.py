@@ -93,16 +93,15 @@ def content(page_hash: str, page_tokens: int) -> torch.Tensor:
 class SchedulerChannel:
     """Stands in for ControlChannel: keeps what is sent, and brings plans on a thread of its own."""
 
-    def __init__(self, _address, engine, load, on_plan, _key_files=None, on_no_plan=None) -> None:
+    def __init__(self, _address, engine, _key_files=None) -> None:
         self.described = engine
         """As the scheduler knows this engine."""
         self.connected = True
-        self.faults = 0
         self.sent: list[Report | Done] = []
+
+    def serve(self, load, on_plan, on_no_plan) -> None:
         self.load = load
         self._on_plan, self._on_no_plan = on_plan, on_no_plan
-
-    def start(self) -> None: ...
 
     def stop(self) -> None: ...
 
@@ -439,7 +438,7 @@ class Peer:
         """Of a lane: pages `[first, end)` that did not come, and why."""
         if engine.sglang.role == "prefill":
             self.server = PageServer(
-                "127.0.0.1", self.rank.forwarder.session, fingerprint, lease_s, subscribe_timeout_s
+                "127.0.0.1", self.rank.forwarder.mooncake_address, fingerprint, lease_s, subscribe_timeout_s
             )
             self.endpoint = self.server.endpoint
             self.server.start()
@@ -461,7 +460,7 @@ class Peer:
     def opens(self, req: Req, first_page: int = 0, of: str | None = None) -> None:
         """The DE got the plan: it offers pages from `first_page` on, of the prompt with the hash `of` (the
         request's own)."""
-        self.server.open(req.bootstrap_room, first_page, of or prompt_hash(req))
+        self.server.offer(req.bootstrap_room, first_page, of or prompt_hash(req))
 
     def publishes(
         self, req: Req, tokens: Sequence[int], first: int = 0, end: int | None = None

@@ -1,0 +1,118 @@
+"""What an engine rank tells the scheduler about a room: a `Report` when its request comes, `Done` when it is over.
+
+`Done` also ends the room's part in the trace: one span for each lane that was used.
+"""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from opentelemetry.trace import Tracer
+
+from dualpath_sgl.control.channel import ControlChannel
+from dualpath_sgl.spans.tracing import record_lane
+from dualpath_sgl.threads import faults
+from scheduler_svc.wire.protocol import Done, Outcome, Plan, Report, Role
+
+if TYPE_CHECKING:
+    from dualpath_sgl.lanes.page_load import PageLoad
+
+
+@dataclass(eq=False, kw_only=True)
+class RoomRequest:
+    """What both sides know of a request."""
+
+    room: int
+    rid: str
+    prompt_tokens: int
+    prompt_hash: str
+    traceparent: str | None
+    reported_s: float = 0.0
+    """Monotonic time of the report."""
+    refused: bool = False
+    """The scheduler will send no plan."""
+    plan: Plan | None = None
+    page_load: PageLoad | None = None
+    """None when nothing was read or forwarded."""
+    fallback_reason: str | None = None
+
+
+class RoomReports:
+    """Safe from any thread."""
+
+    def __init__(
+        self,
+        *,
+        engine_id: str,
+        role: Role,
+        rank: int,
+        control: ControlChannel,
+        plan_timeout_s: float,
+        tracer: Tracer,
+    ) -> None:
+        self._engine_id = engine_id
+        self._role = role
+        self._rank = rank
+        self._control = control
+        self._plan_timeout_s = plan_timeout_s
+        self._tracer = tracer
+
+    def report(self, request: RoomRequest, local_pages: int, hit_pages: int | None = None) -> None:
+        """The answer comes to the side's `on_plan` or `on_no_plan`, on the control channel's thread.
+
+        `local_pages`: held here, from the prompt's start.  `hit_pages`: the stored prefix, which a PE knows.
+        """
+        request.reported_s = time.monotonic()
+        self._control.send(
+            Report(
+                room=request.room,
+                engine_id=self._engine_id,
+                role=self._role,
+                rank=self._rank,
+                prompt_tokens=request.prompt_tokens,
+                local_pages=local_pages,
+                hit_pages=hit_pages,
+                prompt_hash=request.prompt_hash,
+                traceparent=request.traceparent,
+            )
+        )
+
+    def why_no_plan(self, request: RoomRequest) -> str | None:
+        """Why a reported request need not wait for its plan any longer; None while it may come."""
+        if request.refused:
+            return "scheduler refused the report"
+        if not self._control.connected:
+            return "scheduler away"
+        if time.monotonic() > request.reported_s + self._plan_timeout_s:
+            return "no plan in time"
+        return None
+
+    def done(self, request: RoomRequest, outcome: Outcome) -> None:
+        """What became of the request's room on this rank."""
+        load = request.page_load
+        lane_work = load.lane_work if load is not None else []
+        self._control.send(
+            Done(
+                room=request.room,
+                engine_id=self._engine_id,
+                role=self._role,
+                rank=self._rank,
+                outcome=outcome,
+                fallback_reason=request.fallback_reason,
+                loaded_pages=load.prefix if load is not None else 0,
+                lanes=tuple(work.record() for work in lane_work),
+            )
+        )
+        attributes: dict[str, str | int] = {"dualpath.room": request.room, "dualpath.side": self._role.value}
+        if request.plan is not None:
+            attributes["dualpath.path"] = request.plan.path.value
+            attributes["dualpath.split.pages"] = request.plan.split_page
+        if request.fallback_reason:
+            attributes["dualpath.fallback.reason"] = request.fallback_reason
+        for work in lane_work:
+            try:
+                record_lane(self._tracer, work, request.traceparent, attributes)
+            except Exception:
+                faults.record("room %d: one of its spans is missing", request.room)
