@@ -26,6 +26,7 @@ rank owns), and the folders
     cpu_profile/   SGLang on a CPU
     router/        the placing router, a process of its own
     cli/           the command `dualpath`
+    terminal/      what commands print: columns, units, pipes
 
 `launch`, `evals` and `patches` are links to the folders of the repository, so that one package is installed.
 """
