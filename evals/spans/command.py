@@ -26,8 +26,8 @@ def _several_commands() -> None:
     pass
 
 
-def _ids(context: typer.Context, incomplete: str) -> list[tuple[str, str]]:
-    """For the shell: ids of requests, and what each took."""
+def ids_for_the_shell(context: typer.Context, incomplete: str) -> list[tuple[str, str]]:
+    """Ids of requests that begin like `incomplete`, and what each was."""
     try:
         traces = read_traces(_file(context.params.get("file"), context.params.get("run_dir")))
     except EvalError:
@@ -44,7 +44,9 @@ def _ids(context: typer.Context, incomplete: str) -> list[tuple[str, str]]:
 def show(
     trace_id: Annotated[
         str | None,
-        typer.Argument(metavar="ID", help="Trace id or its unique beginning.", autocompletion=_ids),
+        typer.Argument(
+            metavar="ID", help="Trace id or its unique beginning.", autocompletion=ids_for_the_shell
+        ),
     ] = None,
     file: Annotated[
         Path | None,
