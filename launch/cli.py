@@ -127,11 +127,11 @@ def status(
         _fail("give both --key-file and --scheduler-key-file, or neither")
     keys = None if key_file is None or scheduler_key_file is None else (key_file, scheduler_key_file)
     if scheduler is not None:
-        found = _ask_scheduler(scheduler, keys)
+        answer = _ask_scheduler(scheduler, keys)
         if as_json:
-            print(json.dumps(told.scheduler_document(found), indent=2))
+            print(json.dumps(told.scheduler_document(answer), indent=2))
         else:
-            told.show_scheduler(found, output())
+            told.show_scheduler(answer, output())
         return
     try:
         state = read_state(run_dir)

@@ -10,11 +10,13 @@ from rich.console import Console
 from rich.text import Text
 
 from dualpath_sgl.launch.processes.run_dir import ClusterState, ProcessState
-from dualpath_sgl.terminal.columns import Column, plain, print_columns, print_line
+from dualpath_sgl.terminal.columns import Column, plain, print_columns
 from dualpath_sgl.terminal.units import duration, rate, size
 from scheduler_svc.wire.protocol import EngineStatus, Status
 
 RUNNING, SILENT, ENDED = "running", "silent", "ended"
+TOLD = {RUNNING: "running", SILENT: "DOES NOT ANSWER", ENDED: "ended"}
+"""For people."""
 ALARM = "red"
 
 
@@ -26,7 +28,7 @@ def condition(process: ProcessState) -> str:
 
 
 def show_processes(state: ClusterState, run_dir: Path, console: Console) -> None:
-    print_line(console, plain(f"{state.name}  mode {state.mode}  {run_dir}"))
+    console.print(plain(f"{state.name}  mode {state.mode}  {run_dir}"))
     addresses = _addresses(state)
     columns = [
         Column("process"),
@@ -35,14 +37,14 @@ def show_processes(state: ClusterState, run_dir: Path, console: Console) -> None
         Column("address"),
         Column("log"),
     ]
-    rows = []
+    rows: list[list[str | Text]] = []
     for name, process in state.processes.items():
         now = condition(process)
         rows.append(
             [
                 name,
                 "-" if process.pid is None else str(process.pid),
-                Text(now, style="" if now == RUNNING else ALARM),
+                Text(TOLD[now], style="" if now == RUNNING else ALARM),
                 addresses.get(name) or "",
                 _below(Path(process.log), run_dir),
             ]
@@ -51,7 +53,9 @@ def show_processes(state: ClusterState, run_dir: Path, console: Console) -> None
     for name, process in state.processes.items():
         if process.last_end:
             times = "once" if process.restarts == 1 else f"{process.restarts} times"
-            console.print(plain(f"{name} was started again {times}; last it {process.last_end}"), style=ALARM)
+            now = TOLD[condition(process)]
+            text = f"{name}: {now}; started again {times}, last: {process.last_end}"
+            console.print(plain(text), style=ALARM)
 
 
 def show_scheduler(found: Status, console: Console) -> None:
@@ -61,7 +65,7 @@ def show_scheduler(found: Status, console: Console) -> None:
         console.print(plain(line))
 
 
-_FIGURES = ("seen", "requests", "tokens", "to read", "rate", "read", "forwarded")
+_FIGURES = ("seen", "requests", "tokens", "queued", "read rate", "store read", "forwarded")
 
 
 def _row(rank: EngineStatus) -> list[str]:

@@ -16,7 +16,10 @@ def rate(bytes_per_s: float) -> str:
 
 
 def duration(seconds: float) -> str:
-    """`0.62 ms`, `1.9 ms`, `612 ms`, `1.86 s`, `40.1 s`, `3 min 20 s`."""
+    """`0.62 ms`, `1.9 ms`, `612 ms`, `1.86 s`, `40.1 s`, `3 min 20 s`, `2 h 5 min`."""
+    if seconds >= 3600:
+        hours, rest = divmod(round(seconds / 60), 60)
+        return f"{hours} h {rest} min"
     if round(seconds, 1) >= 60:
         minutes, rest = divmod(round(seconds), 60)
         return f"{minutes} min {rest} s"

@@ -94,8 +94,8 @@ def test_processes_that_ended_or_hang_or_came_back_are_told():
     )
     lines = printed(show_processes, troubled, RUN_DIR, width=80)
     assert "ended" in next(line for line in lines if line.startswith("store"))
-    assert "silent" in next(line for line in lines if line.startswith("decode-0"))
-    assert lines[-1] == "master was started again 2 times; last it ended with exit status 1"
+    assert "DOES NOT ANSWER" in next(line for line in lines if line.startswith("decode-0"))
+    assert lines[-1] == "master: running; started again 2 times, last: ended with exit status 1"
 
 
 @pytest.mark.parametrize("width", WIDTHS)
@@ -107,7 +107,7 @@ def test_each_engine_has_a_line_with_units_and_paths_and_fallbacks_follow(width)
         assert part in engine
     assert "paths: prefill 19, split 16" in lines
     assert "fallbacks: prefetch deadline passed 3" in lines
-    assert "policy split  up 66 min 40 s  rooms: 2 open, 78 closed" in lines
+    assert "policy split  up 1 h 7 min  rooms: 2 open, 78 closed" in lines
 
 
 def test_ranks_of_one_engine_are_told_apart():

@@ -41,6 +41,7 @@ def test_bytes_have_three_digits_and_a_unit(count, said):
         (40.06, "40.1 s"),
         (59.96, "1 min 0 s"),
         (200, "3 min 20 s"),
+        (7500, "2 h 5 min"),
     ],
 )
 def test_times_are_in_the_unit_that_suits_them(seconds, said):
