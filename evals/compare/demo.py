@@ -52,7 +52,7 @@ def main() -> int:
                 modes=(BASIC, DUALPATH),
                 agents=12,
                 concurrency=4,
-                turns=6,
+                turns=5,
                 max_context_tokens=2048,
                 seed=1,
                 out=OUT,
