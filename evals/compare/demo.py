@@ -20,6 +20,7 @@ from dualpath_sgl.evals.compare import picture
 from dualpath_sgl.evals.compare.run import EvalOptions, evaluate
 from dualpath_sgl.evals.compare.summary import ModeResult, Summary
 from dualpath_sgl.evals.spans import waterfall
+from dualpath_sgl.evals.spans.requests import RequestFacts
 from dualpath_sgl.evals.spans.traces import Trace, read_traces
 from dualpath_sgl.launch.config import CLUSTERS
 from dualpath_sgl.launch.config.cluster import ClusterConfig, Mode, bits_per_s, load
@@ -87,10 +88,14 @@ def unmet(summary: Summary, split: Trace | None) -> list[str]:
 
 
 def split_request(traces: list[Trace]) -> Trace | None:
-    """Of the requests that both engines read from the store, the one whose smaller share is largest."""
+    """Of the requests that both engines read from the store, the one whose smaller share is largest.
+
+    One that went as planned is preferred.
+    """
     shares = {trace.traceID: _store_shares(trace) for trace in traces}
     both = [trace for trace in traces if len(shares[trace.traceID]) > 1]
-    return max(both, key=lambda trace: min(shares[trace.traceID].values()), default=None)
+    as_planned = [trace for trace in both if not RequestFacts.of(trace).fallbacks]
+    return max(as_planned or both, key=lambda trace: min(shares[trace.traceID].values()), default=None)
 
 
 def tell(summary: Summary, split: Trace | None, console: Console) -> None:

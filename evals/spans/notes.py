@@ -15,28 +15,21 @@ ALARM = "red"
 
 
 def notes(span: Span) -> list[Text]:
-    """What went wrong first, then what was moved, how fast and how long it waited, then what was decided."""
-    own = span.own
-    trouble = [Text(plain(text).plain, style=ALARM) for text in _of_trouble(span)]
-    return [*trouble, *(plain(text) for text in (*_of_transfer(own), *_of_path(own), *_of_request(own)))]
+    """An error, what was moved, how fast, how long it waited, a fallback's reason, what was decided."""
+    own, told = span.own, span.attributes
+    error = [_alarm(f"error {told.get('otel.status_description', '')}".rstrip())] if told.get("error") else []
+    lost = [_alarm(str(told["warning"]))] if "warning" in told else []
+    fallback = [_alarm(f"fallback {own['fallback.reason']}")] if "fallback.reason" in own else []
+    rest = [plain(text) for text in (*_of_path(own), *_of_request(own))]
+    return [*error, *lost, *(plain(text) for text in _of_transfer(own)), *fallback, *rest]
 
 
-def _of_trouble(span: Span) -> list[str]:
-    values, found = span.attributes, []
-    if values.get("error"):
-        found.append(f"error {values.get('otel.status_description', '')}".rstrip())
-    if "fallback.reason" in span.own:
-        found.append(f"fallback {span.own['fallback.reason']}")
-    if "warning" in values:
-        found.append(str(values["warning"]))
-    return found
+def _alarm(text: str) -> Text:
+    return Text(plain(text).plain, style=ALARM)
 
 
 def _of_transfer(own: dict[str, Any]) -> list[str]:
-    found = [text(own[key]) for key, text in _TRANSFER.items() if isinstance(own.get(key), (int, float))]
-    if "pages.first" in own and "pages.end" in own:
-        found.append(f"pages {own['pages.first']}-{own['pages.end']}")
-    return found
+    return [text(own[key]) for key, text in _TRANSFER.items() if isinstance(own.get(key), (int, float))]
 
 
 _TRANSFER: dict[str, Callable[[Any], str]] = {
@@ -50,6 +43,8 @@ _TRANSFER: dict[str, Callable[[Any], str]] = {
 
 def _of_path(own: dict[str, Any]) -> list[str]:
     found = [f"path {own['path']}"] if "path" in own else []
+    if "pages.first" in own and "pages.end" in own:
+        found.append(f"pages {own['pages.first']}-{own['pages.end']}")
     if "split.pages" in own and "hit.pages" in own:
         found.append(f"{own['split.pages']}/{own['hit.pages']} from decode")
     if "prefill.engine" in own and "decode.engine" in own:

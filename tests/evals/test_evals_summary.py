@@ -12,7 +12,7 @@ from rich.console import Console
 
 from dualpath_sgl.evals.common.errors import EvalError
 from dualpath_sgl.evals.compare import measure, picture, report
-from dualpath_sgl.evals.compare.demo import tell, unmet
+from dualpath_sgl.evals.compare.demo import split_request, tell, unmet
 from dualpath_sgl.evals.compare.run import MODES, EvalOptions, cluster_config, evaluate, storage_limit_s
 from dualpath_sgl.evals.compare.summary import (
     ByRole,
@@ -24,7 +24,8 @@ from dualpath_sgl.evals.compare.summary import (
     Summary,
     WorkloadInfo,
 )
-from dualpath_sgl.evals.spans.traces import Span, Trace
+from dualpath_sgl.evals.spans.requests import RequestFacts
+from dualpath_sgl.evals.spans.traces import Span, Trace, read_traces
 from dualpath_sgl.launch.config.cluster import ClusterConfig, Group, Mode, Store
 from scheduler_svc.wire.protocol import EngineStatus, RankInfo, Role, Status, Workload
 from scheduler_svc.wire.protocol import Path as LoadPath
@@ -126,6 +127,13 @@ def test_the_demo_is_content_only_when_every_condition_holds():
     ):
         assert len(unmet(demo_summary(**change), SPLIT)) == 1, change
     assert unmet(demo_summary(), None) == ["traces.json shows a request that both engines read"]
+
+
+def test_the_example_is_the_request_that_both_engines_read_most_evenly():
+    demo = read_traces(Path(__file__).parent / "demo_traces.json")
+    example = split_request(demo)
+    assert RequestFacts.of(example).path == "split"
+    assert split_request([trace for trace in demo if trace is not example]) is None
 
 
 def test_the_limit_is_what_the_storage_links_alone_need():

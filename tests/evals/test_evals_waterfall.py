@@ -108,10 +108,14 @@ def test_names_have_no_process_numbers_and_no_request_ids(demo):
     assert "pid" not in text and "host" not in text and "[TP 0]" not in text
 
 
-def test_a_fallback_is_told_first(demo):
+@pytest.mark.parametrize("width", WIDTHS)
+def test_a_fallback_s_reason_is_told_at_any_width(demo, width):
     facts = next(facts for facts in map(RequestFacts.of, demo) if facts.fallbacks)
-    lines = printed(waterfall.show, find(demo, facts.trace), width=80)
-    assert any(f"fallback {facts.fallbacks[0]}"[:20] in line for line in lines if "━" in line)
+    lines = printed(waterfall.show, find(demo, facts.trace), width=width)
+    told = f"fallback {facts.fallbacks[0]}"
+    assert told in next(line for line in lines if "read from the store" in line)
+    read = next(line for line in lines if "storage.read" in line)
+    assert "MB/s" in read and (told[:20] in read or width == 80)
 
 
 def test_a_unique_beginning_finds_a_trace(traces):
