@@ -27,7 +27,7 @@ def draw(summary: Summary, out: Path) -> None:
     _bytes(right, results)
     work = summary.workload
     figure.suptitle(
-        f"{work.requests} requests of {work.sessions} agents, storage the bottleneck of both; "
+        f"{work.requests} requests of {work.sessions} agents, an equally slow storage link per engine; "
         f"tokens {'equal' if summary.tokens_equal else 'NOT EQUAL'} to one server's",
         fontsize=11,
     )
