@@ -11,7 +11,7 @@ from rich.console import Console
 from dualpath_sgl.launch.processes.run_dir import ClusterState, ProcessState
 from dualpath_sgl.launch.status import cluster_document, scheduler_document, show_processes, show_scheduler
 from scheduler_svc.wire import protocol
-from scheduler_svc.wire.protocol import EngineStatus, Load, Role, Status
+from scheduler_svc.wire.protocol import EngineStatus, Role, Status, Workload
 
 WIDTHS = (80, 120, 200)
 RUN_DIR = Path("/srv/dualpath/runs/current")
@@ -36,7 +36,7 @@ def state(**changes: dict) -> ClusterState:
 
 
 def rank(name: str, role: Role, number: int = 0, tp_size: int = 1, **changes) -> EngineStatus:
-    described = protocol.Engine(
+    described = protocol.RankInfo(
         engine_id=name,
         role=role,
         rank=number,
@@ -46,7 +46,7 @@ def rank(name: str, role: Role, number: int = 0, tp_size: int = 1, **changes) ->
         page_size=16,
         page_bytes=1,
     )
-    load = Load(sequences=4, tokens=5231, read_queue_bytes=27_787_264, read_rate_bytes_per_s=12.5e6)
+    load = Workload(sequences=4, tokens=5231, read_queue_bytes=27_787_264, read_rate_bytes_per_s=12.5e6)
     values = {"age_s": 0.412, "store_read_bytes": 204_500_000, "forwarded_bytes": 474_000_000, **changes}
     return EngineStatus(engine=described, load=load, **values)
 
