@@ -114,10 +114,10 @@ def status(
     - processes: by name pid, state (running, silent, ended), address,
       log, restarts, last_end
     - scheduler (null in modes basic and both): policy, uptime_s,
-      rooms_open, rooms_closed, paths, fallbacks, duplicate_store_pages,
-      errors, and engines: list of engine, role, rank, url, age_s,
-      sequences, tokens, read_queue_bytes, read_rate_bytes_per_s,
-      store_read_bytes, forwarded_bytes
+      rooms_open, rooms_closed, rooms_forgotten, paths, fallbacks,
+      duplicate_store_pages, errors, and engines: list of engine, role,
+      rank, url, age_s, sequences, tokens, read_queue_bytes,
+      read_rate_bytes_per_s, store_read_bytes, forwarded_bytes
 
     With --scheduler only the object under scheduler.
     """

@@ -85,7 +85,8 @@ def _row(rank: EngineStatus) -> list[str]:
 
 
 def _sums(found: Status) -> Iterator[str]:
-    yield f"policy {found.policy}  up {duration(found.uptime_s)}  rooms: {found.rooms_open} open, {found.rooms_closed} closed"
+    rooms = f"{found.rooms_open} open, {found.rooms_closed} closed, {found.rooms_forgotten} forgotten"
+    yield f"policy {found.policy}  up {duration(found.uptime_s)}  rooms: {rooms}"
     yield "paths: " + (", ".join(f"{path} {count}" for path, count in found.paths.items()) or "none yet")
     fallbacks = ", ".join(f"{reason} {count}" for reason, count in found.fallbacks.items())
     yield f"fallbacks: {fallbacks or 'none'}"
@@ -93,7 +94,7 @@ def _sums(found: Status) -> Iterator[str]:
 
 
 def cluster_document(state: ClusterState, run_dir: Path) -> dict[str, Any]:
-    """Of the processes; see `dualpath status --help` for its fields."""
+    """The processes, in the fields that `dualpath status --help` names."""
     addresses = _addresses(state)
     return {
         "name": state.name,
@@ -120,6 +121,7 @@ def scheduler_document(found: Status) -> dict[str, Any]:
         "uptime_s": found.uptime_s,
         "rooms_open": found.rooms_open,
         "rooms_closed": found.rooms_closed,
+        "rooms_forgotten": found.rooms_forgotten,
         "paths": {path.value: count for path, count in found.paths.items()},
         "fallbacks": dict(found.fallbacks),
         "duplicate_store_pages": found.duplicate_store_pages,

@@ -88,9 +88,9 @@ def unmet(summary: Summary, split: Trace | None) -> list[str]:
 
 
 def split_request(traces: list[Trace]) -> Trace | None:
-    """Of the requests that both engines read from the store, the one whose smaller share is largest.
+    """The request that both engines read from the store in the largest shares.
 
-    One that went as planned is preferred.
+    Those that went as planned come first.
     """
     shares = {trace.traceID: _store_shares(trace) for trace in traces}
     both = [trace for trace in traces if len(shares[trace.traceID]) > 1]

@@ -28,7 +28,7 @@ class RequestFacts(BaseModel):
     request: bool
     """A client, the router or the scheduler knew it; else a probe or a warm-up of an engine."""
     mode: str | None
-    """Of the evaluation that it belongs to."""
+    """Mode of the evaluation that it belongs to."""
     path: str | None
     """As planned: none, prefill, decode or split."""
     room: str | None
@@ -37,7 +37,7 @@ class RequestFacts(BaseModel):
     turn: int | None
     prompt_tokens: int | None
     cached_tokens: int | None
-    """Of the prompt, not computed."""
+    """Tokens of the prompt that were not computed."""
     output_tokens: int | None
     ttft_s: float | None
     duration_s: float

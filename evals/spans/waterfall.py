@@ -20,7 +20,7 @@ from dualpath_sgl.terminal.columns import fit, plain, print_line
 from dualpath_sgl.terminal.units import duration, size
 
 SHORT = 1 / 200
-"""Of the trace's length; a shorter span of SGLang's is left out."""
+"""Share of the trace's length; a shorter span of SGLang's is left out."""
 MOST_INDENTED = 12
 """Levels; deeper ones stand below each other."""
 MOST_SERVICE = 12
