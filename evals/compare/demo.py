@@ -51,10 +51,10 @@ def main() -> int:
                 trace=TRACE,
                 cluster=cluster,
                 modes=(BASIC, DUALPATH),
-                agents=12,
+                agents=18,
                 concurrency=4,
                 turns=5,
-                max_context_tokens=2048,
+                max_context_tokens=1024,
                 seed=1,
                 out=OUT,
             ),
@@ -103,7 +103,7 @@ def tell(summary: Summary, split: Trace | None, console: Console) -> None:
     basic, dualpath = summary.modes[BASIC], summary.modes[DUALPATH]
     console.print()
     columns = [Column(""), Column(BASIC, right=True), Column(DUALPATH, right=True), Column("")]
-    print_columns(console, columns, _rows(basic, dualpath))
+    print_columns(console, columns, _rows(basic, dualpath, summary.workload.hit_rate))
     console.print()
     console.print("\n".join(_limit(basic, dualpath)), markup=False)
     if split is not None:
@@ -123,7 +123,7 @@ def _opening(cluster: ClusterConfig) -> str:
     )
 
 
-def _rows(basic: ModeResult, dualpath: ModeResult) -> Iterator[tuple[str, str, str, str]]:
+def _rows(basic: ModeResult, dualpath: ModeResult, most_hits: float) -> Iterator[tuple[str, str, str, str]]:
     def row(title: str, cell, note: str = "") -> tuple[str, str, str, str]:
         return title, cell(basic), cell(dualpath), note
 
@@ -135,9 +135,10 @@ def _rows(basic: ModeResult, dualpath: ModeResult) -> Iterator[tuple[str, str, s
     yield row("first token, median", lambda r: duration(r.ttft_s.p50))
     yield row("requests", lambda r: str(r.requests))
     yield row("tokens as one server's", lambda r: "all" if r.tokens_equal else f"NO ({len(r.mismatches)})")
+    yield row("prompt tokens in caches", lambda r: f"{r.hit_rate:.1%}", f"{most_hits:.1%} at best")
     yield row("path none", lambda r: _path(r, "none"), "nothing to load")
-    yield row("path prefill", lambda r: _path(r, "prefill"), "prefill engine reads")
-    yield row("path decode", lambda r: _path(r, "decode"), "decode engine reads")
+    yield row("path prefill", lambda r: _path(r, "prefill"), "decode engine reads nothing")
+    yield row("path decode", lambda r: _path(r, "decode"), "prefill engine reads nothing")
     yield row("path split", lambda r: _path(r, "split"), "both read")
     for name in sorted(dualpath.engines, reverse=True):  # Prefill engines first.
         yield row(f"read by {name}", lambda r, name=name: size(r.engines[name].store_read_bytes))
@@ -161,14 +162,11 @@ def _at_best(basic: ModeResult, dualpath: ModeResult) -> str:
 
 
 def _limit(basic: ModeResult, dualpath: ModeResult) -> Iterator[str]:
-    read = {r.mode: sum(engine.store_read_bytes for engine in r.engines.values()) for r in (basic, dualpath)}
     yield "The limit is the time that the storage links alone need for the bytes read."
     yield f"{BASIC} has one link, {DUALPATH} two: for the same bytes that is half the time."
-    if read[DUALPATH] < read[BASIC]:
-        yield (
-            f"{DUALPATH} read {size(read[DUALPATH])}, {BASIC} {size(read[BASIC])}: pages that the decode "
-            "engine still holds are forwarded, not read."
-        )
+    unread = dualpath.forwarded_bytes - dualpath.store_read_bytes.decode
+    if unread > 0:
+        yield f"{size(unread)} were forwarded out of the decode engine's memory, without a read."
 
 
 def _closing(split: Trace | None) -> Iterator[Text]:
