@@ -1,4 +1,4 @@
-# make demo    the whole thing on this machine's CPU: set-up, cluster, agent trace, report
+# make demo    on this machine's CPU: set-up, then a real agent trace on SGLang as it is and with DualPath
 # make test    every test, the end-to-end ones on a real cluster included
 # make lint    format, lint and types (under a minute)
 # make test-slow    tests with a cluster of their own, and the steps of the Dockerfiles (ten minutes)

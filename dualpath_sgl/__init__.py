@@ -29,6 +29,7 @@ wires what one engine rank is made of), and the folders
     cpu_profile/   SGLang on a CPU
     router/        the placing router, a process of its own
     cli/           the command `dualpath`
+    terminal/      what commands print: columns, units, pipes
 
 `launch`, `evals`, `patches` and `requirements` are links to the folders of the repository, so that one package
 is installed.

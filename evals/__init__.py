@@ -1,6 +1,6 @@
 """Measures DualPath against upstream; each folder is one program.
 
-cli.py      `dualpath eval`, `dualpath trace`
+cli.py      `dualpath eval`
 agents/     agent traces and how they are replayed
 compare/    `dualpath eval run`, `dualpath demo`, balance of reads: modes side by side on one trace
 load/       `dualpath bench-load`: load paths on shaped links
@@ -8,6 +8,6 @@ gpu/        the whole system on real GPUs
 scheduler/  how much one scheduler bears
 router/     how much one placing router bears
 sim/        `dualpath sim`: clusters that are not at hand
-spans/      recorded traces: Jaeger files, waterfalls
+spans/      `dualpath trace`: Jaeger files, waterfalls
 common/     errors and files
 """

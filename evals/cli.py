@@ -1,4 +1,4 @@
-"""The commands `dualpath eval …` and `dualpath trace …`."""
+"""The commands `dualpath eval …`."""
 
 from __future__ import annotations
 
@@ -10,16 +10,13 @@ import typer
 from rich.console import Console
 
 from dualpath_sgl.evals.agents.subset import write_subset
-from dualpath_sgl.evals.common.errors import EvalError
 from dualpath_sgl.evals.common.explained import errors, failures_explained
-from dualpath_sgl.evals.spans import waterfall
 from dualpath_sgl.launch.config import CLUSTERS
 
 RESULTS = Path("results")
 DEFAULT_CLUSTER = CLUSTERS / "cpu-1p1d.yaml"
 
 eval_app = typer.Typer(no_args_is_help=True, help="Replay agent traces and compare modes.")
-trace_app = typer.Typer(no_args_is_help=True, help="Look at recorded request traces.")
 console = Console(highlight=False)
 
 
@@ -51,6 +48,7 @@ def run(
 ) -> None:
     """Replay sessions in each mode, compare tokens with a single server, write summary, report and traces."""
     # Not before: this imports the whole cluster machinery.
+    from dualpath_sgl.evals.compare import report
     from dualpath_sgl.evals.compare.run import EvalOptions, evaluate
     from dualpath_sgl.launch.config.cluster import load
 
@@ -67,6 +65,7 @@ def run(
             out=out or RESULTS / datetime.now().strftime("%Y%m%d-%H%M%S"),
         )
         summary = evaluate(options, console)
+    report.print_summary(summary, console)
     console.print(f"results: {options.out}/report.md, summary.json, traces.json")
     if not summary.tokens_equal:
         errors.print("[red]error:[/] tokens differ from the single server's; report.md says where")
@@ -83,37 +82,3 @@ def trace_subset(
     with failures_explained():
         for path in write_subset(files, out, requests):
             console.print(f"{path}  {path.stat().st_size:,} bytes")
-
-
-@trace_app.callback()
-def _several_commands() -> None:
-    # Without a callback typer drops the name of an app's only command.
-    pass
-
-
-@trace_app.command("show")
-def show(
-    trace_id: Annotated[
-        str | None, typer.Argument(metavar="ID", help="Trace id or its unique beginning.")
-    ] = None,
-    file: Annotated[
-        Path | None, typer.Option(help="Jaeger JSON; default: the newest results/*/traces.json.")
-    ] = None,
-    list_all: Annotated[bool, typer.Option("--list", help="List the traces of the file.")] = False,
-) -> None:
-    """Print the waterfall of one trace."""
-    with failures_explained():
-        if not list_all and trace_id is None:
-            raise EvalError("ID is missing; give a trace id or its beginning, or --list to see them")
-        traces = waterfall.read_traces(file or _newest_traces())
-        if list_all or trace_id is None:
-            waterfall.list_traces(traces, console)
-        else:
-            waterfall.show(waterfall.find(traces, trace_id), console)
-
-
-def _newest_traces() -> Path:
-    found = sorted(RESULTS.glob("*/traces.json"), key=lambda path: path.stat().st_mtime)
-    if not found:
-        raise EvalError(f"no {RESULTS}/*/traces.json here; run an evaluation first or give --file")
-    return found[-1]

@@ -1,6 +1,7 @@
 """Describes, starts and supervises a whole cluster on one machine.
 
 cli.py        `dualpath up`, `status`, `doctor`, `patch`, `topology`
+status.py     what `dualpath status` says
 config/       what one YAML file says
 clusters/     the files that come with this package
 checks/       `dualpath doctor`: what will not work, and the remedy

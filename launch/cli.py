@@ -6,27 +6,31 @@ import json
 import os
 import signal
 import time
+from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated, NoReturn
+from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
 import typer
 from rich.console import Console
 from rich.markup import escape
-from rich.table import Table
 
 from dualpath_sgl.launch.config.cluster import ClusterConfig, ConfigError, load
-from dualpath_sgl.launch.processes.run_dir import ProcessState, RunDirError, read_state
+from dualpath_sgl.launch.processes.run_dir import RunDirError, read_state
 from dualpath_sgl.launch.setup.patching import PatchError, Report, State, Tree, stacks
 from dualpath_sgl.launch.setup.pins import Profile
 from dualpath_sgl.launch.supervision.readiness import NotReady, require_ready
+from dualpath_sgl.terminal.console import output
 from scheduler_svc.wire.keys import KeyFileError
+
+if TYPE_CHECKING:
+    from scheduler_svc.wire.protocol import Status
 
 DEFAULT_RUN_DIR = Path("runs/current")
 
 console = Console(highlight=False, soft_wrap=True)
 errors = Console(stderr=True, highlight=False, soft_wrap=True)
 
-app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
+app = typer.Typer(no_args_is_help=True, pretty_exceptions_enable=False)
 patch_app = typer.Typer(no_args_is_help=True, help="Patch the pinned packages, check that, or take it back.")
 app.add_typer(patch_app, name="patch")
 topology_app = typer.Typer(no_args_is_help=True, help="Shaped networks on this machine.")
@@ -99,13 +103,36 @@ def status(
     scheduler_key_file: Annotated[
         Path | None, typer.Option(envvar="DUALPATH_SCHEDULER_KEY_FILE", help="The scheduler's .key.")
     ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="For scripts; see above.")] = False,
 ) -> None:
-    """Show the processes, addresses and scheduler state of a running cluster."""
+    """Show the processes, addresses and scheduler state of a running cluster.
+
+    Exit status 1 when a process has ended or answers nobody.
+
+    --json prints one object; null is unknown:
+
+    - name, mode, run_dir, url
+    - processes: by name pid, state (running, silent, ended), address,
+      log, restarts, last_end
+    - scheduler (null in modes basic and both): policy, uptime_s,
+      rooms_open, rooms_closed, rooms_forgotten, paths, fallbacks,
+      duplicate_store_pages, errors, and engines: list of engine, role,
+      rank, url, age_s, sequences, tokens, read_queue_bytes,
+      read_rate_bytes_per_s, store_read_bytes, forwarded_bytes
+
+    With --scheduler only the object under scheduler.
+    """
+    from dualpath_sgl.launch import status as told
+
     if (key_file is None) != (scheduler_key_file is None):
         _fail("give both --key-file and --scheduler-key-file, or neither")
     keys = None if key_file is None or scheduler_key_file is None else (key_file, scheduler_key_file)
     if scheduler is not None:
-        _ask_scheduler(scheduler, keys)
+        answer = _ask_scheduler(scheduler, keys)
+        if as_json:
+            print(json.dumps(told.scheduler_document(answer), indent=2))
+        else:
+            told.show_scheduler(answer, output())
         return
     try:
         state = read_state(run_dir)
@@ -115,18 +142,20 @@ def status(
         _fail(
             f"--run-dir {run_dir}: no cluster runs there; start one: dualpath up -c FILE --run-dir {run_dir}"
         )
-    title = escape(f"{state.name} · mode {state.mode}")
-    table = Table("process", "pid", "state", "address", "log", title=title)
-    addresses = {**state.engines, "router": state.url, "scheduler": state.scheduler}
-    alive = {name for name, process in state.processes.items() if process.alive}
-    for name, process in state.processes.items():
-        condition = _condition(process, name in alive)
-        cells = (name, str(process.pid), condition, addresses.get(name) or "", process.log)
-        table.add_row(*map(escape, cells))
-    console.print(table)
+    if not as_json:
+        told.show_processes(state, run_dir, output())
+    found = None
     if state.scheduler is not None:
-        _ask_scheduler(state.scheduler, keys if state.scheduler_keys is None else state.scheduler_keys)
-    if len(alive) < len(state.processes) or any(process.silent for process in state.processes.values()):
+        found = _ask_scheduler(
+            state.scheduler, keys if state.scheduler_keys is None else state.scheduler_keys
+        )
+    if as_json:
+        document = told.cluster_document(state, run_dir)
+        document["scheduler"] = None if found is None else told.scheduler_document(found)
+        print(json.dumps(document, indent=2))
+    elif found is not None:
+        told.show_scheduler(found, output())
+    if any(told.condition(process) != told.RUNNING for process in state.processes.values()):
         raise typer.Exit(1)
 
 
@@ -198,22 +227,34 @@ def patch_revert(package: Package = None) -> None:
 
 
 @patch_app.command("check")
-def patch_check(package: Package = None) -> None:
-    """Say what is applied; exit status 1 unless everything is."""
-    reports = _for_each_tree(package, lambda tree: tree.check())
-    if any(report.state is not State.APPLIED for report in reports):
+def patch_check(
+    package: Package = None,
+    as_json: Annotated[bool, typer.Option("--json", help="For scripts; see above.")] = False,
+) -> None:
+    """Say what is applied; exit status 1 unless everything is.
+
+    --json prints one object: applied (everything is), and packages: list
+    of package, version, state (applied, not applied, half applied,
+    outdated, modified by someone else), patches, files (state of each by its path).
+    """
+    reports = _for_each_tree(package, lambda tree: tree.check(), quiet=as_json)
+    applied = all(report.state is State.APPLIED for report in reports)
+    if as_json:
+        print(json.dumps({"applied": applied, "packages": list(map(_document, reports))}, indent=2))
+    if not applied:
         raise typer.Exit(1)
 
 
-def _for_each_tree(package: str | None, act) -> list[Report]:
+def _for_each_tree(package: str | None, act: Callable[[Tree], Report], quiet: bool = False) -> list[Report]:
     reports = []
     try:
         for stack in stacks(package):
             reports.append(act(Tree(stack)))
-            _print_report(reports[-1])
+            if not quiet:
+                _print_report(reports[-1])
     except PatchError as error:
         _fail(str(error))
-    if not reports:
+    if not reports and not quiet:
         console.print("no patches: nothing to do")
     return reports
 
@@ -227,12 +268,22 @@ def _print_report(report: Report) -> None:
         console.print(f"  {state:<24} {name}")
 
 
-def _ask_scheduler(address: str, keys: tuple[Path, Path] | None) -> None:
+def _document(report: Report) -> dict[str, Any]:
+    return {
+        "package": report.package,
+        "version": report.version,
+        "state": report.state.value,
+        "patches": list(report.patch_names),
+        "files": {name: state.value for name, state in report.files.items()},
+    }
+
+
+def _ask_scheduler(address: str, keys: tuple[Path, Path] | None) -> Status:
     from scheduler_svc.wire.client import SchedulerClient, SchedulerError
 
     try:
         with SchedulerClient(address, curve_key_files=keys) as client:
-            _print_scheduler(client.status())
+            return client.status()
     except KeyFileError as error:
         _fail(str(error))
     except TimeoutError as error:
@@ -242,44 +293,11 @@ def _ask_scheduler(address: str, keys: tuple[Path, Path] | None) -> None:
         _fail(f"scheduler: {error}; engines go on with the prefill path")
 
 
-def _print_scheduler(found) -> None:
-    table = Table(
-        "engine", "rank", "last seen", "sequences", "tokens", "read queue", "store read", "forwarded"
-    )
-    for status_ in found.engines:
-        engine, load_ = status_.engine, status_.load
-        table.add_row(
-            escape(engine.engine_id),
-            str(engine.rank),
-            f"{status_.age_s:.1f} s ago",
-            str(load_.sequences),
-            str(load_.tokens),
-            f"{load_.read_queue_bytes} B",
-            f"{status_.store_read_bytes} B",
-            f"{status_.forwarded_bytes} B",
-        )
-    console.print(table)
-    paths = ", ".join(f"{path} {count}" for path, count in found.paths.items()) or "none yet"
-    fallbacks = ", ".join(f"{escape(reason)} {count}" for reason, count in found.fallbacks.items()) or "none"
-    console.print(
-        f"policy {found.policy} · up {found.uptime_s:.0f} s · rooms open {found.rooms_open}, closed "
-        f"{found.rooms_closed} · paths: {paths} · fallbacks: {fallbacks} · errors {found.errors}"
-    )
-
-
 def _load(path: Path) -> ClusterConfig:
     try:
         return load(path)
     except ConfigError as error:
         _fail(str(error))
-
-
-def _condition(process: ProcessState, alive: bool) -> str:
-    now = "ended" if not alive else "DOES NOT ANSWER" if process.silent else "running"
-    if not process.last_end:
-        return now
-    times = "once" if process.restarts == 1 else f"{process.restarts} times"
-    return f"{now}; started again {times}, last: {process.last_end}"
 
 
 def _fail(message: str) -> NoReturn:

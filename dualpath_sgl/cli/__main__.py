@@ -11,18 +11,13 @@ from typing import Annotated
 import typer
 
 from dualpath_sgl import __version__, cli
+from dualpath_sgl.cli.lazy import add_programs
 from dualpath_sgl.launch.cli import app
 from scheduler_svc.keys_command import keys_app
 
-LAZY_COMMANDS = {
-    "eval": ("dualpath_sgl.evals.cli", "eval_app", "Replay agent traces and compare modes."),
-    "sim": ("dualpath_sgl.evals.sim.studies.command", "sim_app", "Simulate clusters that are not at hand."),
-    "trace": ("dualpath_sgl.evals.cli", "trace_app", "Look at recorded request traces."),
-}
-"""The evaluations import much that the other commands do not need."""
-
 app.info.help = (cli.__doc__ or "").splitlines()[0]
 app.add_typer(keys_app, name="keys")
+add_programs(app)
 
 
 def versions() -> list[str]:
@@ -54,7 +49,7 @@ def _dualpath(
 
 @app.command()
 def demo() -> None:
-    """Replay a real agent trace through a small cluster on this machine and write a report."""
+    """Replay a real agent trace on SGLang as it is and with DualPath; show what that gains (three minutes)."""
     sys.exit(importlib.import_module("dualpath_sgl.evals.compare.demo").main())
 
 
@@ -77,11 +72,6 @@ def bench_load(
 
 
 def main() -> None:
-    for name, (module, attribute, help_text) in LAZY_COMMANDS.items():
-        if name in sys.argv[1:2]:
-            app.add_typer(getattr(importlib.import_module(module), attribute), name=name, help=help_text)
-        else:
-            app.add_typer(typer.Typer(), name=name, help=help_text)
     app()
 
 

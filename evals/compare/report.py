@@ -23,6 +23,7 @@ def rows(summary: Summary) -> list[tuple[str, ...]]:
         ),
         line("requests", lambda r: str(r.requests)),
         line("JCT", lambda r: f"{r.job_s:.2f} s"),
+        line("storage links alone", _limit),
         line("TTFT p50 / p99", lambda r: f"{_ms(r.ttft_s.p50)} / {_ms(r.ttft_s.p99)}"),
         line("TTST p50 / p99", lambda r: f"{_ms(r.ttst_s.p50)} / {_ms(r.ttst_s.p99)}"),
         line("TPOT p50 / p99", lambda r: f"{_ms(r.tpot_s.p50)} / {_ms(r.tpot_s.p99)}"),
@@ -101,6 +102,10 @@ def markdown(summary: Summary) -> str:
 def _paths(result: ModeResult) -> str:
     paths = result.paths
     return f"{paths.none}/{paths.prefill}/{paths.decode}/{paths.split}"
+
+
+def _limit(result: ModeResult) -> str:
+    return "no rate set" if result.storage_limit_s is None else f"{result.storage_limit_s:.2f} s"
 
 
 def _ms(seconds: float) -> str:

@@ -36,7 +36,7 @@ from dualpath_sgl.evals.common.errors import EvalError
 from dualpath_sgl.evals.compare import measure, report
 from dualpath_sgl.evals.compare.summary import ByRole, Mismatch, ModeResult, PathCounts, Summary, WorkloadInfo
 from dualpath_sgl.evals.spans import jaeger
-from dualpath_sgl.launch.config.cluster import ClusterConfig, Mode
+from dualpath_sgl.launch.config.cluster import ClusterConfig, Mode, bits_per_s
 from dualpath_sgl.launch.processes.environment import forget_foreign_tracing
 from dualpath_sgl.launch.supervision.cluster import Cluster
 from dualpath_sgl.launch.supervision.readiness import require_ready
@@ -88,7 +88,6 @@ def evaluate(options: EvalOptions, console: Console) -> Summary:
     _write(Summary.of(info, results, traces=0), options.out)
     summary = Summary.of(info, results, _convert(span_files, options.out / "traces.json", console))
     _write(summary, options.out)
-    report.print_summary(summary, console)
     return summary
 
 
@@ -248,6 +247,7 @@ def _result(
         requests=len(records),
         sessions=len(run.answers),
         job_s=run.job_s,
+        storage_limit_s=storage_limit_s(config, sum(by_role.values())),
         ttft_s=measure.quantiles([record.ttft_s for record in records]),
         ttst_s=measure.quantiles([record.ttst_s for record in records if record.ttst_s is not None]),
         tpot_s=measure.quantiles([record.tpot_s for record in records if record.tpot_s is not None]),
@@ -261,6 +261,14 @@ def _result(
         fallbacks=counters.fallbacks,
         duplicate_store_pages=counters.duplicate_store_pages,
     )
+
+
+def storage_limit_s(config: ClusterConfig, count_bytes: int) -> float | None:
+    """What the storage links need for `count_bytes` when all engines that may read share them evenly."""
+    if config.store.read_rate is None:
+        return None
+    readers = config.prefill.count + (0 if config.mode is Mode.BASIC else config.decode.count)
+    return count_bytes * 8 / bits_per_s(config.store.read_rate) / readers
 
 
 def _mismatches(expected: dict[str, list[list[int]]], got: dict[str, list[list[int]]]) -> Iterator[Mismatch]:

@@ -63,6 +63,9 @@ class ModeResult(_Record):
     sessions: Count
     job_s: Seconds
     """Job completion time (JCT)."""
+    storage_limit_s: Seconds | None = None
+    """What the storage links alone need for the bytes that were read, spread evenly over the engines that
+    may read; None where no rate is set."""
     ttft_s: Quantiles
     ttst_s: Quantiles
     tpot_s: Quantiles

@@ -1,209 +1,215 @@
-"""One trace as a waterfall in the terminal, from a Jaeger JSON file."""
+"""One trace as a waterfall in the terminal: a tree of its spans, each with a bar over time.
+
+Spans of SGLang that are too short to see are left out, and equal ones in a row share a line, unless
+everything is asked for.
+"""
 
 from __future__ import annotations
 
-import difflib
+import re
 from collections.abc import Iterator
-from pathlib import Path
-from typing import Annotated, Any
+from dataclasses import dataclass
 
-from pydantic import BaseModel, Field, ValidationError
 from rich.console import Console
-from rich.table import Table
 from rich.text import Text
 
-from dualpath_sgl.evals.common.documents import first_problem, read_json
-from dualpath_sgl.evals.common.errors import EvalError
+from dualpath_sgl.evals.spans.notes import notes
+from dualpath_sgl.evals.spans.requests import CLIENT_SPAN, ROOMY_CONSOLE, RequestFacts
+from dualpath_sgl.evals.spans.traces import Span, Trace
+from dualpath_sgl.terminal.columns import fit, plain, print_line
+from dualpath_sgl.terminal.units import duration, size
 
-Microseconds = Annotated[int, Field(ge=0, lt=2**63)]
-MOST_INDENTED = 20
+SHORT = 1 / 200
+"""Share of the trace's length; a shorter span of SGLang's is left out."""
+MOST_INDENTED = 12
 """Levels; deeper ones stand below each other."""
-BAR_WIDTH = 32
-NARROW_BAR_WIDTH = 12
-NARROW_CONSOLE = 120
-"""Columns; below that the bars are short, so that names and attributes stay readable."""
-_SHOWN = (
-    "dualpath.path",
-    "dualpath.split.pages",
-    "dualpath.hit.pages",
-    "dualpath.fallback.reason",
-    "dualpath.session",
-    "dualpath.turn",
-    "lane",
-    "bytes",
-    "pages",
-    "queue_s",
-    "error",
-    "warning",
-)
-"""Attributes worth a place on the line; a name matches with or without its `dualpath.` prefix."""
-_COLOURS = ("cyan", "green", "magenta", "yellow", "blue", "red")
+MOST_SERVICE = 12
+_SIZES = ((160, 40, 44), (ROOMY_CONSOLE, 20, 31), (0, 8, 21))
+"""Console at least so wide: columns of the bars, most columns of the names."""
+COLOURS = ("cyan", "green", "magenta", "yellow", "blue")
+_PROCESS = re.compile(r"\s*\((?:host|pid):[^)]*\)|\s*\[(?:TP|PP|DP) 0\]")
+_REQUEST_ID = re.compile(r"(?<=Req )[0-9a-f]{8}$")
 
 
-JAEGER_S_FORM = "Jaeger's form, as traces.json is (name one with --file)"
+@dataclass
+class _Line:
+    depth: int
+    span: Span
+    name: str
+    service: str
+    begin: int
+    end: int
+    count: int = 1
+    """Spans in a row that share it."""
+    guide: str = ""
 
 
-class _Tag(BaseModel):
-    key: str
-    value: Any = None
+@dataclass(frozen=True)
+class _Layout:
+    """Columns of the parts of a line; what is left is for attributes."""
 
+    name: int
+    service: int
+    start: int
+    """0: the bar has to do."""
+    time: int
+    bar: int
+    gap: str
+    """Between two attributes."""
 
-class _Reference(BaseModel):
-    spanID: str
-
-
-class _Span(BaseModel):
-    """Fields that are shown; others are ignored."""
-
-    spanID: str
-    operationName: str = ""
-    references: list[_Reference] = []
-    startTime: Microseconds
-    duration: Microseconds = 0
-    tags: list[_Tag] = []
-    processID: str = ""
-
-
-class _Process(BaseModel):
-    serviceName: str = "unknown"
-
-
-class _Trace(BaseModel):
-    traceID: str
-    spans: Annotated[list[_Span], Field(min_length=1)]
-    processes: dict[str, _Process] = {}
-
-
-class _Document(BaseModel):
-    data: list[_Trace]
-
-
-def read_traces(file: Path) -> list[dict[str, Any]]:
-    """The traces of a Jaeger JSON file.  Raises EvalError."""
-    document = read_json(file, JAEGER_S_FORM)
-    if not isinstance(document, dict) or not isinstance(document.get("data"), list):
-        raise EvalError(f"{file}: field data is missing; expected {JAEGER_S_FORM}")
-    try:
-        return _Document.model_validate(document).model_dump()["data"]
-    except ValidationError as error:
-        raise EvalError(f"{file}: {first_problem(error)}; expected {JAEGER_S_FORM}") from None
-
-
-def find(traces: list[dict[str, Any]], wanted: str) -> dict[str, Any]:
-    """The trace whose id is `wanted` or the only one whose id begins so.  Raises EvalError."""
-    wanted = wanted.lower()
-    ids = [trace["traceID"] for trace in traces]
-    matches = [trace for trace in traces if wanted and trace["traceID"].lower().startswith(wanted)]
-    if len(matches) == 1:
-        return matches[0]
-    if matches:
-        some = ", ".join(trace["traceID"] for trace in matches[:5])
-        raise EvalError(f"trace id {wanted!r} fits {len(matches)} traces ({some}, …); give more digits")
-    near = difflib.get_close_matches(wanted, ids, n=3, cutoff=0.3) or difflib.get_close_matches(
-        wanted, [trace_id[: len(wanted)] for trace_id in ids], n=3, cutoff=0.3
-    )
-    hint = f"near: {', '.join(near)}" if near else f"the file holds {len(ids)} traces"
-    raise EvalError(f"no trace has the id {wanted!r}; {hint}; --list shows all of them")
-
-
-def show(trace: dict[str, Any], console: Console) -> None:
-    """Print the spans as a tree, each with its place on the trace's time line."""
-    spans = trace["spans"]
-    begin = min(span["startTime"] for span in spans)
-    total = max(1, max(span["startTime"] + span["duration"] for span in spans) - begin)
-    services = sorted({_service(trace, span) for span in spans})
-    colours = {service: _COLOURS[index % len(_COLOURS)] for index, service in enumerate(services)}
-
-    console.print(f"trace {trace['traceID']}  {len(spans)} spans  {len(services)} services  {_ms(total)}")
-    table = Table(box=None, pad_edge=False, header_style="dim")
-    bar_width = NARROW_BAR_WIDTH if console.width < NARROW_CONSOLE else BAR_WIDTH
-    table.add_column("operation", no_wrap=True)
-    table.add_column("service", no_wrap=True)
-    table.add_column("start", justify="right", no_wrap=True)
-    table.add_column("time", justify="right", no_wrap=True)
-    table.add_column("", no_wrap=True, width=bar_width)
-    table.add_column("attributes", overflow="fold", ratio=1)
-    for depth, span in _tree(spans):
-        service = _service(trace, span)
-        offset = span["startTime"] - begin
-        table.add_row(
-            Text("  " * min(depth, MOST_INDENTED) + span["operationName"]),
-            Text(service, style=colours[service]),
-            _ms(offset),
-            _ms(span["duration"]),
-            Text(_bar(offset, span["duration"], total, bar_width), style=colours[service]),
-            Text(_attributes(span), style="dim"),
+    @classmethod
+    def of(cls, width: int, lines: list[_Line]) -> _Layout:
+        bar, most_name = next(sizes for least, *sizes in _SIZES if width >= least)
+        roomy = width >= ROOMY_CONSOLE
+        return cls(
+            name=min(most_name, max(len(line.guide) + len(_label(line)) for line in lines)),
+            service=min(MOST_SERVICE, max(len(line.service) for line in lines)),
+            start=8 if roomy else 0,
+            time=max(len(_time(line)) for line in lines),
+            bar=bar,
+            gap="  " if roomy else " ",
         )
-    console.print(table)
+
+    def line(self, name: Text, service: Text, start: Text, time: Text, bar: Text, what: Text) -> Text:
+        cells = [fit(name, self.name), fit(service, self.service)]
+        cells += [fit(start, self.start, right=True)] if self.start else []
+        return Text(" ").join([*cells, fit(time, self.time, right=True), fit(bar, self.bar), what])
 
 
-def list_traces(traces: list[dict[str, Any]], console: Console) -> None:
-    """Print one line per trace."""
-    table = Table(box=None, pad_edge=False, header_style="dim")
-    for column in ("trace", "root", "spans", "services", "time", "attributes"):
-        table.add_column(column, overflow="fold", no_wrap=column == "trace")
-    for trace in traces:
-        spans = trace["spans"]
-        root = next(span for _, span in _tree(spans))
-        end = max(span["startTime"] + span["duration"] for span in spans)
-        services = {_service(trace, span) for span in spans}
-        table.add_row(
-            trace["traceID"],
-            Text(root["operationName"]),
-            str(len(spans)),
-            str(len(services)),
-            _ms(end - min(span["startTime"] for span in spans)),
-            Text(_attributes(root), style="dim"),
+def show(trace: Trace, console: Console, verbose: bool = False) -> None:
+    """Print the spans as a tree; `verbose`: every span, each with all its attributes."""
+    everything = [
+        _Line(depth, span, _short_name(span.operationName), trace.service(span), span.startTime, span.end)
+        for depth, span in trace.tree()
+    ]
+    lines = everything if verbose else list(_merged(_visible(everything, trace.duration)))
+    ascii_only = console.options.ascii_only
+    _draw_guides(lines, ascii_only, console.width >= ROOMY_CONSOLE)
+    layout = _Layout.of(console.width, lines)
+    begin, total = trace.begin, max(1, trace.duration)
+    names = sorted({line.service for line in lines})
+    colours = {service: COLOURS[index % len(COLOURS)] for index, service in enumerate(names)}
+    facts = RequestFacts.of(trace)
+
+    for text in _headlines(facts):
+        console.print(plain(text))
+    titles = ("span", "where", "start", "time", "0" + duration(total / 1e6).rjust(layout.bar - 1), "what")
+    print_line(console, layout.line(*(Text(title, style="dim") for title in titles)))
+    for line in lines:
+        what = [] if verbose else notes(line.span)
+        if line is lines[0] and facts.path and not verbose:
+            what.insert(0, Text(f"path {facts.path}"))
+        drawn = layout.line(
+            plain(line.guide + _label(line)),
+            Text(plain(line.service).plain, style=colours[line.service]),
+            Text(duration((line.begin - begin) / 1e6), style="dim"),
+            Text(_time(line)),
+            Text(
+                _bar(line.begin - begin, line.end - line.begin, total, layout.bar, ascii_only),
+                style=colours[line.service],
+            ),
+            Text(layout.gap).join(what),
         )
-    console.print(table)
+        print_line(console, drawn)
+        if verbose:
+            for key, value in sorted(line.span.attributes.items()):
+                console.print(plain(f"    {key} = {value}"), style="dim", overflow="fold")
+    if hidden := len(everything) - sum(line.count for line in lines):
+        console.print(f"{hidden} spans too short to see, and all attributes: --verbose", style="dim")
 
 
-def _service(trace: dict[str, Any], span: dict[str, Any]) -> str:
-    return trace["processes"].get(span["processID"], {}).get("serviceName", "unknown")
+def _headlines(facts: RequestFacts) -> Iterator[str]:
+    yield f"trace {facts.trace}  {facts.spans} spans  {facts.services} services"
+    known = [
+        facts.mode and f"mode {facts.mode}",
+        facts.path and f"path {facts.path}",
+        facts.prompt_tokens is not None
+        and f"{facts.prompt_tokens} tokens, {facts.cached_tokens or 0} cached",
+        facts.output_tokens is not None and f"{facts.output_tokens} generated",
+        duration(facts.duration_s),
+    ]
+    yield "  ".join(part for part in known if part)
+    moved = [
+        facts.store_read_bytes and f"{size(facts.store_read_bytes)} read from the store",
+        facts.forwarded_bytes and f"{size(facts.forwarded_bytes)} forwarded",
+        *(f"fallback {reason}" for reason in facts.fallbacks),
+        facts.room and f"room {facts.room}",
+    ]
+    if any(moved):
+        yield "  ".join(part for part in moved if part)
 
 
-def _tree(spans: list[dict[str, Any]]) -> Iterator[tuple[int, dict[str, Any]]]:
-    """Every span once with its depth, parents before children, siblings by start.
+def _visible(lines: list[_Line], total: int) -> list[_Line]:
+    """Without SGLang's spans that are too short to see; a parent stays with its children."""
+    kept: list[_Line] = []
+    wanted: set[int] = set()
+    """Depths of which a parent is wanted."""
+    for line in reversed(lines):
+        span = line.span
+        matters = span.own or "error" in span.attributes or line.end - line.begin >= total * SHORT
+        if matters or line.depth in wanted:
+            kept.append(line)
+            wanted.add(line.depth - 1)
+        wanted.discard(line.depth)
+    return kept[::-1]
 
-    A span whose parent is elsewhere is a root.  Of spans that are each other's parents, the first one is.
-    """
-    ids = {span["spanID"] for span in spans}
-    children: dict[str | None, list[dict[str, Any]]] = {}
-    ordered = sorted(spans, key=lambda span: span["startTime"])
-    for span in ordered:
-        parents = [found["spanID"] for found in span["references"] if found["spanID"] in ids]
-        children.setdefault(parents[0] if parents else None, []).append(span)
-    shown: set[int] = set()
-    for root in (*children.get(None, []), *ordered):
-        stack = [(0, root)]
-        while stack:
-            depth, span = stack.pop()
-            if id(span) in shown:
+
+def _merged(lines: list[_Line]) -> Iterator[_Line]:
+    """Spans of SGLang's with one name that follow each other, as one line."""
+    open_line: _Line | None = None
+    for index, line in enumerate(lines):
+        is_leaf = index + 1 == len(lines) or lines[index + 1].depth <= line.depth
+        mergeable = is_leaf and not line.span.own and "error" not in line.span.attributes
+        if open_line is not None:
+            alike = (open_line.depth, open_line.name, open_line.service) == (
+                line.depth,
+                line.name,
+                line.service,
+            )
+            if mergeable and alike:
+                open_line.end, open_line.count = max(open_line.end, line.end), open_line.count + 1
                 continue
-            shown.add(id(span))
-            yield depth, span
-            stack += [(depth + 1, child) for child in reversed(children.pop(span["spanID"], []))]
+            yield open_line
+            open_line = None
+        if mergeable:
+            open_line = line
+        else:
+            yield line
+    if open_line is not None:
+        yield open_line
 
 
-def _attributes(span: dict[str, Any]) -> str:
-    values = {tag["key"]: tag["value"] for tag in span["tags"]}
-    parts = []
-    for name in _SHOWN:
-        for key in dict.fromkeys((name, f"dualpath.{name}")):
-            if key in values:
-                parts.append(f"{key.removeprefix('dualpath.')}={_short(values[key])}")
-    return " ".join(parts)
+def _draw_guides(lines: list[_Line], ascii_only: bool, roomy: bool) -> None:
+    """Branches of the tree, from each line's depth and those of the lines below it."""
+    down, branch, last, none = ("| ", "|-", "`-", "  ") if ascii_only else ("│ ", "├─", "└─", "  ")
+    if not roomy:
+        down, branch, last, none = down[0], branch[0], last[0], none[0]
+    goes_on: set[int] = set()
+    """Depths at which a line further down hangs from the same parent."""
+    for line in reversed(lines):
+        depth = line.depth
+        if depth:
+            shown_depth = min(depth, MOST_INDENTED)
+            above = range(depth - shown_depth + 1, depth)
+            line.guide = "".join(down if level in goes_on else none for level in above)
+            line.guide += branch if depth in goes_on else last
+        goes_on = {level for level in goes_on if level < depth} | {depth}
 
 
-def _short(value: Any) -> str:
-    return f"{value:.4g}" if isinstance(value, float) else str(value)
+def _time(line: _Line) -> str:
+    return duration((line.end - line.begin) / 1e6)
 
 
-def _bar(offset: int, duration: int, total: int, width: int) -> str:
+def _label(line: _Line) -> str:
+    return line.name if line.count == 1 else f"{line.name} x{line.count}"
+
+
+def _short_name(name: str) -> str:
+    """Without process numbers, request ids and ranks 0 (`Prefill Scheduler [TP 0] (host:... | pid:...)`)."""
+    return "request" if name == CLIENT_SPAN else _REQUEST_ID.sub("", _PROCESS.sub("", name)).strip()
+
+
+def _bar(offset: int, length: int, total: int, width: int, ascii_only: bool) -> str:
     first = min(width - 1, offset * width // total)
-    length = max(1, min(width - first, round(duration * width / total)))
-    return " " * first + "━" * length
-
-
-def _ms(microseconds: int) -> str:
-    return f"{microseconds / 1000:.1f} ms"
+    count = max(1, min(width - first, round(length * width / total)))
+    return " " * first + ("=" if ascii_only else "━") * count

@@ -27,7 +27,8 @@ from dualpath_sgl.evals.cli import eval_app
 from dualpath_sgl.evals.common.errors import EvalError
 from dualpath_sgl.evals.compare import run
 from dualpath_sgl.evals.compare.summary import ByRole, ModeResult, PathCounts, Quantiles, WorkloadInfo
-from dualpath_sgl.evals.spans import jaeger, waterfall
+from dualpath_sgl.evals.spans import jaeger, traces, waterfall
+from dualpath_sgl.evals.spans.requests import list_requests
 
 SESSION = {"id": "s", "block_size": 4, "requests": [{"in": 8, "out": 2, "hash_ids": [1, 2]}]}
 TEXT = json.dumps(SESSION)
@@ -189,9 +190,9 @@ def child_of(parent: str, trace: str = TRACE) -> dict:
 def shown(file) -> str:
     """The list and the waterfall of the only trace."""
     console = Console(width=120, record=True, file=io.StringIO())
-    traces = waterfall.read_traces(file)
-    waterfall.list_traces(traces, console)
-    waterfall.show(waterfall.find(traces, TRACE), console)
+    found = traces.read_traces(file)
+    list_requests(found, console, everything=True)
+    waterfall.show(traces.find(found, TRACE), console)
     return console.export_text()
 
 
@@ -246,7 +247,7 @@ def test_a_damaged_jaeger_file_is_refused_with_file_field_and_remedy(tmp_path, c
     file = tmp_path / "traces.json"
     file.write_text(json.dumps(content))
     with pytest.raises(EvalError) as refusal:
-        waterfall.read_traces(file)
+        traces.read_traces(file)
     assert str(refusal.value).startswith(f"{file}: ") and said in str(refusal.value)
     assert "--file" in str(refusal.value)
 

@@ -1,5 +1,6 @@
 """Summary, report, counters and the demo's conditions."""
 
+import io
 import json
 from dataclasses import replace
 from pathlib import Path
@@ -7,11 +8,12 @@ from pathlib import Path
 import pytest
 from prometheus_client import CollectorRegistry, Counter, start_http_server
 from pydantic import ValidationError
+from rich.console import Console
 
 from dualpath_sgl.evals.common.errors import EvalError
-from dualpath_sgl.evals.compare import measure, report
-from dualpath_sgl.evals.compare.demo import unmet
-from dualpath_sgl.evals.compare.run import MODES, EvalOptions, cluster_config, evaluate
+from dualpath_sgl.evals.compare import measure, picture, report
+from dualpath_sgl.evals.compare.demo import split_request, tell, unmet
+from dualpath_sgl.evals.compare.run import MODES, EvalOptions, cluster_config, evaluate, storage_limit_s
 from dualpath_sgl.evals.compare.summary import (
     ByRole,
     EngineRead,
@@ -22,7 +24,9 @@ from dualpath_sgl.evals.compare.summary import (
     Summary,
     WorkloadInfo,
 )
-from dualpath_sgl.launch.config.cluster import ClusterConfig, Mode
+from dualpath_sgl.evals.spans.requests import RequestFacts
+from dualpath_sgl.evals.spans.traces import Span, Trace, read_traces
+from dualpath_sgl.launch.config.cluster import ClusterConfig, Group, Mode, Store
 from scheduler_svc.wire.protocol import EngineStatus, RankInfo, Role, Status, Workload
 from scheduler_svc.wire.protocol import Path as LoadPath
 
@@ -99,18 +103,68 @@ def test_the_schema_refuses_unknown_fields_and_impossible_values():
         result("x", hit_rate=1.5)
 
 
+SPLIT = Trace(traceID="a", spans=[Span(spanID="b", startTime=0)])
+
+
+def demo_summary(basic: dict | None = None, **changes) -> Summary:
+    split = {"paths": PathCounts(none=1, prefill=30, decode=3, split=38), **changes}
+    upstream = {"policy": None, "paths": PathCounts(), "duplicate_store_pages": None, **(basic or {})}
+    return summary(result("basic", **upstream), result("dualpath", **split))
+
+
 def test_the_demo_is_content_only_when_every_condition_holds():
-    assert unmet(summary(result("dualpath"))) == []
+    assert unmet(demo_summary(), SPLIT) == []
     for change in (
         {"tokens_equal": False},
+        {"basic": {"tokens_equal": False}},
         {"requests": 59},
-        {"paths": PathCounts(decode=5)},
-        {"paths": PathCounts(prefill=5)},
+        {"basic": {"requests": 59}},
+        {"paths": PathCounts(prefill=5, decode=41)},
         {"store_read_bytes": ByRole(prefill=5)},
+        {"store_read_bytes": ByRole(decode=5)},
         {"forwarded_bytes": 0},
         {"duplicate_store_pages": 1},
     ):
-        assert len(unmet(summary(result("dualpath", **change)))) == 1, change
+        assert len(unmet(demo_summary(**change), SPLIT)) == 1, change
+    assert unmet(demo_summary(), None) == ["traces.json shows a request that both engines read"]
+
+
+def test_the_example_is_the_request_that_both_engines_read_most_evenly():
+    demo = read_traces(Path(__file__).parent / "demo_traces.json")
+    example = split_request(demo)
+    assert RequestFacts.of(example).path == "split"
+    assert split_request([trace for trace in demo if trace is not example]) is None
+
+
+def test_the_limit_is_what_the_storage_links_alone_need():
+    slow = CLUSTER.model_copy(update={"store": Store(read_rate="100mbit")})
+    assert storage_limit_s(slow, 25_000_000) == 1.0
+    assert storage_limit_s(slow.model_copy(update={"mode": Mode.BASIC}), 25_000_000) == 2.0
+    two = Group(count=2)
+    assert storage_limit_s(slow.model_copy(update={"prefill": two, "decode": two}), 25_000_000) == 0.5
+    assert storage_limit_s(CLUSTER, 25_000_000) is None
+
+
+def test_the_demo_tells_both_times_the_limits_and_paths_at_any_width():
+    found = demo_summary(
+        basic={"job_s": 42.0, "storage_limit_s": 36.0}, job_s=21.0, storage_limit_s=15.0, ttft_s=ZERO
+    )
+    for width in (80, 120, 200):
+        console = Console(width=width, record=True, file=io.StringIO())
+        tell(found, None, console)
+        lines = console.export_text().splitlines()
+        told = next(line for line in lines if line.startswith("job completion time"))
+        assert "42.0 s" in told and "21.0 s" in told and "2.00 times as fast" in told
+        limit = next(line for line in lines if "limit" in line)
+        assert "36.0 s" in limit and "15.0 s" in limit and "2.40 times at best" in limit
+        assert next(line for line in lines if line.startswith("path split")).split()[2:4] == ["-", "38"]
+        assert max(map(len, lines)) <= width
+
+
+def test_the_picture_is_drawn_with_and_without_a_limit(tmp_path):
+    for limit_s in (None, 6.0):
+        picture.draw(demo_summary(storage_limit_s=limit_s), tmp_path / "demo.png")
+        assert (tmp_path / "demo.png").read_bytes().startswith(b"\x89PNG")
 
 
 def status(bytes_read: int, **changes) -> Status:

@@ -1,0 +1,56 @@
+"""Lines of columns that are never wider than the console: what does not fit ends with an ellipsis."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import NamedTuple
+
+from rich.console import Console
+from rich.text import Text
+
+
+class Column(NamedTuple):
+    title: str
+    right: bool = False
+    """Numbers stand on the right."""
+    most: int | None = None
+    """Widest that it gets; None: as wide as its widest cell."""
+
+
+def print_columns(
+    console: Console, columns: Sequence[Column], rows: Iterable[Sequence[str | Text]], indent: int = 0
+) -> None:
+    """One line per row.  The last column takes the space that is left."""
+    cells = [[plain(cell) for cell in row] for row in rows]
+    titles = [Text(column.title, style="dim") for column in columns]
+    widths = []
+    for index, column in enumerate(columns):
+        widest = max(cell.cell_len for cell in (titles[index], *(row[index] for row in cells)))
+        widths.append(widest if column.most is None else min(widest, column.most))
+    widths[-1] = max(1, console.width - indent - sum(widths[:-1]) - len(widths) + 1)
+    for row in (titles, *cells):
+        fitted = [
+            fit(cell, width, column.right) for cell, width, column in zip(row, widths, columns, strict=True)
+        ]
+        print_line(console, Text(" " * indent) + Text(" ").join(fitted))
+
+
+def print_line(console: Console, line: Text) -> None:
+    """A line as it is, cut at the console's edge, without spaces at its end."""
+    line.rstrip()
+    console.print(line, no_wrap=True, overflow="ellipsis", crop=True)
+
+
+def fit(cell: Text, width: int, right: bool = False) -> Text:
+    """Exactly `width` columns."""
+    cell = cell.copy()
+    cell.truncate(width, overflow="ellipsis")
+    pad = width - cell.cell_len
+    return Text(" " * pad) + cell if right else cell + Text(" " * pad)
+
+
+def plain(cell: str | Text) -> Text:
+    """Nothing that a terminal would obey, and no second line."""
+    if isinstance(cell, Text):
+        return cell
+    return Text("".join(character if character.isprintable() else "\ufffd" for character in cell))
