@@ -16,7 +16,8 @@ from typing import Annotated, Any
 import typer
 from typer.main import get_command, get_group
 
-from dualpath_sgl.cli.__main__ import LAZY_COMMANDS, app
+from dualpath_sgl.cli.__main__ import app
+from dualpath_sgl.cli.lazy import PROGRAMS
 from dualpath_sgl.launch.config import CLUSTERS
 from dualpath_sgl.launch.config.cluster import ClusterConfig
 from dualpath_sgl.router.settings import options
@@ -198,7 +199,7 @@ def commands() -> dict[str, Any]:
     """What may follow `dualpath`; those of the evaluations are imported for it."""
     lazy = {
         name: get_command(getattr(importlib.import_module(module), attribute))
-        for name, (module, attribute, _) in LAZY_COMMANDS.items()
+        for name, (module, attribute, _) in PROGRAMS.items()
     }
     return {**get_group(app).commands, **lazy}
 
