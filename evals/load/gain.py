@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import hashlib
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import matplotlib
 import typer
@@ -33,6 +33,8 @@ class Run(_Record):
     """One burst under upstream and under DualPath."""
 
     setup: str
+    device: Literal["cpu", "gpu"]
+    """Only a GPU's seconds are shown: a CPU's say nothing about a cluster."""
     basic_s: float = Field(gt=0)
     """JCT of upstream SGLang, seconds."""
     split_s: float = Field(gt=0)
@@ -63,8 +65,9 @@ def draw(gains: Gains, out: Path, source: str) -> None:
     for place, run in enumerate(gains.runs):
         axes.barh(place, run.gain, height=0.52, color=MEASURED)
         axes.vlines(run.limit, place - 0.4, place + 0.4, color=LIMIT, linewidth=2.5)
-        inside = f"{run.basic_s:.1f} s → {run.split_s:.1f} s"
-        axes.text(0.05, place, inside, va="center", color="white", fontsize=9.5)
+        if run.device == "gpu":
+            inside = f"{run.basic_s:.1f} s → {run.split_s:.1f} s"
+            axes.text(0.05, place, inside, va="center", color="white", fontsize=9.5)
         reached = f"{run.gain:.2f}{TIMES} of {run.limit:g}{TIMES}"
         axes.text(run.limit + 0.05, place, reached, va="center", color=INK, fontsize=10.5, weight="bold")
     axes.axvline(1, color=QUIET, linewidth=1, linestyle=":")
