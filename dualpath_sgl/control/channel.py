@@ -147,8 +147,7 @@ class ControlChannel(threading.Thread):
             except Exception:
                 self._record_fault("the control channel failed; it connects anew")
             self._lose()
-            with suppress(zmq.ZMQError):
-                self._socket.disable_monitor()
+            _stop_monitor(self._socket)
             self._socket.close()
             if self._stopping.wait(RETRY_S):
                 return
@@ -330,3 +329,15 @@ class ControlChannel(threading.Thread):
     def _record_fault(self, what: str, *names: object) -> None:
         """As `faults.record`, but a flood of faults does not fill the log."""
         faults.record(what, *names, log=self._log)
+
+
+def _stop_monitor(socket: zmq.Socket) -> None:
+    """ZeroMQ stops telling while somebody listens.
+
+    `disable_monitor` drops the listener first.  An event in between has no receiver: ZeroMQ's I/O thread then
+    waits for one for ever, and this call for that thread, with the lock of all of Python.
+    """
+    listener = socket.get_monitor_socket(_FOLLOWED)
+    with suppress(zmq.ZMQError):
+        socket.monitor(None, 0)
+    listener.close()

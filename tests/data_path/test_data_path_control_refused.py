@@ -259,6 +259,21 @@ def test_a_load_that_cannot_be_told_does_not_cost_the_heartbeat():
         assert peer.channel.connected and known_engines(address)["p0"].sequences == 4
 
 
+def test_zeromq_tells_of_connections_only_while_somebody_listens(monkeypatch):
+    """Else its I/O thread waits for a listener, and the whole process with it."""
+    monitor, listened = zmq.Socket.monitor, []
+
+    def noted(self, address, events=zmq.EVENT_ALL):
+        if address is None:
+            listened.append(self._monitor_socket is not None and not self._monitor_socket.closed)
+        return monitor(self, address, events)
+
+    monkeypatch.setattr(zmq.Socket, "monitor", noted)
+    with scheduler() as (_, address), Peer(address, "p0", Role.PREFILL) as peer:
+        eventually(lambda: peer.channel.connected, "connected")
+    assert listened == [True]
+
+
 def test_a_message_that_cannot_be_sent_costs_only_itself():
     with scheduler() as (_, address):
         with Peer(address, "p0", Role.PREFILL) as prefill, Peer(address, "d0", Role.DECODE) as decode:
