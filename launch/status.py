@@ -85,8 +85,8 @@ def _row(rank: EngineStatus) -> list[str]:
 
 
 def _sums(found: Status) -> Iterator[str]:
-    rooms = f"{found.rooms_open} open, {found.rooms_closed} closed, {found.rooms_forgotten} forgotten"
-    yield f"policy {found.policy}  up {duration(found.uptime_s)}  rooms: {rooms}"
+    rooms = f"rooms open {found.rooms_open}, closed {found.rooms_closed}, forgotten {found.rooms_forgotten}"
+    yield f"policy {found.policy}  up {duration(found.uptime_s)}  {rooms}"
     yield "paths: " + (", ".join(f"{path} {count}" for path, count in found.paths.items()) or "none yet")
     fallbacks = ", ".join(f"{reason} {count}" for reason, count in found.fallbacks.items())
     yield f"fallbacks: {fallbacks or 'none'}"

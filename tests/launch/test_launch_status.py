@@ -107,7 +107,7 @@ def test_each_engine_has_a_line_with_units_and_paths_and_fallbacks_follow(width)
         assert part in engine
     assert "paths: prefill 19, split 16" in lines
     assert "fallbacks: prefetch deadline passed 3" in lines
-    assert "policy split  up 1 h 7 min  rooms: 2 open, 78 closed, 0 forgotten" in lines
+    assert "policy split  up 1 h 7 min  rooms open 2, closed 78, forgotten 0" in lines
 
 
 def test_ranks_of_one_engine_are_told_apart():
