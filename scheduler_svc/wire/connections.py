@@ -104,7 +104,10 @@ class Connections:
 
     def close(self) -> None:
         with suppress(zmq.ZMQError):
-            self._socket.disable_monitor()
+            # Not `disable_monitor`, which drops the listener first: an event in between would hold up
+            # ZeroMQ's I/O thread for ever, and this thread with it.
+            self._socket.monitor(None, 0)
+        self.monitor.close()
         os.close(self._memory)
 
     def heard(self, fd: int) -> None:
