@@ -20,7 +20,6 @@ import random
 import threading
 import time
 from collections.abc import Callable
-from contextlib import suppress
 from pathlib import Path
 
 import zmq
@@ -32,7 +31,7 @@ from dualpath_sgl.threads.mailbox import Mailbox
 from scheduler_svc.telemetry.log_limit import LimitedLog
 from scheduler_svc.wire import protocol
 from scheduler_svc.wire.keys import secure_client
-from scheduler_svc.wire.liveness import notice_dead_peers
+from scheduler_svc.wire.liveness import notice_dead_peers, stop_monitor
 from scheduler_svc.wire.protocol import (
     OLDEST_PEER_VERSION,
     PROTOCOL_VERSION,
@@ -147,7 +146,7 @@ class ControlChannel(threading.Thread):
             except Exception:
                 self._record_fault("the control channel failed; it connects anew")
             self._lose()
-            _stop_monitor(self._socket)
+            stop_monitor(self._socket, self._socket.get_monitor_socket(_FOLLOWED))
             self._socket.close()
             if self._stopping.wait(RETRY_S):
                 return
@@ -329,15 +328,3 @@ class ControlChannel(threading.Thread):
     def _record_fault(self, what: str, *names: object) -> None:
         """As `faults.record`, but a flood of faults does not fill the log."""
         faults.record(what, *names, log=self._log)
-
-
-def _stop_monitor(socket: zmq.Socket) -> None:
-    """ZeroMQ stops telling while somebody listens.
-
-    `disable_monitor` drops the listener first.  An event in between has no receiver: ZeroMQ's I/O thread then
-    waits for one for ever, and this call for that thread, with the lock of all of Python.
-    """
-    listener = socket.get_monitor_socket(_FOLLOWED)
-    with suppress(zmq.ZMQError):
-        socket.monitor(None, 0)
-    listener.close()

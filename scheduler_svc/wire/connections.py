@@ -27,6 +27,7 @@ from zmq.utils.monitor import recv_monitor_message
 
 from scheduler_svc.telemetry.log_limit import LimitedLog
 from scheduler_svc.wire.addresses import authority
+from scheduler_svc.wire.liveness import stop_monitor
 
 LOOK_S = 0.02
 """How often `tick` has to be called, also while no message comes."""
@@ -103,11 +104,7 @@ class Connections:
         self._bytes = self._resident_bytes()
 
     def close(self) -> None:
-        with suppress(zmq.ZMQError):
-            # Not `disable_monitor`, which drops the listener first: an event in between would hold up
-            # ZeroMQ's I/O thread for ever, and this thread with it.
-            self._socket.monitor(None, 0)
-        self.monitor.close()
+        stop_monitor(self._socket, self.monitor)
         os.close(self._memory)
 
     def heard(self, fd: int) -> None:
