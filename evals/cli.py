@@ -10,8 +10,9 @@ import typer
 from rich.console import Console
 
 from dualpath_sgl.evals.agents.subset import write_subset
-from dualpath_sgl.evals.common.explained import errors, failures_explained
+from dualpath_sgl.evals.common.explained import failures_explained
 from dualpath_sgl.launch.config import CLUSTERS
+from dualpath_sgl.terminal.console import errors
 
 RESULTS = Path("results")
 DEFAULT_CLUSTER = CLUSTERS / "cpu-1p1d.yaml"

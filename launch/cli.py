@@ -19,7 +19,7 @@ from dualpath_sgl.launch.processes.run_dir import RunDirError, read_state
 from dualpath_sgl.launch.setup.patching import PatchError, Report, State, Tree, stacks
 from dualpath_sgl.launch.setup.pins import Profile
 from dualpath_sgl.launch.supervision.readiness import NotReady, require_ready
-from dualpath_sgl.terminal.console import output
+from dualpath_sgl.terminal.console import errors, output
 from scheduler_svc.wire.keys import KeyFileError
 
 if TYPE_CHECKING:
@@ -28,7 +28,6 @@ if TYPE_CHECKING:
 DEFAULT_RUN_DIR = Path("runs/current")
 
 console = Console(highlight=False, soft_wrap=True)
-errors = Console(stderr=True, highlight=False, soft_wrap=True)
 
 app = typer.Typer(no_args_is_help=True, pretty_exceptions_enable=False)
 patch_app = typer.Typer(no_args_is_help=True, help="Patch the pinned packages, check that, or take it back.")

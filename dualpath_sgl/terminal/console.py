@@ -11,6 +11,9 @@ from rich.console import Console
 PIPED_WIDTH = 120
 """Columns where nothing says how wide: neither a terminal nor COLUMNS."""
 
+errors = Console(stderr=True, highlight=False, soft_wrap=True)
+"""What a person has to put right."""
+
 
 def output() -> Console:
     """Of stdout.  A pipe gets no colours; its lines are as wide as COLUMNS says, else PIPED_WIDTH."""

@@ -6,14 +6,12 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 import typer
-from rich.console import Console
 from rich.markup import escape
 
 from dualpath_sgl.evals.common.errors import EvalError
+from dualpath_sgl.terminal.console import errors
 
 USAGE_ERROR = 2
-
-errors = Console(stderr=True, highlight=False, soft_wrap=True)
 
 
 @contextmanager

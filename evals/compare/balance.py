@@ -33,7 +33,7 @@ from dualpath_sgl.evals.agents.replay import Replay, replay
 from dualpath_sgl.evals.agents.trace import SHIPPED, load_sessions
 from dualpath_sgl.evals.agents.workload import Workload, build
 from dualpath_sgl.evals.common.errors import EvalError
-from dualpath_sgl.evals.common.explained import errors, failures_explained
+from dualpath_sgl.evals.common.explained import failures_explained
 from dualpath_sgl.evals.common.imbalance import max_over_mean
 from dualpath_sgl.evals.compare import measure
 from dualpath_sgl.evals.spans import jaeger
@@ -43,6 +43,7 @@ from dualpath_sgl.launch.processes.environment import forget_foreign_tracing
 from dualpath_sgl.launch.supervision.cluster import Cluster
 from dualpath_sgl.launch.supervision.readiness import require_ready
 from dualpath_sgl.launch.supervision.single_server import SingleServer
+from dualpath_sgl.terminal.console import errors
 from scheduler_svc.policies.placement_policies import DEFAULT_PLACEMENT
 from scheduler_svc.telemetry.tracing import init_tracing, shutdown
 

@@ -15,7 +15,7 @@ from rich.console import Console
 from rich.text import Text
 
 from dualpath_sgl.evals.agents.trace import SHIPPED
-from dualpath_sgl.evals.common.explained import errors, failures_explained
+from dualpath_sgl.evals.common.explained import failures_explained
 from dualpath_sgl.evals.compare import picture
 from dualpath_sgl.evals.compare.run import EvalOptions, evaluate
 from dualpath_sgl.evals.compare.summary import ModeResult, Summary
@@ -25,7 +25,7 @@ from dualpath_sgl.evals.spans.traces import Trace, read_traces
 from dualpath_sgl.launch.config import CLUSTERS
 from dualpath_sgl.launch.config.cluster import ClusterConfig, Mode, bits_per_s, load
 from dualpath_sgl.terminal.columns import Column, print_columns
-from dualpath_sgl.terminal.console import output
+from dualpath_sgl.terminal.console import errors, output
 from dualpath_sgl.terminal.units import duration, rate, size
 from scheduler_svc.wire.protocol import Role
 

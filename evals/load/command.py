@@ -9,8 +9,9 @@ from pathlib import Path
 from rich.console import Console
 
 from dualpath_sgl.evals.common.errors import EvalError
-from dualpath_sgl.evals.common.explained import errors, failures_explained
+from dualpath_sgl.evals.common.explained import failures_explained
 from dualpath_sgl.launch.config import CLUSTERS
+from dualpath_sgl.terminal.console import errors
 
 OUT = Path("results/bench-load")
 REPORT_WIDTH = 130

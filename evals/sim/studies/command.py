@@ -3,18 +3,16 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated
 
 import typer
 from rich.console import Console
-from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
 from dualpath_sgl.evals.common.errors import EvalError
+from dualpath_sgl.evals.common.explained import failures_explained
 from dualpath_sgl.evals.sim.model.cluster import Simulation
 from dualpath_sgl.evals.sim.model.hardware import Hardware
 from dualpath_sgl.evals.sim.model.models import DS_660B, MODELS
@@ -29,13 +27,12 @@ from dualpath_sgl.evals.sim.studies import paper
 from dualpath_sgl.evals.sim.studies.bench import Bench
 from dualpath_sgl.evals.sim.studies.figures import Figure, write
 from dualpath_sgl.evals.sim.studies.sensitivity import Variation, variations
+from dualpath_sgl.terminal.console import errors
 
-USAGE_ERROR = 2
 BYTES_PER_GBIT = 1e9 / 8
 
 sim_app = typer.Typer(no_args_is_help=True, help="Simulate clusters that are not at hand.")
 console = Console(highlight=False, soft_wrap=True)
-errors = Console(stderr=True, highlight=False, soft_wrap=True)
 
 
 @sim_app.command("run")
@@ -66,7 +63,7 @@ def run(
     seed: Annotated[int, typer.Option(help="Of trajectories, their choice and random placement.")] = 1,
 ) -> None:
     """What would a cluster gain?  Agents replay their trajectories until all are done."""
-    with _failures_explained():
+    with failures_explained():
         hardware = Hardware(
             gpus_per_node=gpus_per_node,
             storage_bytes_per_s=_positive("storage-gbit", storage_gbit) * BYTES_PER_GBIT,
@@ -133,7 +130,7 @@ def compare(
         console.print(f"[dim]{name}: {value}[/]")
 
     begun_s = time.process_time()
-    with _failures_explained(), _Bars() as bars:
+    with failures_explained(), _Bars() as bars:
         bench = Bench(bars)
         figures = [
             *paper.offline_660b(bench, size, note),
@@ -234,13 +231,3 @@ def _positive(option: str, value: float) -> float:
     if not 0 < value < float("inf"):
         raise EvalError(f"--{option} is {value}; give a finite number above 0")
     return value
-
-
-@contextmanager
-def _failures_explained() -> Iterator[None]:
-    """One line on stderr and exit status 2 for what a person can put right."""
-    try:
-        yield
-    except EvalError as error:
-        errors.print(f"[red]error:[/] {escape(str(error))}")
-        raise typer.Exit(USAGE_ERROR) from None
