@@ -17,9 +17,8 @@ from collections import deque
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING
 
-import torch
-
 if TYPE_CHECKING:
+    import torch
     from mooncake.engine import TransferEngine
 
 LEAST_PIECE_BYTES = 64 * 1024
@@ -33,6 +32,9 @@ end in three rounds of `MC_TCP_PROGRESS_TIMEOUT_SEC` and one second."""
 POLL_S = 0.0002
 """Sleeping between looks leaves the core to Mooncake's own thread, which does the copying: on two cores a
 read of 256 blocks of 64 KiB takes 10 ms instead of the 17 ms of Mooncake's spinning wait."""
+
+STOOD_STILL_S = 0.1
+"""After so long a sleep this process itself stood still, and is no measure for anybody else's patience."""
 
 PROGRESS_S = 10
 """A connection on which nothing has moved for so long is dropped."""
@@ -80,11 +82,15 @@ class Forwarder:
                 f"code {code}; check DUALPATH_HOST, DUALPATH_PROTOCOL and DUALPATH_DEVICE"
             )
         for buffer in buffers:
-            code = self._engine.register_memory(buffer.data_ptr(), buffer.numel() * buffer.element_size())
-            if code != 0:
-                raise RuntimeError(f"Mooncake refused to register the KV host pool: code {code}")
+            self.register(buffer.data_ptr(), buffer.numel() * buffer.element_size())
         # P2PHANDSHAKE picks its own port: peers must be told on every start.
         self.mooncake_address = f"{host}:{self._engine.get_rpc_port()}"
+
+    def register(self, address: int, byte_count: int) -> None:
+        """As `buffers` of the constructor.  Raises RuntimeError."""
+        code = self._engine.register_memory(address, byte_count)
+        if code != 0:
+            raise RuntimeError(f"Mooncake refused to register the KV host pool: code {code}")
 
     def answers(self, mooncake_address: str) -> bool:
         """Whether the engine at `mooncake_address` lives.  Waits up to 60 s for one that hangs.
@@ -101,13 +107,15 @@ class Forwarder:
         remote: Sequence[int],
         lengths: Sequence[int],
         patience_s: float = math.inf,
+        most_s: float = math.inf,
     ) -> bool:
         """Copy `lengths[i]` bytes from `remote[i]` at that engine to `local[i]`; True if all arrived.
 
         Once it has returned, nothing writes into `local`.  Raises StillWriting when no transfer has
-        ended for `patience_s`.  Every block costs time whatever its size: join them first (`merge_runs`).
+        ended for `patience_s`, or the whole takes longer than `most_s`.  Every block costs time whatever
+        its size: join them first (`merge_runs`).
         """
-        transfers = _Transfers(self._engine)
+        transfers = _Transfers(self._engine, time.monotonic() + most_s)
         try:
             for piece in _pieces(local, remote, lengths):
                 transfers.wait_for_room(UNDER_WAY, patience_s)
@@ -125,8 +133,9 @@ class Forwarder:
 class _Transfers:
     """What Mooncake was asked for in one read and has not ended yet, oldest first."""
 
-    def __init__(self, engine: TransferEngine) -> None:
+    def __init__(self, engine: TransferEngine, until_s: float) -> None:
         self._engine = engine
+        self._until_s = until_s
         self._batches: deque[int] = deque()
         self.failed = False
 
@@ -142,15 +151,25 @@ class _Transfers:
             self.failed = True
 
     def wait_for_room(self, most: int, patience_s: float) -> None:
-        """Until fewer than `most` are under way.  Raises TimeoutError when none ends for `patience_s`."""
+        """Until fewer than `most` are under way.
+
+        Raises TimeoutError when none ends for `patience_s`, or they do not end in time.
+        """
         self.settle()
         waits_since_s = time.monotonic()
         while len(self._batches) >= most:
+            begun_s = time.monotonic()
             time.sleep(POLL_S)
+            slept_s = time.monotonic() - begun_s
+            if slept_s > STOOD_STILL_S:
+                waits_since_s += slept_s
+                self._until_s += slept_s
             if self.settle():
                 waits_since_s = time.monotonic()
             elif time.monotonic() - waits_since_s > patience_s:
                 raise TimeoutError(f"no transfer has ended for {patience_s:g} s")
+            if time.monotonic() > self._until_s and len(self._batches) >= most:
+                raise TimeoutError("it takes too long")
 
     def settle(self) -> bool:
         """Forget the oldest as far as they have ended; whether one had."""

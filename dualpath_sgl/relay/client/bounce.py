@@ -1,0 +1,79 @@
+"""Bounce memory: what relays send is pulled into it, and copied out when the relay has confirmed it."""
+
+from __future__ import annotations
+
+import ctypes
+import logging
+import threading
+from collections.abc import Sequence
+from typing import NamedTuple
+
+from dualpath_sgl.lanes.forward import Forwarder, StillWriting, merge_runs
+from dualpath_sgl.relay.memory import Memory
+from dualpath_sgl.relay.slots import Slots, slots_for
+
+logger = logging.getLogger(__name__)
+
+SLOT_BYTES = 256 * 1024
+"""As small as the smallest batch."""
+MOST_SHARE = 4
+"""The largest object takes this part of the memory."""
+
+
+class Room(NamedTuple):
+    address: int
+    first_slot: int
+    slots: int
+
+
+class Bounce:
+    """One rank's, for all its lanes: any thread."""
+
+    def __init__(self, byte_count: int, forwarder: Forwarder) -> None:
+        """Raises OSError without so much memory, RuntimeError when Mooncake does not register it."""
+        self._memory = Memory(byte_count)
+        forwarder.register(self._memory.address, byte_count)
+        self._slots = Slots(byte_count // SLOT_BYTES)
+        self._kept_back: list[tuple[StillWriting, Room]] = []
+        self._lock = threading.Lock()
+        self.most_bytes = byte_count // MOST_SHARE
+
+    @property
+    def kept_back(self) -> int:
+        """Rooms that a transfer may still write into, which nobody waits for."""
+        return len(self._kept_back)
+
+    def take(self, byte_count: int) -> Room | None:
+        """None while there is not so much in one piece."""
+        count = slots_for(byte_count, SLOT_BYTES)
+        with self._lock:
+            first = self._slots.take(count)
+        return None if first is None else Room(self._memory.address + first * SLOT_BYTES, first, count)
+
+    def give_back(self, room: Room) -> None:
+        """Nothing writes into it, and nobody reads it."""
+        with self._lock:
+            self._slots.give_back(room.first_slot, room.slots)
+
+    def keep_back(self, room: Room, writing: StillWriting) -> None:
+        """Until the transfer is over."""
+        with self._lock:
+            self._kept_back.append((writing, room))
+
+    def settle(self) -> None:
+        """Free what transfers have ended in meanwhile; call it now and then."""
+        if not self._kept_back:
+            return
+        with self._lock:
+            over = [(writing, room) for writing, room in self._kept_back if writing.over()]
+            for kept in over:
+                self._kept_back.remove(kept)
+                self._slots.give_back(kept[1].first_slot, kept[1].slots)
+        if over:
+            logger.info("DualPath: %d pulls that hung are over, their memory is free again", len(over))
+
+
+def copy_blocks(targets: Sequence[int], sources: Sequence[int], sizes: Sequence[int]) -> None:
+    """Other threads run meanwhile."""
+    for target, source, size in zip(*merge_runs(targets, sources, sizes), strict=True):
+        ctypes.memmove(target, source, size)

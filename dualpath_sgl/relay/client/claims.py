@@ -1,0 +1,224 @@
+"""A load: a list of objects that lanes claim from, until each has landed or failed.
+
+An object is *open*, then *claimed* by one lane, then *landed* (its result is known), or it comes back.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections import deque
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+from dualpath_sgl.relay import wire
+
+LEAST_BATCH_BYTES = 256 * 1024
+"""Towards the end of a load batches shrink to this: what is left then takes all lanes about as long."""
+ANYBODY = ""
+"""Part of the list that belongs to no relay."""
+
+Pointers = int | Sequence[int]
+"""Address of an object's bytes, or of each of the blocks that they are cut into."""
+
+
+class Blocks(NamedTuple):
+    """Where one object goes."""
+
+    addresses: Sequence[int]
+    sizes: Sequence[int]
+
+    @property
+    def byte_count(self) -> int:
+        return sum(self.sizes)
+
+
+def blocks_of(pointers: Pointers, sizes: Pointers) -> Blocks:
+    if isinstance(pointers, int):
+        assert isinstance(sizes, int)
+        return Blocks((pointers,), (sizes,))
+    assert not isinstance(sizes, int)
+    return Blocks(pointers, sizes)
+
+
+class Limits(NamedTuple):
+    """Of one claim."""
+
+    batch_bytes: int
+    """Wanted; one object may be larger."""
+    most_bytes: int
+    """An object larger than this is the own client's."""
+    lanes: int
+    """Claiming from this load, the own client too."""
+
+
+@dataclass(eq=False)
+class Claim:
+    relay: str
+    indices: list[int]
+    byte_count: int
+    since_s: float
+    void: bool = False
+    """Taken back by the load: what comes of it is not wanted."""
+
+
+class Load:
+    """Any thread may call anything."""
+
+    def __init__(
+        self, keys: Sequence[str], destinations: Sequence[Blocks], relay_of: Sequence[str] | None = None
+    ) -> None:
+        """`relay_of`: the relay that shall read each object; None when any may."""
+        self.keys = keys
+        self.destinations = destinations
+        self.sizes = [blocks.byte_count for blocks in destinations]
+        self.results: list[int] = [-1] * len(keys)
+        self._left_bytes = sum(self.sizes)
+        self._undone = len(keys)
+        self._parts: dict[str, deque[int]] = {}
+        for index in range(len(keys)):
+            part = relay_of[index] if relay_of is not None else ANYBODY
+            self._parts.setdefault(part, deque()).append(index)
+        self._returned: deque[int] = deque()
+        self._own: deque[int] = deque()
+        """For the own client alone."""
+        self._claims: set[Claim] = set()
+        self._landing = 0
+        self._closed = False
+        self._change = threading.Condition()
+
+    @property
+    def left_bytes(self) -> int:
+        """Of open objects."""
+        return self._left_bytes
+
+    def claim(self, relay: str, limits: Limits) -> Claim | None:
+        """The next batch for a relay, from the front; None when nothing is open for it."""
+        with self._change:
+            if self._closed:
+                return None
+            indices = self._take(relay, limits)
+            if not indices:
+                return None
+            claim = Claim(relay, indices, sum(self.sizes[i] for i in indices), time.monotonic())
+            self._claims.add(claim)
+            return claim
+
+    def claim_own(self, limits: Limits, only_leftovers: bool) -> list[int]:
+        """The next batch for the own client, from the back.
+
+        `only_leftovers`: relays read everything, and it takes what they do not bring.
+        """
+        with self._change:
+            return self._take(None, limits, only_leftovers)
+
+    def begin_landing(self, claim: Claim) -> bool:
+        """Whether its bytes may be written to their destinations; then `land` must follow."""
+        with self._change:
+            if self._closed or claim.void:
+                return False
+            self._claims.discard(claim)
+            self._landing += 1
+            return True
+
+    def land(self, claim: Claim, whole: Sequence[int]) -> None:
+        """The objects `whole` of the claim have been written; the own client is asked for the others."""
+        with self._change:
+            self._landing -= 1
+            for index in whole:
+                self.results[index] = self.sizes[index]
+            self._undone -= len(whole)
+            missing = set(claim.indices).difference(whole)
+            self._own.extend(sorted(missing))
+            self._left_bytes += sum(self.sizes[i] for i in missing)
+            self._change.notify_all()
+
+    def land_own(self, indices: Sequence[int], results: Sequence[int]) -> None:
+        """What the own client says is the last word."""
+        with self._change:
+            for index, result in zip(indices, results, strict=True):
+                self.results[index] = result
+            self._undone -= len(indices)
+            self._change.notify_all()
+
+    def give_back(self, claim: Claim) -> bool:
+        """Nothing of it came: any lane may have it.  False when it was taken back already."""
+        with self._change:
+            if claim.void or self._closed or claim not in self._claims:
+                return False
+            self._claims.discard(claim)
+            self._reopen(self._returned, claim.indices)
+            return True
+
+    def take_back_overdue(self, before_s: float) -> int:
+        """Claims from before that time are void, and their objects the own client's; how many objects."""
+        with self._change:
+            overdue = [claim for claim in self._claims if claim.since_s < before_s]
+            for claim in overdue:
+                claim.void = True
+                self._claims.discard(claim)
+                self._reopen(self._own, claim.indices)
+            return sum(len(claim.indices) for claim in overdue)
+
+    def wait(self, timeout_s: float) -> bool:
+        """Until something has changed; False when every object has its result."""
+        with self._change:
+            if self._undone:
+                self._change.wait(timeout_s)
+            return self._undone > 0
+
+    def close(self) -> None:
+        """When it has returned, no lane writes to a destination any more."""
+        with self._change:
+            self._closed = True
+            while self._landing:
+                self._change.wait()
+
+    def _reopen(self, whose: deque[int], indices: Sequence[int]) -> None:
+        whose.extend(indices)
+        self._left_bytes += sum(self.sizes[i] for i in indices)
+        self._change.notify_all()
+
+    def _take(self, relay: str | None, limits: Limits, only_leftovers: bool = False) -> list[int]:
+        wanted = max(LEAST_BATCH_BYTES, min(limits.batch_bytes, self._left_bytes // (2 * limits.lanes)))
+        taken: list[int] = []
+        size = characters = 0
+        while len(taken) < wire.MOST_OBJECTS:
+            source, from_front = self._source(relay, only_leftovers)
+            if not source:
+                break
+            index = source[0] if from_front else source[-1]
+            object_bytes, key_length = self.sizes[index], len(self.keys[index])
+            if relay is not None and not self._suits_relays(index, limits.most_bytes):
+                source.popleft() if from_front else source.pop()
+                self._own.append(index)
+                continue
+            if taken and (
+                size + object_bytes > wanted or characters + key_length > wire.MOST_KEYS_CHARACTERS
+            ):
+                break
+            source.popleft() if from_front else source.pop()
+            taken.append(index)
+            size += object_bytes
+            characters += key_length
+        self._left_bytes -= size
+        return taken
+
+    def _suits_relays(self, index: int, most_bytes: int) -> bool:
+        return 0 < self.sizes[index] <= most_bytes and 0 < len(self.keys[index]) <= wire.MOST_KEY_CHARACTERS
+
+    def _source(self, relay: str | None, only_leftovers: bool) -> tuple[deque[int], bool]:
+        """Where the next object comes from, and whether from its front."""
+        if relay is None and self._own:
+            return self._own, True
+        if self._returned:
+            return self._returned, True
+        if relay is not None:
+            part = self._parts.get(relay) or self._parts.get(ANYBODY)
+            if part:
+                return part, True
+        elif only_leftovers:
+            return self._own, True
+        longest = max(self._parts.values(), key=len, default=self._own)
+        return longest, False

@@ -1,0 +1,506 @@
+"""One relay's lane: a thread that claims batches for it, asks, pulls, confirms and copies.
+
+    claim -> Fetch -> Ready -> pull into bounce memory -> Release -> Released -> copy -> landed
+
+Two batches are asked for at a time, so that the relay's link does not wait for messages.  A relay that says
+nothing while it owes an answer, or whose bytes do not come, is *lost*: what was claimed for it goes
+back to its load, and it is asked again when it has answered a Hello.
+"""
+
+from __future__ import annotations
+
+import itertools
+import logging
+import math
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from functools import partial
+
+import zmq
+from zmq.utils.monitor import recv_monitor_message
+
+from dualpath_sgl.lanes.forward import Forwarder, StillWriting, merge_runs
+from dualpath_sgl.lanes.peer_keys import Secure
+from dualpath_sgl.relay import wire
+from dualpath_sgl.relay.client.bounce import Bounce, Room, copy_blocks
+from dualpath_sgl.relay.client.claims import Claim, Limits, Load
+from dualpath_sgl.relay.client.counts import LaneCounts
+from dualpath_sgl.relay.client.relays import Helper
+from dualpath_sgl.relay.wire import (
+    Alive,
+    Fetch,
+    Hello,
+    Leaving,
+    Ready,
+    Reason,
+    Refused,
+    Rejected,
+    Release,
+    Released,
+    Revoke,
+    Welcome,
+)
+from dualpath_sgl.threads import faults
+from dualpath_sgl.threads.mailbox import Mailbox
+from dualpath_sgl.threads.priority import wait_politely
+from scheduler_svc.telemetry.log_limit import LimitedLog
+from scheduler_svc.wire.liveness import notice_dead_peers
+from scheduler_svc.wire.protocol import Wire, encode
+
+logger = logging.getLogger(__name__)
+
+POLL_MS = 50
+HAIL_S = 0.5
+"""Between two Hellos to a relay that has not answered."""
+REJECTED_S = 10.0
+"""After a relay has rejected us; it will do so until one of both is upgraded."""
+PAUSE_S = 2.0
+"""A relay that delivers too late, or is busy, is left alone so long."""
+REFUSED_S = 0.1
+"""So is one that has refused a batch for want of room."""
+ASKED_AHEAD = 2
+"""Batches asked for and not ready."""
+PULL_S = 1.5
+"""Longest pull; a relay whose bytes come more slowly than its storage link would bring them is no help."""
+MESSAGES_AT_A_TIME = 256
+
+_leases = itertools.count(1)
+"""Of this process: no relay sees a number twice."""
+
+
+@dataclass(eq=False)
+class _Batch:
+    """A claim on its way."""
+
+    lease: int
+    load: Load
+    claim: Claim
+    room: Room
+    since_s: float
+    """When the relay was asked, or told to release."""
+    ready: Ready | None = None
+
+
+@dataclass(frozen=True)
+class _Greeted:
+    segment: str
+    answers: bool
+
+
+class RelayLane(threading.Thread):
+    def __init__(
+        self,
+        helper: Helper,
+        hello: Hello,
+        loads: Callable[[], Iterable[Load]],
+        limits: Callable[[], Limits],
+        traceparent: Callable[[Load], str | None],
+        forwarder: Forwarder,
+        bounce: Bounce,
+        silence_s: float,
+        counts: LaneCounts,
+        secure: Secure | None = None,
+    ) -> None:
+        """`loads`: those that are open, oldest first.  `limits`: of the next claim.  `traceparent`: of a load.
+
+        All three are called on the lane's thread.
+        """
+        super().__init__(name=f"dualpath-relay-lane {helper.name}", daemon=True)
+        self.helper = helper
+        self._hello = hello
+        self._loads = loads
+        self._limits = limits
+        self._traceparent = traceparent
+        self._forwarder = forwarder
+        self._bounce = bounce
+        self._silence_s = silence_s
+        self._counts = counts
+        self._asked: dict[int, _Batch] = {}
+        self._ready: deque[_Batch] = deque()
+        self._confirming: dict[int, _Batch] = {}
+        self._connected = False
+        self._welcome: Welcome | None = None
+        self._known: set[str] = set()
+        """Segments that have answered: the first contact with one that hangs would stop all others."""
+        self._greeting: str | None = None
+        self._leaving = False
+        self._hail_s = 0.0
+        self._resume_s = 0.0
+        self._heard_s = 0.0
+        self._up = False
+        self._stopping = False
+        self._orders: Mailbox[Load | _Greeted | None] = Mailbox()
+        self._log = LimitedLog(logger)
+        self._socket: zmq.Socket[bytes] = zmq.Context.instance().socket(zmq.DEALER)
+        self._socket.setsockopt(zmq.LINGER, 0)
+        self._socket.setsockopt(zmq.MAXMSGSIZE, 2 * wire.MAX_MESSAGE_BYTES)
+        self._socket.setsockopt(zmq.IPV6, int("[" in helper.endpoint))
+        notice_dead_peers(self._socket)
+        if secure is not None:
+            secure(self._socket)
+
+    # -- any thread -------------------------------------------------------------------------------
+
+    @property
+    def up(self) -> bool:
+        """The relay answers and may be asked."""
+        return self._up
+
+    def wake(self) -> None:
+        """There is something to claim."""
+        self._orders.put(None)
+
+    def urge(self, load: Load) -> None:
+        """The own client has nothing left to do for this load: what the relay has not begun it may have."""
+        self._orders.put(load)
+
+    def stop(self) -> None:
+        """What it has claimed goes back; the thread ends soon."""
+        self._stopping = True
+        self._orders.put(None)
+
+    # -- the lane's own thread --------------------------------------------------------------------
+
+    def run(self) -> None:
+        wait_politely()
+        monitor = self._socket.get_monitor_socket(zmq.EVENT_HANDSHAKE_SUCCEEDED | zmq.EVENT_DISCONNECTED)
+        poller = zmq.Poller()
+        for watched in (self._socket, self._orders.fd, monitor):
+            poller.register(watched, zmq.POLLIN)
+        self._socket.connect(self.helper.endpoint)
+        while not self._stopping:
+            self._try(partial(poller.poll, 0 if self._ready else POLL_MS))
+            self._try(partial(self._follow, monitor))
+            self._try(self._take_orders)
+            self._try(self._listen)
+            self._try(self._hail)
+            self._try(self._ask)
+            self._try(self._pull)
+            # What the relay said during the pull, before anybody calls it silent.
+            self._try(self._listen)
+            self._try(self._give_up_silent)
+            self._try(self._bounce.settle)
+            self._up = self._may_ask()
+            self._log.tick()
+        self._up = False
+        self._try(partial(self._lose, "is no helper any more", 0.0))
+        self._socket.disable_monitor()
+        self._socket.close()
+        # The mailbox stays open: a load may still urge.
+
+    def _try(self, step: Callable[[], object]) -> None:
+        try:
+            step()
+        except zmq.ContextTerminated:
+            self._stopping = True
+        except Exception:
+            faults.record("what was claimed for relay %s is read elsewhere", self.helper.name)
+            self._lose("met a fault of ours", PAUSE_S)
+            time.sleep(POLL_MS / 1000)
+
+    def _follow(self, monitor: zmq.Socket[bytes]) -> None:
+        while monitor.poll(0):
+            connected = recv_monitor_message(monitor)["event"] == zmq.EVENT_HANDSHAKE_SUCCEEDED
+            if not connected and self._connected:
+                self._lose("is gone", 0.0)
+            self._connected, self._hail_s = connected, 0.0
+
+    def _take_orders(self) -> None:
+        for order in self._orders.drain():
+            if isinstance(order, _Greeted):
+                self._greeted(order)
+            elif isinstance(order, Load):
+                for lease, batch in self._asked.items():
+                    if batch.load is order:
+                        self._send(Revoke(lease))
+
+    # -- whether it may be asked -------------------------------------------------------------------
+
+    def _may_ask(self) -> bool:
+        return (
+            self._connected
+            and self._welcome is not None
+            and self._welcome.segment in self._known
+            and not self._leaving
+            and time.monotonic() >= self._resume_s
+        )
+
+    def _hail(self) -> None:
+        now_s = time.monotonic()
+        if self._connected and self._welcome is None and now_s >= self._hail_s:
+            self._hail_s = now_s + HAIL_S
+            self._send(self._hello)
+
+    def _welcomed(self, welcome: Welcome) -> None:
+        self._welcome, self._leaving = welcome, False
+        if welcome.segment not in self._known and self._greeting is None:
+            self._greeting = welcome.segment
+            threading.Thread(
+                target=self._greet,
+                args=(welcome.segment,),
+                name=f"dualpath-greeting {welcome.segment}",
+                daemon=True,
+            ).start()
+
+    def _greet(self, segment: str) -> None:
+        """On a thread that may wait long."""
+        answers = False
+        try:
+            answers = self._forwarder.answers(segment)
+        finally:
+            self._orders.put(_Greeted(segment, answers))
+
+    def _greeted(self, greeted: _Greeted) -> None:
+        self._greeting = None
+        if greeted.answers:
+            self._known.add(greeted.segment)
+        else:
+            self._log.log(
+                logging.WARNING,
+                "DualPath: relay %s: its memory %s does not answer",
+                self.helper.name,
+                greeted.segment,
+            )
+            self._welcome, self._hail_s = None, time.monotonic() + PAUSE_S
+
+    # -- asking ------------------------------------------------------------------------------------
+
+    def _ask(self) -> None:
+        if not self._may_ask() or self._welcome is None:
+            return
+        limits = self._limits()
+        limits = limits._replace(most_bytes=min(limits.most_bytes, self._welcome.most_bytes))
+        for load in self._loads():
+            while self._may_ask_more():
+                claim = load.claim(self.helper.name, limits)
+                if claim is None:
+                    break
+                if not self._ask_for(load, claim):
+                    return
+
+    def _may_ask_more(self) -> bool:
+        assert self._welcome is not None
+        held = len(self._asked) + len(self._ready) + len(self._confirming)
+        return len(self._asked) < ASKED_AHEAD and held < self._welcome.most_fetches
+
+    def _ask_for(self, load: Load, claim: Claim) -> bool:
+        """False when there is no bounce memory for it at the moment."""
+        room = self._bounce.take(claim.byte_count)
+        if room is None:
+            load.give_back(claim)
+            return False
+        batch = _Batch(next(_leases), load, claim, room, time.monotonic())
+        self._asked[batch.lease] = batch
+        self._send(
+            Fetch(
+                lease=batch.lease,
+                keys=tuple(load.keys[index] for index in claim.indices),
+                sizes=tuple(load.sizes[index] for index in claim.indices),
+                left_bytes=load.left_bytes,
+                traceparent=self._traceparent(load),
+            )
+        )
+        return True
+
+    # -- what the relay says -----------------------------------------------------------------------
+
+    def _listen(self) -> None:
+        for _ in range(MESSAGES_AT_A_TIME):
+            if not self._socket.poll(0):
+                return
+            frame = b"".join(self._socket.recv_multipart())
+            try:
+                message = wire.decode_to_client(frame)
+            except ValueError as error:
+                self._log.log(
+                    logging.WARNING, "DualPath: relay %s sent nonsense: %s", self.helper.name, error
+                )
+                continue
+            self._heard_s = time.monotonic()
+            self._handle(message)
+
+    def _handle(self, message: wire.ToClient) -> None:
+        match message:
+            case Welcome():
+                self._welcomed(message)
+            case Rejected():
+                self._log.log(
+                    logging.ERROR, "DualPath: relay %s rejects us: %s", self.helper.name, message.reason
+                )
+                self._hail_s = time.monotonic() + REJECTED_S
+            case Ready():
+                self._is_ready(message)
+            case Refused():
+                self._refused(message)
+            case Released():
+                self._released(message)
+            case Leaving():
+                self._leaving = True
+            case Alive():
+                pass
+
+    def _is_ready(self, ready: Ready) -> None:
+        batch = self._asked.get(ready.lease)
+        if batch is None or batch.claim.void or len(ready.got) != len(batch.claim.indices):
+            if batch is not None:
+                self._drop(batch)
+            self._send(Release(ready.lease))  # nobody wants it any more
+            return
+        del self._asked[ready.lease]
+        batch.ready = ready
+        self._ready.append(batch)
+
+    def _refused(self, refused: Refused) -> None:
+        batch = self._asked.get(refused.lease)
+        if batch is None:
+            return
+        self._drop(batch)
+        if refused.reason is Reason.REVOKED:
+            return
+        self._counts.refused += 1
+        self._log.log(
+            logging.INFO, "DualPath: relay %s refused a batch: %s", self.helper.name, refused.reason
+        )
+        if refused.reason is Reason.UNKNOWN:
+            self._welcome, self._hail_s = None, 0.0
+        else:
+            pause_s = REFUSED_S if refused.reason is Reason.BUSY else PAUSE_S
+            self._resume_s = time.monotonic() + pause_s
+
+    def _released(self, released: Released) -> None:
+        batch = self._confirming.pop(released.lease, None)
+        if batch is None:
+            return
+        if released.valid:
+            self._land(batch)
+        else:  # it was pulled too late: relay or network are slower than its leases
+            self._counts.invalid += 1
+            self._resume_s = time.monotonic() + PAUSE_S
+            self._give_back(batch)
+        self._bounce.give_back(batch.room)
+
+    # -- pulling and landing -----------------------------------------------------------------------
+
+    def _pull(self) -> None:
+        """One batch, that messages may be heard before the next one."""
+        if not self._ready:
+            return
+        batch = self._ready.popleft()
+        ready = batch.ready
+        assert ready is not None
+        if batch.claim.void or ready.segment not in self._known:
+            self._drop(batch)
+            self._send(Release(batch.lease))
+            return
+        local, remote, sizes = [], [], []
+        here = batch.room.address
+        for index, address, got in zip(batch.claim.indices, ready.addresses, ready.got, strict=True):
+            size = batch.load.sizes[index]
+            if got == size:
+                local.append(here)
+                remote.append(address)
+                sizes.append(size)
+            here += size
+        begun_s = time.monotonic()
+        try:
+            arrived = not local or self._forwarder.read(
+                ready.segment, *merge_runs(local, remote, sizes), self._silence_s, PULL_S
+            )
+        except StillWriting as writing:
+            self._hung(batch, writing)
+            return
+        self._counts.pull_s += time.monotonic() - begun_s
+        if arrived:
+            batch.since_s = time.monotonic()
+            self._confirming[batch.lease] = batch
+            self._send(Release(batch.lease))
+        else:
+            self._drop(batch)
+            self._known.discard(ready.segment)
+            self._lose("does not let its memory be read", PAUSE_S)
+
+    def _hung(self, batch: _Batch, writing: StillWriting) -> None:
+        """Its memory stays with the transfers; its objects come from elsewhere."""
+        self._counts.hung_pulls += 1
+        self._bounce.keep_back(batch.room, writing)
+        self._give_back(batch)
+        self._lose(f"hangs in a pull ({writing.__cause__}; {writing})", PAUSE_S)
+
+    def _land(self, batch: _Batch) -> None:
+        """Copy what is whole to where the engine wants it."""
+        load, claim, ready = batch.load, batch.claim, batch.ready
+        assert ready is not None
+        if not load.begin_landing(claim):
+            return
+        begun_s = time.monotonic()
+        whole: list[int] = []
+        try:
+            targets: list[int] = []
+            sources: list[int] = []
+            sizes: list[int] = []
+            here = batch.room.address
+            for index, got in zip(claim.indices, ready.got, strict=True):
+                if got == load.sizes[index]:
+                    source = here
+                    for address, size in zip(*load.destinations[index], strict=True):
+                        targets.append(address)
+                        sources.append(source)
+                        sizes.append(size)
+                        source += size
+                    whole.append(index)
+                here += load.sizes[index]
+            copy_blocks(targets, sources, sizes)
+        except BaseException:
+            load.land(claim, [])
+            raise
+        load.land(claim, whole)
+        counts = self._counts
+        counts.copy_s += time.monotonic() - begun_s
+        counts.batches += 1
+        counts.objects += len(whole)
+        counts.failed_objects += len(claim.indices) - len(whole)
+        counts.bytes += sum(load.sizes[index] for index in whole)
+
+    # -- what does not come --------------------------------------------------------------------------
+
+    def _drop(self, batch: _Batch) -> None:
+        """Nothing writes into its memory; its objects go back."""
+        self._asked.pop(batch.lease, None)
+        self._give_back(batch)
+        self._bounce.give_back(batch.room)
+
+    def _give_back(self, batch: _Batch) -> None:
+        if batch.load.give_back(batch.claim):
+            self._counts.given_back += len(batch.claim.indices)
+
+    def _lose(self, why: str, pause_s: float) -> None:
+        """It gets no more until it has answered a Hello."""
+        batches = [*self._asked.values(), *self._ready, *self._confirming.values()]
+        self._asked.clear()
+        self._ready.clear()
+        self._confirming.clear()
+        for batch in batches:
+            self._give_back(batch)
+            self._bounce.give_back(batch.room)
+            self._send(Release(batch.lease))
+        if batches or pause_s:
+            self._counts.lost += 1
+            text = "DualPath: relay %s %s; %d batches are read elsewhere"
+            self._log.log(logging.WARNING, text, self.helper.name, why, len(batches))
+        self._welcome = None
+        self._hail_s = self._resume_s = time.monotonic() + pause_s
+
+    def _give_up_silent(self) -> None:
+        owed = [*self._asked.values(), *self._confirming.values()]
+        since_s = max(self._heard_s, min((batch.since_s for batch in owed), default=math.inf))
+        if owed and time.monotonic() - since_s > self._silence_s:
+            self._lose(f"has said nothing for {self._silence_s:g} s", self._silence_s)
+
+    def _send(self, message: Wire) -> None:
+        try:
+            self._socket.send(encode(message), zmq.NOBLOCK)
+        except zmq.Again:
+            self._log.log(logging.WARNING, "DualPath: relay %s takes no messages", self.helper.name)

@@ -1,0 +1,209 @@
+"""Loads one list of objects after another, or several at once, through every lane there is."""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from collections.abc import Callable, Sequence
+from functools import partial
+
+from opentelemetry.trace import Tracer
+
+from dualpath_sgl.lanes.forward import Forwarder
+from dualpath_sgl.lanes.peer_keys import Secure
+from dualpath_sgl.relay.client.bounce import Bounce
+from dualpath_sgl.relay.client.claims import Blocks, Limits, Load, Pointers, blocks_of
+from dualpath_sgl.relay.client.counts import Counts, LaneCounts
+from dualpath_sgl.relay.client.destinations import Destinations
+from dualpath_sgl.relay.client.lane import RelayLane
+from dualpath_sgl.relay.client.options import Options
+from dualpath_sgl.relay.client.relays import Helper, Relays
+from dualpath_sgl.relay.client.spread import spread
+from dualpath_sgl.relay.wire import Hello
+from scheduler_svc.telemetry.tracing import traceparent_of
+
+logger = logging.getLogger(__name__)
+
+OwnRead = Callable[[list[str], list[Pointers], list[Pointers]], Sequence[int]]
+"""The engine's own client: bytes of each object, or a negative code."""
+
+WRONG_SIZE = -1
+"""Result of an object of another size than the one asked for, which is another object."""
+OVERDUE_S = 2.0
+"""When the own client has nothing left to do, batches claimed for relays longer ago are read by it, too."""
+LOOK_S = 0.1
+
+
+class Loader:
+    def __init__(
+        self,
+        own_read: OwnRead,
+        relays: Relays,
+        hello: Hello,
+        forwarder: Forwarder,
+        destinations: Destinations,
+        options: Options,
+        *,
+        shared: bool = False,
+        secure: Callable[[str], Secure] | None = None,
+        tracer: Tracer | None = None,
+    ) -> None:
+        """`own_read` is called on the threads that call `load`.
+
+        `shared`: other ranks ask for the same objects.  Relays then read them, each one once, and the own
+        client reads only what they do not bring.
+        `secure`: how a socket to the relay of some name is made to speak CURVE; raises KeyFileError.
+        """
+        self._own_read = own_read
+        self._hello = hello
+        self._forwarder = forwarder
+        self._destinations = destinations
+        self._options = options
+        self._shared = shared
+        self._secure = secure
+        self._tracer = tracer
+        self._bounce = Bounce(options.bounce_bytes, forwarder)
+        self._lock = threading.Lock()
+        self._lanes: dict[Helper, RelayLane] = {}
+        self._open: dict[Load, str | None] = {}
+        """Loads under way, oldest first, and the trace of each."""
+        self.counts = Counts()
+        relays.follow(self._follow)
+
+    @property
+    def kept_back(self) -> int:
+        """Pulls that hang: rooms of bounce memory that nobody can use."""
+        return self._bounce.kept_back
+
+    def lanes_up(self) -> list[RelayLane]:
+        return [lane for lane in list(self._lanes.values()) if lane.up]
+
+    def load(self, keys: Sequence[str], pointers: Sequence[Pointers], sizes: Sequence[Pointers]) -> list[int]:
+        """Bring each object to its place: its bytes, or a negative code, in the order of `keys`.
+
+        `pointers[i]` and `sizes[i]` are numbers, or equally long lists of them.  When it has returned, nothing
+        writes to any of the places.  Raises what `own_read` raises.
+        """
+        blocks = [blocks_of(*place) for place in zip(pointers, sizes, strict=True)]
+        lanes = self.lanes_up()
+        if not lanes or not self._is_worth_asking(blocks):
+            self.counts.direct_calls += 1
+            return self._read(keys, pointers, sizes, blocks)
+        names = [lane.helper.name for lane in lanes]
+        load = Load(
+            keys,
+            blocks,
+            spread(keys, [place.byte_count for place in blocks], names) if self._shared else None,
+        )
+        if self._tracer is None:
+            self._run(load, pointers, sizes, None)
+            return load.results
+        with self._tracer.start_as_current_span(
+            "relay.load", attributes={"dualpath.objects": len(keys), "dualpath.bytes": load.left_bytes}
+        ) as span:
+            self._run(load, pointers, sizes, traceparent_of(span))
+        return load.results
+
+    def close(self) -> None:
+        """End the lanes; loads under way go on with the own client."""
+        self._follow(())
+
+    def _is_worth_asking(self, blocks: Sequence[Blocks]) -> bool:
+        total = sum(place.byte_count for place in blocks)
+        return total >= self._options.least_call_bytes and all(
+            self._destinations.hold(zip(place.addresses, place.sizes, strict=True)) for place in blocks
+        )
+
+    def _run(
+        self,
+        load: Load,
+        pointers: Sequence[Pointers],
+        sizes: Sequence[Pointers],
+        traceparent: str | None,
+    ) -> None:
+        with self._lock:
+            self.counts.loads += 1
+            self._open[load] = traceparent
+        try:
+            for lane in list(self._lanes.values()):
+                lane.wake()
+            self._read_from_the_back(load, pointers, sizes)
+        finally:
+            with self._lock:
+                del self._open[load]
+            load.close()
+
+    def _read_from_the_back(
+        self, load: Load, pointers: Sequence[Pointers], sizes: Sequence[Pointers]
+    ) -> None:
+        urged = False
+        more = True
+        while more:
+            lanes = self.lanes_up()
+            indices = load.claim_own(self._limits(), self._shared and bool(lanes))
+            if indices:
+                got = self._read(
+                    [load.keys[index] for index in indices],
+                    [pointers[index] for index in indices],
+                    [sizes[index] for index in indices],
+                    [load.destinations[index] for index in indices],
+                )
+                load.land_own(indices, got)
+                continue
+            if not urged and not self._shared:
+                urged = True
+                for lane in lanes:
+                    lane.urge(load)
+            self.counts.overdue += load.take_back_overdue(time.monotonic() - OVERDUE_S)
+            more = load.wait(LOOK_S)
+
+    def _read(
+        self,
+        keys: Sequence[str],
+        pointers: Sequence[Pointers],
+        sizes: Sequence[Pointers],
+        blocks: Sequence[Blocks],
+    ) -> list[int]:
+        results = list(self._own_read(list(keys), list(pointers), list(sizes)))
+        for index, (got, place) in enumerate(zip(results, blocks, strict=True)):
+            if got > 0 and got != place.byte_count:
+                results[index] = WRONG_SIZE
+        self.counts.own_objects += len(results)
+        self.counts.own_bytes += sum(got for got in results if got > 0)
+        return results
+
+    def _limits(self) -> Limits:
+        own = 0 if self._shared else 1
+        lanes = max(1, len(self.lanes_up()) + own)
+        return Limits(self._options.batch_bytes, self._bounce.most_bytes, lanes)
+
+    def _follow(self, helpers: tuple[Helper, ...]) -> None:
+        """These may help, and no others."""
+        with self._lock:
+            for helper in self._lanes.keys() - set(helpers):
+                self._lanes.pop(helper).stop()
+            for helper in helpers:
+                if helper not in self._lanes:
+                    self._begin_lane(helper)
+
+    def _begin_lane(self, helper: Helper) -> None:
+        try:
+            secure = self._secure(helper.name) if self._secure is not None else None
+        except ValueError as error:
+            logger.error("DualPath: relay %s is not asked: %s", helper.name, error)
+            return
+        lane = RelayLane(
+            helper,
+            self._hello,
+            partial(list, self._open),
+            self._limits,
+            self._open.get,
+            self._forwarder,
+            self._bounce,
+            self._options.silence_s,
+            self.counts.relays.setdefault(helper.name, LaneCounts()),
+            secure,
+        )
+        lane.start()
+        self._lanes[helper] = lane

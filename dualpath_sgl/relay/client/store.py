@@ -1,0 +1,97 @@
+"""SGLang's Mooncake backend, whose reads relays take part in.
+
+Everything that HiCache loads, of every pool and in every layout, comes through one method: keys, addresses,
+sizes.  It stands under the name `mooncake` when DUALPATH_RELAY is set (`dualpath_sgl.plugin`), so that
+what SGLang does for that name it does for this backend; `--hicache-storage-backend dynamic` may name it, too.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import socket
+import time
+from collections.abc import Sequence
+from typing import Any
+
+from sglang.srt.mem_cache.hicache_storage import HiCacheStorageConfig
+from sglang.srt.mem_cache.storage.mooncake_store.mooncake_store import MooncakeStore
+
+from dualpath_sgl.lanes.forward import Forwarder
+from dualpath_sgl.lanes.peer_keys import PeerKeys
+from dualpath_sgl.limits.read_limit import read_limit
+from dualpath_sgl.relay.client.claims import Pointers
+from dualpath_sgl.relay.client.destinations import Destinations
+from dualpath_sgl.relay.client.loader import Loader
+from dualpath_sgl.relay.client.options import options
+from dualpath_sgl.relay.client.relays import Relays
+from dualpath_sgl.relay.wire import Hello
+from dualpath_sgl.start.config import settings
+from scheduler_svc.telemetry.tracing import init_tracing
+
+logger = logging.getLogger(__name__)
+
+
+class RelayStore(MooncakeStore):
+    def __init__(self, storage_config: HiCacheStorageConfig, pool_or_kwargs: Any = None) -> None:
+        """Connect to the store and begin to connect to the relays.
+
+        Raises ValueError for options that are none, RuntimeError when the transfer engine does not start, and
+        whatever MooncakeStore raises.
+        """
+        extra_config = storage_config.extra_config or {}
+        chosen, own = options(extra_config), settings()
+        self._read_limit = read_limit(extra_config)
+        # SGLang gives the host pool to backends that it knows by name, and a dictionary to `dynamic` ones.
+        super().__init__(storage_config, None if isinstance(pool_or_kwargs, dict) else pool_or_kwargs)
+        self._destinations = Destinations()
+        self.relays = Relays(chosen.helpers)
+        keys = PeerKeys(own.key_file, own.peer_keys) if own.key_file and own.peer_keys else None
+        self.loader = Loader(
+            self._read_by_own_client,
+            self.relays,
+            Hello(
+                engine=own.engine_id or f"{socket.gethostname()}-{os.getpid()}",
+                rank=storage_config.tp_rank,
+            ),
+            Forwarder(own.host, own.protocol, own.device, []),
+            self._destinations,
+            chosen,
+            shared=storage_config.is_mla_model and storage_config.tp_size > 1,
+            secure=keys.towards if keys else None,
+            tracer=init_tracing(own.engine_id or "prefill", own.otlp_endpoint) if own.otlp_endpoint else None,
+        )
+        logger.info(
+            "DualPath: relays %s", ", ".join(helper.name for helper in self.relays.helpers) or "none yet"
+        )
+
+    def register_mem_pool_host(self, mem_pool_host: Any) -> None:
+        super().register_mem_pool_host(mem_pool_host)
+        self._may_be_filled(mem_pool_host)
+
+    def register_mem_host_pool_v2(self, host_pool: Any, host_pool_name: Any) -> None:
+        super().register_mem_host_pool_v2(host_pool, host_pool_name)
+        self._may_be_filled(host_pool)
+
+    def close(self) -> None:
+        self.loader.close()
+        super().close()
+
+    def _may_be_filled(self, pool: Any) -> None:
+        for buffer in self._iter_host_pool_buffers(pool):
+            if buffer.device.type == "cpu" and buffer.numel():
+                self._destinations.add(buffer.data_ptr(), buffer.numel() * buffer.element_size())
+
+    def _get_batch_zero_copy_impl(
+        self, key_strs: list[str], buffer_ptrs: list[Any], buffer_sizes: list[Any]
+    ) -> list[int]:
+        return self.loader.load(key_strs, buffer_ptrs, buffer_sizes)
+
+    def _read_by_own_client(
+        self, keys: list[str], pointers: list[Pointers], sizes: list[Pointers]
+    ) -> Sequence[int]:
+        begun_s = time.monotonic()
+        results: list[int] = super()._get_batch_zero_copy_impl(keys, pointers, sizes)
+        if self._read_limit is not None:
+            self._read_limit.pace(sum(result for result in results if result > 0), begun_s)
+        return results

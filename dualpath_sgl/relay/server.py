@@ -1,0 +1,526 @@
+"""The relay's loop: one thread owns socket, queue, ring and leases.
+
+A fetch is *queued*, then *begun* (its objects lie in the ring, or reads bring them), then *ready* and
+leased until it is released.  Nothing that a client says or leaves unsaid takes more than its own lease.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from collections import Counter, OrderedDict
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from functools import partial
+
+import zmq
+from opentelemetry.trace import Tracer
+
+from dualpath_sgl.lanes.peer_keys import PeerKeys
+from dualpath_sgl.relay import wire
+from dualpath_sgl.relay.fair_queue import Asked, FairQueue
+from dualpath_sgl.relay.leases import LeaseName, Leases
+from dualpath_sgl.relay.metrics import Metrics
+from dualpath_sgl.relay.readers import FAILED, Read, Readers
+from dualpath_sgl.relay.ring import Extent, Ring
+from dualpath_sgl.relay.settings import Settings
+from dualpath_sgl.relay.store import Store
+from dualpath_sgl.relay.wire import (
+    Alive,
+    Fetch,
+    Hello,
+    Leaving,
+    Ready,
+    Reason,
+    Refused,
+    Rejected,
+    Release,
+    Released,
+    Revoke,
+    Welcome,
+)
+from dualpath_sgl.threads.mailbox import Mailbox
+from scheduler_svc.telemetry.faults import Faults
+from scheduler_svc.telemetry.log_limit import LimitedLog
+from scheduler_svc.telemetry.tracing import context_from
+from scheduler_svc.wire.addresses import in_url, is_ipv6
+from scheduler_svc.wire.connections import Connections, fd_of
+from scheduler_svc.wire.liveness import notice_dead_peers
+from scheduler_svc.wire.protocol import Wire, common_version, encode
+
+logger = logging.getLogger(__name__)
+
+POLL_MS = 20
+"""How often leases and reads that hang are looked for."""
+ALIVE_S = 0.2
+"""How often a client that waits is told that it waits for a relay that lives."""
+MESSAGES_AT_A_TIME = 256
+"""Then reads are begun and leases looked after, however many messages wait."""
+MOST_CLIENTS = 4096
+"""The one that was quiet for longest is forgotten when there are more."""
+MOST_FETCHES = 4
+"""Of one client, queued, begun or leased."""
+MOST_QUEUED = 512
+"""Of all clients together: at most 256 MiB of messages."""
+MOST_UNFINISHED_BYTES = 4 * wire.MAX_MESSAGE_BYTES
+"""Beyond this without an end of the message a connection is cut."""
+FAULT_PAUSE_S = 0.05
+
+
+class BindRefused(ValueError):
+    """The address cannot be bound."""
+
+
+@dataclass(eq=False)
+class _Client:
+    engine: str
+    leases: set[int] = field(default_factory=set)
+    """Queued, begun, or ready and not over."""
+
+
+@dataclass(eq=False)
+class _Begun:
+    """A fetch whose objects lie in the ring, or are on their way there."""
+
+    asked: Asked
+    addresses: list[int]
+    got: list[int]
+    extents: list[Extent] = field(default_factory=list)
+    """Each pinned once for it."""
+    waits_for: dict[Read, list[tuple[int, int]]] = field(default_factory=dict)
+    """By read, `(own index, index in the read)` of the objects that it brings."""
+    abandoned: bool = False
+    """The client wants it no more, or is gone."""
+
+
+class Server:
+    def __init__(
+        self,
+        settings: Settings,
+        store: Store,
+        segment: str,
+        ring: Ring,
+        metrics: Metrics,
+        tracer: Tracer | None = None,
+        keys: PeerKeys | None = None,
+    ) -> None:
+        """Binds at once.  `segment`: Mooncake's name of the ring's memory on the compute network.
+
+        With `keys` it speaks CURVE, and only with the holders of those.  Raises BindRefused.
+        """
+        self._settings = settings
+        self._segment = segment
+        self._ring = ring
+        self._metrics = metrics
+        self._tracer = tracer
+        self._keys = keys
+        self._queue = FairQueue(settings.patience_s, settings.small_bytes)
+        self._leases = Leases(settings.lease_s)
+        self._begun: dict[LeaseName, _Begun] = {}
+        self._reading: dict[str, Read] = {}
+        """By key, the read that will bring it."""
+        self._waiting: dict[Read, list[_Begun]] = {}
+        self._clients: OrderedDict[bytes, _Client] = OrderedDict()
+        self._alive_s = 0.0
+        self._leaving = threading.Event()
+        self._leave_until_s = 0.0
+        self._told_leaving = False
+        self._faults = Faults()
+        self._faults.on_fault = lambda step: metrics.faults.labels(step).inc()
+        self._log = LimitedLog(logger)
+        self._ended: Mailbox[Read] = Mailbox()
+        self._readers = Readers(store, settings.readers, settings.hang_s, self._ended.put)
+        self._socket = keys.server_socket() if keys else zmq.Context.instance().socket(zmq.ROUTER)
+        self._socket.setsockopt(zmq.LINGER, 200)
+        self._socket.setsockopt(zmq.ROUTER_MANDATORY, 1)
+        self._socket.setsockopt(zmq.MAXMSGSIZE, 2 * wire.MAX_MESSAGE_BYTES)
+        self._socket.setsockopt(zmq.IPV6, int(is_ipv6(settings.host)))
+        notice_dead_peers(self._socket)
+        self._connections = Connections(
+            self._socket,
+            MOST_UNFINISHED_BYTES,
+            lambda reason: metrics.refused_connections.labels(reason).inc(),
+        )
+        try:
+            self._socket.bind(f"tcp://{in_url(settings.host)}:{settings.port or '*'}")
+        except zmq.ZMQError as error:
+            self._close()
+            raise BindRefused(
+                f"cannot bind port {settings.port} of {settings.host}: {error.strerror}; is another "
+                "relay there?"
+            ) from None
+        self.endpoint: str = self._socket.getsockopt_string(zmq.LAST_ENDPOINT)
+
+    def stop(self) -> None:
+        """Ask for nothing more, let clients pull what they asked for, then return from `run`.
+
+        Callable from a signal handler or another thread.
+        """
+        self._leaving.set()
+
+    def run(self) -> None:
+        """Serve until nothing is left after `stop`, then close the socket."""
+        poller = zmq.Poller()
+        poller.register(self._socket, zmq.POLLIN)
+        poller.register(self._ended.fd, zmq.POLLIN)
+        poller.register(self._connections.monitor, zmq.POLLIN)
+        try:
+            while not self._may_end():
+                try:
+                    poller.poll(POLL_MS)
+                    for read in self._ended.drain():
+                        self._guarded(partial(self._read_ended, read), "a read's end")
+                    self._receive_some()
+                    self._guarded(self._begin_reads, "beginning reads")
+                    self._tick()
+                except zmq.ContextTerminated:
+                    return
+                except Exception:
+                    self._faults.record("the loop", "it goes on")
+                    time.sleep(FAULT_PAUSE_S)
+        finally:
+            self._close()
+
+    def _close(self) -> None:
+        self._connections.close()
+        self._socket.close()
+
+    def _guarded(self, step: Callable[[], None], name: str) -> None:
+        try:
+            step()
+        except Exception:
+            self._faults.record(name, "what it was for is lost, the relay goes on")
+
+    def _tick(self) -> None:
+        now_s = time.monotonic()
+        self._guarded(self._connections.tick, "looking at connections")
+        for name in self._leases.expired(now_s):
+            self._end_lease(name, now_s, "expired")
+            self._log.log(logging.WARNING, "lease %d ended before it was released", name[1])
+        for read in self._readers.give_up_overdue(now_s):
+            self._give_up(read)
+        if now_s - self._alive_s >= ALIVE_S:
+            self._alive_s = now_s
+            for identity in self._queue.clients() | {name[0] for name in self._begun}:
+                self._send(identity, Alive())
+        self._metrics.queue_bytes.set(self._queue.bytes)
+        self._metrics.free_bytes.set(self._ring.free_bytes)
+        self._metrics.leases_open.set(len(self._leases))
+        self._metrics.hanging.set(self._readers.hanging)
+        self._log.tick()
+        self._faults.tick()
+
+    def _may_end(self) -> bool:
+        if not self._leaving.is_set():
+            return False
+        if not self._told_leaving:
+            self._told_leaving = True
+            self._leave_until_s = time.monotonic() + self._settings.drain_s
+            for identity in list(self._clients):
+                self._send(identity, Leaving())
+        busy = len(self._queue) or self._begun or len(self._leases)
+        return not busy or time.monotonic() > self._leave_until_s
+
+    # -- what clients say -----------------------------------------------------------------------
+
+    def _receive_some(self) -> None:
+        for _ in range(MESSAGES_AT_A_TIME):
+            if not self._socket.poll(0):
+                return
+            sender, *frames = self._socket.recv_multipart(copy=False)
+            self._connections.heard(fd_of(sender))
+            if self._keys is not None and not self._keys.admits(sender):
+                continue
+            identity = sender.bytes
+            try:
+                message = wire.decode_to_relay(b"".join(frame.bytes for frame in frames))
+            except ValueError as error:
+                self._metrics.malformed.inc()
+                self._log.log(logging.WARNING, "ignored a malformed message: %s", error)
+                continue
+            self._guarded(partial(self._handle, identity, message), "handling a message")
+
+    def _handle(self, identity: bytes, message: wire.ToRelay) -> None:
+        if identity in self._clients:
+            self._clients.move_to_end(identity)
+        match message:
+            case Hello():
+                self._hello(identity, message)
+            case Fetch():
+                self._fetch(identity, message)
+            case Revoke():
+                self._revoke(identity, message.lease)
+            case Release():
+                self._release(identity, message.lease)
+
+    def _hello(self, identity: bytes, hello: Hello) -> None:
+        version = common_version(hello.version, hello.oldest_version, (wire.VERSION, wire.OLDEST_VERSION))
+        if version is None:
+            reason = (
+                f"relay protocol {hello.oldest_version} to {hello.version}, this relay speaks "
+                f"{wire.OLDEST_VERSION} to {wire.VERSION}: give both the same release"
+            )
+            self._log.log(logging.WARNING, "rejected %s: %s", hello.engine, reason)
+            self._send(identity, Rejected(reason))
+            return
+        if identity not in self._clients:
+            self._clients[identity] = _Client(hello.engine)
+            if len(self._clients) > MOST_CLIENTS:
+                self._forget(next(iter(self._clients)))
+        self._send(
+            identity,
+            Welcome(
+                version=version,
+                segment=self._segment,
+                lease_s=self._settings.lease_s,
+                most_bytes=self._settings.most_bytes,
+                most_fetches=MOST_FETCHES,
+            ),
+        )
+        if self._leaving.is_set():
+            self._send(identity, Leaving())
+
+    def _fetch(self, identity: bytes, fetch: Fetch) -> None:
+        client = self._clients.get(identity)
+        reason = self._refusal(client, fetch)
+        if client is None or reason is not None:
+            self._refuse(identity, fetch.lease, reason or Reason.UNKNOWN)
+            return
+        client.leases.add(fetch.lease)
+        asked = Asked(identity, client.engine, fetch, time.monotonic())
+        # What needs no read need not wait for others' reads.
+        if all(
+            self._at_hand(key, size, asked.asked_s) for key, size in zip(fetch.keys, fetch.sizes, strict=True)
+        ):
+            self._begin(asked)
+        else:
+            self._queue.put(asked)
+
+    def _refusal(self, client: _Client | None, fetch: Fetch) -> Reason | None:
+        if client is None:
+            return Reason.UNKNOWN
+        if self._leaving.is_set():
+            return Reason.LEAVING
+        if fetch.lease in client.leases:
+            return Reason.IN_USE
+        if sum(fetch.sizes) > self._settings.most_bytes:
+            return Reason.TOO_LARGE
+        if len(client.leases) >= MOST_FETCHES or len(self._queue) >= MOST_QUEUED:
+            return Reason.BUSY
+        if self._readers.store_hangs:
+            return Reason.STORE_HANGS
+        return None
+
+    def _revoke(self, identity: bytes, lease: int) -> None:
+        if self._queue.remove(identity, lease) is not None:
+            self._refuse(identity, lease, Reason.REVOKED)
+
+    def _release(self, identity: bytes, lease: int) -> None:
+        valid = self._end_lease((identity, lease), time.monotonic(), "released")
+        self._send(identity, Released(lease, valid))
+        # A client may give up what is not ready, too.
+        if self._queue.remove(identity, lease) is not None:
+            self._over(identity, lease)
+        elif (begun := self._begun.get((identity, lease))) is not None:
+            begun.abandoned = True
+
+    # -- from the queue into the ring ------------------------------------------------------------
+
+    def _at_hand(self, key: str, size: int, now_s: float) -> bool:
+        """It lies in the ring, or is on its way there."""
+        return self._ring.find(key, size, now_s) is not None or self._on_its_way(key, size) is not None
+
+    def _on_its_way(self, key: str, size: int) -> tuple[Read, int] | None:
+        read = self._reading.get(key)
+        if read is None:
+            return None
+        index = read.keys.index(key)
+        return (read, index) if read.sizes[index] == size else None
+
+    def _begin_reads(self) -> None:
+        while self._readers.idle and (asked := self._queue.first(time.monotonic())) is not None:
+            if not self._begin(asked):
+                return  # the ring is full: the first one waits for memory, and the others behind it
+            self._queue.remove(asked.client, asked.fetch.lease)
+
+    def _begin(self, asked: Asked) -> bool:
+        """Find, attach to, or read each object; False while the ring has no memory for what must be read."""
+        fetch, now_s = asked.fetch, time.monotonic()
+        begun = _Begun(asked, [0] * len(fetch.keys), [FAILED] * len(fetch.keys))
+        pinned: Counter[Extent] = Counter()
+        missing: list[int] = []
+        kept_bytes = 0
+        for index, (key, size) in enumerate(zip(fetch.keys, fetch.sizes, strict=True)):
+            if (found := self._ring.find(key, size, now_s)) is not None:
+                extent, begun.addresses[index] = found
+                begun.got[index] = size
+            elif (coming := self._on_its_way(key, size)) is not None:
+                read, position = coming
+                extent, begun.addresses[index] = read.extent, read.addresses[position]
+                begun.waits_for.setdefault(read, []).append((index, position))
+            else:
+                missing.append(index)
+                continue
+            pinned[extent] += 1
+            kept_bytes += size
+        for extent in pinned:  # before memory is taken: it could be theirs
+            self._ring.pin(extent)
+        begun.extents = list(pinned)
+        if missing and not self._begin_read(begun, missing):
+            self._unpin(begun.extents)
+            return False
+        self._metrics.kept_bytes.add(kept_bytes)
+        self._metrics.wait_seconds.observe(now_s - asked.asked_s)
+        self._begun[asked.client, fetch.lease] = begun
+        for read in begun.waits_for:
+            self._waiting[read].append(begun)
+        if not begun.waits_for:
+            self._ready(begun)
+        return True
+
+    def _begin_read(self, begun: _Begun, missing: list[int]) -> bool:
+        fetch = begun.asked.fetch
+        extent = self._ring.take(sum(fetch.sizes[index] for index in missing))
+        if extent is None:
+            return False
+        read, address = Read(extent, [], [], []), extent.address
+        for position, index in enumerate(missing):
+            read.keys.append(fetch.keys[index])
+            read.sizes.append(fetch.sizes[index])
+            read.addresses.append(address)
+            begun.addresses[index] = address
+            begun.waits_for.setdefault(read, []).append((index, position))
+            self._reading[fetch.keys[index]] = read
+            address += fetch.sizes[index]
+        self._ring.pin(extent)  # for the fetch; the read has its own pin
+        begun.extents.append(extent)
+        self._waiting[read] = []
+        self._readers.begin(read)
+        return True
+
+    def _read_ended(self, read: Read) -> None:
+        now_s = time.monotonic()
+        if read.error is not None:
+            self._log.log(logging.ERROR, "a read from the store failed: %r", read.error)
+        self._readers.ended(read)
+        self._metrics.read_ended(read)
+        self._forget_reading(read)
+        results = zip(read.keys, read.addresses, read.sizes, read.got, strict=True)
+        self._ring.hold(read.extent, [(k, a, size) for k, a, size, got in results if got == size], now_s)
+        for begun in self._waiting.pop(read, []):
+            for index, position in begun.waits_for.pop(read):
+                begun.got[index] = read.got[position]
+            if not begun.waits_for:
+                self._ready(begun)
+        self._ring.unpin(read.extent)
+
+    def _forget_reading(self, read: Read) -> None:
+        for key in read.keys:
+            if self._reading.get(key) is read:
+                del self._reading[key]
+
+    def _give_up(self, read: Read) -> None:
+        """The store hangs.  The memory stays with the read; who waits for it gets its objects elsewhere."""
+        self._log.log(
+            logging.WARNING, "a read of %d bytes has hung for %.1f s and is given up", read.byte_count,
+            time.monotonic() - read.begun_s,
+        )  # fmt: skip
+        self._forget_reading(read)
+        for begun in self._waiting.pop(read, []):
+            for other in begun.waits_for:
+                if other is not read:
+                    self._waiting[other].remove(begun)
+            self._end_begun(begun)
+            self._refuse(begun.asked.client, begun.asked.fetch.lease, Reason.STORE_HANGS)
+
+    # -- from ready to over ------------------------------------------------------------------------
+
+    def _ready(self, begun: _Begun) -> None:
+        identity, fetch = begun.asked.client, begun.asked.fetch
+        if begun.abandoned:
+            self._end_begun(begun)
+            self._over(identity, fetch.lease)
+            return
+        del self._begun[identity, fetch.lease]
+        # Before the client can know of it: the lease runs from here on.
+        self._leases.begin((identity, fetch.lease), begun.extents, time.monotonic())
+        self._metrics.fetches.add(1, "ready")
+        self._trace(begun)
+        self._send(
+            identity,
+            Ready(
+                lease=fetch.lease,
+                segment=self._segment,
+                addresses=tuple(begun.addresses),
+                got=tuple(begun.got),
+            ),
+        )
+
+    def _end_begun(self, begun: _Begun) -> None:
+        del self._begun[begun.asked.client, begun.asked.fetch.lease]
+        self._unpin(begun.extents)
+
+    def _end_lease(self, name: LeaseName, now_s: float, how: str) -> bool:
+        """Whether it was held until now."""
+        if name not in self._leases:
+            return False
+        valid, extents = self._leases.end(name, now_s)
+        self._unpin(extents)
+        self._over(*name)
+        self._metrics.leases.add(1, how)
+        return valid
+
+    def _unpin(self, extents: list[Extent]) -> None:
+        for extent in extents:
+            self._ring.unpin(extent)
+
+    def _refuse(self, identity: bytes, lease: int, reason: Reason) -> None:
+        if reason not in (Reason.IN_USE, Reason.UNKNOWN):
+            self._over(identity, lease)
+        self._metrics.fetches.add(1, reason.value)
+        self._send(identity, Refused(lease, reason))
+
+    def _over(self, identity: bytes, lease: int) -> None:
+        client = self._clients.get(identity)
+        if client is not None:
+            client.leases.discard(lease)
+
+    def _forget(self, identity: bytes) -> None:
+        """The connection is gone: nobody will pull what was asked over it."""
+        for lease in self._queue.of(identity):
+            self._queue.remove(identity, lease)
+        for name, begun in self._begun.items():
+            begun.abandoned |= name[0] == identity
+        for name in self._leases.of(identity):
+            self._unpin(self._leases.end(name, 0.0)[1])
+        self._clients.pop(identity, None)
+
+    def _trace(self, begun: _Begun) -> None:
+        fetch = begun.asked.fetch
+        if self._tracer is None or fetch.traceparent is None:
+            return
+        waited_s = time.monotonic() - begun.asked.asked_s
+        now_ns = time.time_ns()
+        span = self._tracer.start_span(
+            "relay.fetch",
+            context=context_from(fetch.traceparent),
+            start_time=now_ns - int(waited_s * 1e9),
+            attributes={
+                "dualpath.objects": len(fetch.keys),
+                "dualpath.bytes": sum(count for count in begun.got if count > 0),
+                "dualpath.left_bytes": fetch.left_bytes,
+            },
+        )
+        span.end(end_time=now_ns)
+
+    def _send(self, identity: bytes, message: Wire) -> None:
+        try:
+            self._socket.send_multipart([identity, encode(message)], zmq.NOBLOCK)
+        except zmq.ZMQError as error:
+            if error.errno == zmq.EHOSTUNREACH:
+                self._forget(identity)
+            elif error.errno != zmq.EAGAIN:
+                raise
+            else:
+                self._log.log(logging.WARNING, "a client takes no messages; one is lost")

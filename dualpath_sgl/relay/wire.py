@@ -1,0 +1,161 @@
+"""Wire models between a prefill engine rank (the client) and a relay.
+
+    client -> Hello       who I am, which versions I speak
+    relay -> Welcome      what I take at a time; or Rejected, and why
+    client -> Fetch       "read these objects", under a number of the client's, the lease
+    relay -> Alive        now and then while something is asked for and not ready
+    relay -> Ready        where the objects lie, and how many bytes each has; the lease runs from here
+    relay -> Refused      nothing will come of this lease
+    client -> Revoke      "drop it if you have not begun"; Refused is the answer, or Ready
+    client -> Release     "I have pulled what I need"; also of a lease that was given up
+    relay -> Released     `valid`: the objects lay there all that time
+    relay -> Leaving      ask for nothing more, the relay is about to stop
+
+One ZeroMQ frame holds one JSON object whose `type` names the model.  The client has a DEALER socket, the
+relay a ROUTER; a connection is a client, so that what one has asked for ends with its connection.
+
+What was pulled counts only after `Released(valid=True)`: memory of the ring is given to other objects
+after a lease is over and never before.  So whatever a client has read before that answer are the bytes of the
+keys that it asked for, however late it was.
+"""
+
+from __future__ import annotations
+
+from enum import StrEnum
+from typing import Annotated
+
+import msgspec
+from msgspec import Meta
+
+from scheduler_svc.wire.protocol import Count, Name, Rank, Seconds, Text, Traceparent, Version, Wire, decode
+
+VERSION = 1
+"""The newest that is spoken here; raised when something gets another meaning."""
+OLDEST_VERSION = 1
+
+MAX_MESSAGE_BYTES = 512 * 1024
+MOST_OBJECTS = 1024
+"""Of one Fetch."""
+MOST_KEY_CHARACTERS = 512
+"""Longer keys are the own client's."""
+MOST_KEYS_CHARACTERS = 256 * 1024
+"""Of all keys of one Fetch."""
+MAX_OBJECT_BYTES = 2**40
+
+Lease = Annotated[int, Meta(ge=1, le=2**63 - 1)]
+Key = Annotated[str, Meta(min_length=1, max_length=MOST_KEY_CHARACTERS)]
+Address = Annotated[int, Meta(ge=0, le=2**63 - 1)]
+Got = Annotated[int, Meta(ge=-(2**31), le=MAX_OBJECT_BYTES)]
+
+
+class Hello(Wire, frozen=True, tag="hello", kw_only=True):
+    engine: Name
+    """Whose load it is: relays are fair between engines, not between their ranks."""
+    rank: Rank = 0
+    version: Version = VERSION
+    oldest_version: Version = OLDEST_VERSION
+
+
+class Fetch(Wire, frozen=True, tag="fetch", kw_only=True):
+    lease: Lease
+    """Not used by this client before."""
+    keys: Annotated[tuple[Key, ...], Meta(min_length=1, max_length=MOST_OBJECTS)]
+    sizes: Annotated[
+        tuple[Annotated[int, Meta(ge=1, le=MAX_OBJECT_BYTES)], ...], Meta(max_length=MOST_OBJECTS)
+    ]
+    """Bytes of each object.  One of another size is not the object that is meant."""
+    left_bytes: Count = 0
+    """Of the same load, not asked of anybody yet: whose need is greatest."""
+    traceparent: Traceparent | None = None
+
+    def __post_init__(self) -> None:
+        if len(self.keys) != len(self.sizes):
+            raise ValueError(f"{len(self.keys)} keys and {len(self.sizes)} sizes")
+
+
+class Revoke(Wire, frozen=True, tag="revoke"):
+    lease: Lease
+
+
+class Release(Wire, frozen=True, tag="release"):
+    lease: Lease
+
+
+class Welcome(Wire, frozen=True, tag="welcome", kw_only=True):
+    version: Version
+    """The newest that both speak."""
+    segment: Name
+    """Mooncake's name of the memory that Ready will speak of: a client can find out whether it answers."""
+    lease_s: Seconds
+    most_bytes: Count
+    """Of one Fetch."""
+    most_fetches: Count
+    """Asked for and not released."""
+
+
+class Rejected(Wire, frozen=True, tag="rejected"):
+    reason: Text
+
+
+class Ready(Wire, frozen=True, tag="ready", kw_only=True):
+    lease: Lease
+    segment: Name
+    addresses: Annotated[tuple[Address, ...], Meta(max_length=MOST_OBJECTS)]
+    got: Annotated[tuple[Got, ...], Meta(max_length=MOST_OBJECTS)]
+    """Bytes of each object in the order asked, or Mooncake's negative code."""
+
+    def __post_init__(self) -> None:
+        if len(self.addresses) != len(self.got):
+            raise ValueError(f"{len(self.addresses)} addresses and {len(self.got)} results")
+
+
+class Reason(StrEnum):
+    UNKNOWN = "unknown"
+    """No Hello on this connection."""
+    REVOKED = "revoked"
+    LEAVING = "leaving"
+    BUSY = "busy"
+    """More is asked for than the relay queues."""
+    TOO_LARGE = "too_large"
+    """More bytes than Welcome allows."""
+    IN_USE = "in_use"
+    """The client has a lease of this number."""
+    STORE_HANGS = "store_hangs"
+    FAULT = "fault"
+
+
+class Refused(Wire, frozen=True, tag="refused"):
+    lease: Lease
+    reason: Reason
+
+
+class Released(Wire, frozen=True, tag="released"):
+    lease: Lease
+    valid: bool
+
+
+class Alive(Wire, frozen=True, tag="alive"):
+    pass
+
+
+class Leaving(Wire, frozen=True, tag="leaving"):
+    pass
+
+
+ToRelay = Hello | Fetch | Revoke | Release
+ToClient = Welcome | Rejected | Ready | Refused | Released | Alive | Leaving
+
+_to_relay = msgspec.json.Decoder(ToRelay)
+_to_client = msgspec.json.Decoder(ToClient)
+
+
+def decode_to_relay(frame: bytes) -> ToRelay:
+    """Parse what a client sent.  Raises ValueError naming field, value and problem."""
+    message: ToRelay = decode(_to_relay, frame, MAX_MESSAGE_BYTES)
+    return message
+
+
+def decode_to_client(frame: bytes) -> ToClient:
+    """Parse what a relay sent.  Raises ValueError naming field, value and problem."""
+    message: ToClient = decode(_to_client, frame, MAX_MESSAGE_BYTES)
+    return message

@@ -1,0 +1,5 @@
+"""Relays measured: shares of the links' limit.
+
+bench.py   `python -m dualpath_sgl.evals.relay.bench`
+world.py   a store with objects in it, relays as processes, a prefill engine's loader (the tests use it, too)
+"""
