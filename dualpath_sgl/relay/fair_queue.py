@@ -3,8 +3,8 @@
 Loads of several prefill engines meet in one relay, which does not know when they should end.  In this order:
 
 1. A fetch that has waited for `patience_s`, the longest waiting first: nobody starves.
-2. An engine with little left (`small_bytes`), first come first served: it holds up the others for no longer
-   than that little takes, and would otherwise wait for all of theirs.
+2. An engine that has little left beside the others (`SMALL_SHARE` of the most), first come first served:
+   it holds them up for little, and would otherwise wait for all of theirs.
 3. The engine with the most left: loads of different sizes end together, with every link busy until then.
 
 Within one engine fetches keep their order.
@@ -17,6 +17,9 @@ from dataclasses import dataclass
 from operator import attrgetter
 
 from dualpath_sgl.relay.wire import Fetch
+
+
+SMALL_SHARE = 1 / 8
 
 
 @dataclass(eq=False)
@@ -32,9 +35,8 @@ class Asked:
 class FairQueue:
     """For one thread."""
 
-    def __init__(self, patience_s: float, small_bytes: int) -> None:
+    def __init__(self, patience_s: float) -> None:
         self._patience_s = patience_s
-        self._small_bytes = small_bytes
         self._engines: dict[str, deque[Asked]] = {}
         self._names: dict[tuple[bytes, int], Asked] = {}
         self.bytes = 0
@@ -57,10 +59,10 @@ class FairQueue:
         heads = sorted((waiting[0] for waiting in self._engines.values()), key=attrgetter("asked_s"))
         if now_s - heads[0].asked_s > self._patience_s:
             return heads[0]
-        for asked in heads:
-            if self._left(asked.engine) <= self._small_bytes:
-                return asked
-        return max(heads, key=lambda asked: self._left(asked.engine))
+        left = {asked.engine: self._left(asked.engine) for asked in heads}
+        most = max(heads, key=lambda asked: left[asked.engine])
+        small = left[most.engine] * SMALL_SHARE
+        return next((asked for asked in heads if left[asked.engine] <= small), most)
 
     def remove(self, client: bytes, lease: int) -> Asked | None:
         """None when it does not wait here."""

@@ -59,8 +59,10 @@ MESSAGES_AT_A_TIME = 256
 """Then reads are begun and leases looked after, however many messages wait."""
 MOST_CLIENTS = 4096
 """The one that was quiet for longest is forgotten when there are more."""
-MOST_FETCHES = 4
-"""Of one client, queued, begun or leased."""
+BESIDE_READERS = 1
+"""Fetches that a client shall have in the queue while its others are read."""
+NOT_RELEASED = 3
+"""Fetches of a client that may be ready and not released: it pulls one after another."""
 MOST_QUEUED = 512
 """Of all clients together: at most 256 MiB of messages."""
 MOST_UNFINISHED_BYTES = 4 * wire.MAX_MESSAGE_BYTES
@@ -115,7 +117,8 @@ class Server:
         self._metrics = metrics
         self._tracer = tracer
         self._keys = keys
-        self._queue = FairQueue(settings.patience_s, settings.small_bytes)
+        self._most_fetches = settings.readers + BESIDE_READERS + NOT_RELEASED
+        self._queue = FairQueue(settings.patience_s)
         self._leases = Leases(settings.lease_s)
         self._begun: dict[LeaseName, _Begun] = {}
         self._reading: dict[str, Read] = {}
@@ -275,7 +278,8 @@ class Server:
                 segment=self._segment,
                 lease_s=self._settings.lease_s,
                 most_bytes=self._settings.most_bytes,
-                most_fetches=MOST_FETCHES,
+                most_fetches=self._most_fetches,
+                ahead=self._settings.readers + BESIDE_READERS,
             ),
         )
         if self._leaving.is_set():
@@ -306,7 +310,7 @@ class Server:
             return Reason.IN_USE
         if sum(fetch.sizes) > self._settings.most_bytes:
             return Reason.TOO_LARGE
-        if len(client.leases) >= MOST_FETCHES or len(self._queue) >= MOST_QUEUED:
+        if len(client.leases) >= self._most_fetches or len(self._queue) >= MOST_QUEUED:
             return Reason.BUSY
         if self._readers.store_hangs:
             return Reason.STORE_HANGS

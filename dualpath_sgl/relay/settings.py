@@ -62,12 +62,10 @@ class Settings(BaseSettings):
     """Reads under way: one is on the link while another one asks the master where its objects are."""
     lease_s: Positive = 5.0
     """A client has so long to pull what is ready."""
-    hang_s: Positive = 1.0
+    hang_s: Positive = 1.25
     """A read that takes longer beyond its expected time is refused to those who wait for it."""
-    patience_s: Positive = 1.0
+    patience_s: Positive = 2.0
     """A fetch that has waited so long comes before all others."""
-    small_bytes: Annotated[int, Field(ge=0)] = 16 * MIB
-    """An engine that has no more than this left comes before those with more."""
     drain_s: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 10.0
     """After SIGTERM, the longest that clients may still pull what they asked for."""
 

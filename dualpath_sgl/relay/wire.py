@@ -91,6 +91,9 @@ class Welcome(Wire, frozen=True, tag="welcome", kw_only=True):
     """Of one Fetch."""
     most_fetches: Count
     """Asked for and not released."""
+    ahead: Annotated[int, Meta(ge=1, le=64)]
+    """Fetches to be asked for and not ready, so that the relay's link does not wait for messages and its queue
+    has a choice between engines."""
 
 
 class Rejected(Wire, frozen=True, tag="rejected"):

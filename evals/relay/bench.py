@@ -7,6 +7,7 @@ over the rates of the links that may bring them; with a fault, of what they coul
 from __future__ import annotations
 
 import json
+import logging
 import os
 import signal
 import statistics
@@ -38,13 +39,15 @@ class Bench:
         with self._relays(relay_count) as relays, self._prefill(relays) as (prefill, objects):
             took = [self._timed(prefill, objects) for _ in range(self._runs)]
             limit_s = objects.byte_count / self._rate / (relay_count + 1)
-            lanes = prefill.counts.relays.values()
+            lanes = list(prefill.counts.relays.values())
             gib = max(1, prefill.counts.relay_bytes) / 2**30
             return {
                 "relays": relay_count,
                 "seconds": _rounded(took),
                 "share_of_limit": round(limit_s / statistics.median(took), 3),
                 "pull_s_per_gib": round(sum(lane.pull_s for lane in lanes) / gib, 3),
+                "lost": sum(lane.lost for lane in lanes),
+                "given_back": sum(lane.given_back for lane in lanes),
                 "copy_s_per_gib": round(sum(lane.copy_s for lane in lanes) / gib, 3),
             }
 
@@ -114,6 +117,7 @@ class Bench:
                 "large_s": round(ends["large"], 3),
                 "small_s": round(ends["small"], 3),
                 "small_alone_s": round(alone_s, 3),
+                "small_to_alone": round(ends["small"] / alone_s, 2),
                 "share_of_limit": round(limit_s / max(ends.values()), 3),
             }
 
@@ -171,6 +175,7 @@ def bench(
     runs: Annotated[int, typer.Option(min=1, help="Of each lone load.")] = 3,
 ) -> None:
     """Measure relays on imagined links and print what part of the limit they reach."""
+    logging.basicConfig(level=logging.WARNING, format="%(asctime)s %(message)s")
     store = Store(3 * mib * MIB)
     try:
         bench = Bench(store, rate_mbit * 1e6 / 8, mib, runs)

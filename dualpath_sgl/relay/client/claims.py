@@ -142,13 +142,16 @@ class Load:
             self._undone -= len(indices)
             self._change.notify_all()
 
-    def give_back(self, claim: Claim) -> bool:
-        """Nothing of it came: any lane may have it.  False when it was taken back already."""
+    def give_back(self, claim: Claim, to_own: bool = False) -> bool:
+        """Nothing of it came: any lane may have it, or the own client alone.
+
+        False when it was taken back already.
+        """
         with self._change:
             if claim.void or self._closed or claim not in self._claims:
                 return False
             self._claims.discard(claim)
-            self._reopen(self._returned, claim.indices)
+            self._reopen(self._own if to_own else self._returned, claim.indices)
             return True
 
     def take_back_overdue(self, before_s: float) -> int:

@@ -2,7 +2,7 @@
 
     claim -> Fetch -> Ready -> pull into bounce memory -> Release -> Released -> copy -> landed
 
-Two batches are asked for at a time, so that the relay's link does not wait for messages.  A relay that says
+Several batches are asked for at a time, so that the relay's link does not wait for messages.  A relay that says
 nothing while it owes an answer, or whose bytes do not come, is *lost*: what was claimed for it goes
 back to its load, and it is asked again when it has answered a Hello.
 """
@@ -61,8 +61,6 @@ PAUSE_S = 2.0
 """A relay that delivers too late, or is busy, is left alone so long."""
 REFUSED_S = 0.1
 """So is one that has refused a batch for want of room."""
-ASKED_AHEAD = 2
-"""Batches asked for and not ready."""
 PULL_S = 1.5
 """Longest pull; a relay whose bytes come more slowly than its storage link would bring them is no help."""
 MESSAGES_AT_A_TIME = 256
@@ -154,7 +152,7 @@ class RelayLane(threading.Thread):
         self._orders.put(None)
 
     def urge(self, load: Load) -> None:
-        """The own client has nothing left to do for this load: what the relay has not begun it may have."""
+        """The own client has nothing left to do for this load: it may have a batch that has not begun."""
         self._orders.put(load)
 
     def stop(self) -> None:
@@ -213,9 +211,13 @@ class RelayLane(threading.Thread):
             if isinstance(order, _Greeted):
                 self._greeted(order)
             elif isinstance(order, Load):
-                for lease, batch in self._asked.items():
-                    if batch.load is order:
-                        self._send(Revoke(lease))
+                self._revoke_newest(order)
+
+    def _revoke_newest(self, load: Load) -> None:
+        """One at a time: while the own client reads it, the relay may come to the others."""
+        newest = max((lease for lease, batch in self._asked.items() if batch.load is load), default=None)
+        if newest is not None:
+            self._send(Revoke(newest))
 
     # -- whether it may be asked -------------------------------------------------------------------
 
@@ -284,7 +286,7 @@ class RelayLane(threading.Thread):
     def _may_ask_more(self) -> bool:
         assert self._welcome is not None
         held = len(self._asked) + len(self._ready) + len(self._confirming)
-        return len(self._asked) < ASKED_AHEAD and held < self._welcome.most_fetches
+        return len(self._asked) < self._welcome.ahead and held < self._welcome.most_fetches
 
     def _ask_for(self, load: Load, claim: Claim) -> bool:
         """False when there is no bounce memory for it at the moment."""
@@ -357,7 +359,7 @@ class RelayLane(threading.Thread):
         batch = self._asked.get(refused.lease)
         if batch is None:
             return
-        self._drop(batch)
+        self._drop(batch, to_own=refused.reason is Reason.REVOKED)
         if refused.reason is Reason.REVOKED:
             return
         self._counts.refused += 1
@@ -466,14 +468,14 @@ class RelayLane(threading.Thread):
 
     # -- what does not come --------------------------------------------------------------------------
 
-    def _drop(self, batch: _Batch) -> None:
+    def _drop(self, batch: _Batch, to_own: bool = False) -> None:
         """Nothing writes into its memory; its objects go back."""
         self._asked.pop(batch.lease, None)
-        self._give_back(batch)
+        self._give_back(batch, to_own)
         self._bounce.give_back(batch.room)
 
-    def _give_back(self, batch: _Batch) -> None:
-        if batch.load.give_back(batch.claim):
+    def _give_back(self, batch: _Batch, to_own: bool = False) -> None:
+        if batch.load.give_back(batch.claim, to_own):
             self._counts.given_back += len(batch.claim.indices)
 
     def _lose(self, why: str, pause_s: float) -> None:

@@ -137,7 +137,6 @@ class Loader:
     def _read_from_the_back(
         self, load: Load, pointers: Sequence[Pointers], sizes: Sequence[Pointers]
     ) -> None:
-        urged = False
         more = True
         while more:
             lanes = self.lanes_up()
@@ -151,8 +150,7 @@ class Loader:
                 )
                 load.land_own(indices, got)
                 continue
-            if not urged and not self._shared:
-                urged = True
+            if not self._shared:
                 for lane in lanes:
                     lane.urge(load)
             self.counts.overdue += load.take_back_overdue(time.monotonic() - OVERDUE_S)

@@ -26,8 +26,9 @@ class Options(BaseModel):
     """Calls with less ask no relay: messages would take longer than they save."""
     bounce_bytes: Annotated[int, Field(ge=8 * MIB, le=2**36)] = 64 * MIB
     """Memory of each rank that relays' bytes are pulled into: about four batches a relay."""
-    silence_s: Positive = 1.0
-    """A relay that owes an answer and says nothing, or whose bytes do not come, is given up so long after."""
+    silence_s: Positive = 1.25
+    """A relay that owes an answer and says nothing, or whose bytes do not come, is given up so long after: a
+    little longer than TCP takes to repeat a lost request for a connection."""
 
     @field_validator("relays")
     @classmethod
