@@ -18,7 +18,6 @@ from operator import attrgetter
 
 from dualpath_sgl.relay.wire import Fetch
 
-
 SMALL_SHARE = 1 / 8
 
 

@@ -30,7 +30,7 @@ class Extent:
 
 class Ring:
     def __init__(self, address: int, byte_count: int, slot_bytes: int, keep_s: float) -> None:
-        self._address = address
+        self.address = address
         self._slot_bytes = slot_bytes
         self._keep_s = keep_s
         self._slots = Slots(byte_count // slot_bytes)
@@ -61,7 +61,7 @@ class Ring:
                 return None
             oldest, _ = self._kept.popitem(last=False)
             self._let_go(oldest)
-        return Extent(self._address + first * self._slot_bytes, first, count)
+        return Extent(self.address + first * self._slot_bytes, first, count)
 
     def hold(self, extent: Extent, objects: Iterable[tuple[str, int, int]], now_s: float) -> None:
         """`(key, address, bytes)` of what a read has brought whole: it can be found from now on."""

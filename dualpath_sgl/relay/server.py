@@ -276,6 +276,7 @@ class Server:
             Welcome(
                 version=version,
                 segment=self._segment,
+                address=self._ring.address,
                 lease_s=self._settings.lease_s,
                 most_bytes=self._settings.most_bytes,
                 most_fetches=self._most_fetches,

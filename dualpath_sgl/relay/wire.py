@@ -85,7 +85,9 @@ class Welcome(Wire, frozen=True, tag="welcome", kw_only=True):
     version: Version
     """The newest that both speak."""
     segment: Name
-    """Mooncake's name of the memory that Ready will speak of: a client can find out whether it answers."""
+    """Mooncake's name of the memory that Ready will speak of."""
+    address: Address
+    """Of a byte in it, which a client may read at any time to find out whether it can."""
     lease_s: Seconds
     most_bytes: Count
     """Of one Fetch."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import ctypes
 import hashlib
 import itertools
@@ -192,10 +193,20 @@ class Objects:
         places = zip(self.pointers, self.sizes, self._digests, strict=True)
         return [index for index, (at, size, digest) in enumerate(places) if _digest(at, size) != digest]
 
+    def for_another_rank(self) -> Objects:
+        """The same objects, and memory of its own for them."""
+        other = copy.copy(self)
+        other._target = Memory(self.byte_count)
+        other.address = other._target.address
+        other.pointers = [at - self.address + other.address for at in self.pointers]
+        assert self._client.register_buffer(other.address, other.byte_count) == 0
+        return other
+
     def forget(self) -> None:
         ctypes.memset(self.address, 0, self.byte_count)
 
     def free(self) -> None:
+        """They leave the store, too."""
         self._client.unregister_buffer(self.address)
         for key in self.keys:
             self._client.remove(key, True)
@@ -260,7 +271,9 @@ class Prefill:
         self.may_read.wait()
         begun_s = time.monotonic()
         self.own_keys += keys
-        got: list[int] = self._client.batch_get_into(keys, pointers, sizes)
+        in_blocks = isinstance(pointers[0], Sequence)
+        read = self._client.batch_get_into_multi_buffers if in_blocks else self._client.batch_get_into
+        got: list[int] = read(keys, pointers, sizes)
         if self._limit is not None:
             self._limit.pace(sum(count for count in got if count > 0), begun_s)
         return got

@@ -118,6 +118,11 @@ class Scene:
         self._ends.append(objects.free)
         return objects
 
+    def for_another_rank(self, objects: Objects) -> Objects:
+        other = objects.for_another_rank()
+        self._ends.append(other.free)
+        return other
+
     def end(self) -> None:
         for end in reversed(self._ends):
             end()

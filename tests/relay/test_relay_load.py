@@ -1,8 +1,11 @@
-"""Loads through relays: who brings what, and that the bytes are right."""
+"""Loads through real relays: who brings what, and that the bytes are right."""
 
 from __future__ import annotations
 
-from relay_world import MIB, Loading
+import ctypes
+
+import pytest
+from relay_world import MIB, PROMPT, SLOW, Loading
 
 from dualpath_sgl.evals.relay.world import eventually
 
@@ -17,3 +20,137 @@ def test_relays_bring_all_but_what_the_own_client_has_claimed(scene):
     prefill.may_read.set()
     assert loading.ends() == objects.sizes
     assert objects.wrong() == []
+
+
+def test_every_link_takes_part_and_no_object_is_read_twice(scene):
+    relays = scene.relay(rate=SLOW), scene.relay(rate=SLOW)
+    objects = scene.objects()
+    prefill = scene.prefill(*relays, rate=SLOW)
+    assert prefill.load(objects) == objects.sizes
+    assert objects.wrong() == []
+    read = [[key for key, _ in relay.reads()] for relay in relays]
+    assert all(read) and prefill.own_keys
+    assert sorted([*read[0], *read[1], *prefill.own_keys]) == sorted(objects.keys)
+    assert prefill.counts.own_bytes + prefill.counts.relay_bytes == objects.byte_count
+
+
+def test_a_small_call_asks_no_relay(scene):
+    relay = scene.relay()
+    objects = scene.objects([512 * 1024, 256 * 1024])
+    prefill = scene.prefill(relay)
+    assert prefill.load(objects) == objects.sizes
+    assert objects.wrong() == [] and relay.reads() == []
+    assert prefill.counts.direct_calls == 1
+
+
+def test_memory_that_is_not_the_engines_host_memory_is_left_to_the_own_client(scene):
+    relay = scene.relay()
+    objects = scene.objects([4 * MIB] * 4)
+    prefill = scene.prefill(relay)
+    assert prefill.loader.load(objects.keys, objects.pointers, objects.sizes) == objects.sizes
+    assert objects.wrong() == [] and relay.reads() == []
+
+
+def test_without_a_relay_the_own_client_does_everything(scene):
+    objects = scene.objects()
+    prefill = scene.prefill()
+    assert prefill.load(objects) == objects.sizes
+    assert objects.wrong() == [] and prefill.own_keys == objects.keys
+
+
+def test_objects_of_every_size_come(scene):
+    relay = scene.relay(ring_bytes=128 * MIB)
+    sizes = [1, 64, 4096, 4097, 12 * MIB, 3 * MIB + 1, 7 * MIB, 20 * MIB, 5]
+    objects = scene.objects(sizes)
+    prefill = scene.prefill(relay, bounce_bytes=64 * MIB)
+    prefill.may_read.clear()
+    loading = Loading(lambda: prefill.load(objects))
+    eventually(lambda: prefill.counts.relays[relay.name].objects >= 6, "the relay brings large ones, too")
+    prefill.may_read.set()
+    assert loading.ends() == sizes
+    assert objects.wrong() == []
+    largest = objects.keys[sizes.index(20 * MIB)]  # more than a quarter of the bounce memory
+    assert largest in prefill.own_keys and largest not in dict(relay.reads())
+
+
+def test_an_object_may_go_into_several_blocks(scene):
+    relay = scene.relay()
+    objects = scene.objects([MIB] * 16)
+    prefill = scene.prefill(relay)
+    prefill._destinations.add(objects.address, objects.byte_count)
+    prefill.may_read.clear()
+    # The halves of each object lie apart, as the layers of a page do.
+    half = MIB // 2
+    pointers = [[objects.address + i * half, objects.address + (16 + i) * half] for i in range(16)]
+    loading = Loading(lambda: prefill.loader.load(objects.keys, pointers, [[half, half]] * 16))
+    eventually(lambda: prefill.counts.relay_bytes >= 8 * MIB, "the relay brings its part")
+    prefill.may_read.set()
+    assert loading.ends() == [MIB] * 16
+    together = [ctypes.string_at(first, half) + ctypes.string_at(second, half) for first, second in pointers]
+    ctypes.memmove(objects.address, b"".join(together), 16 * MIB)
+    assert objects.wrong() == []
+
+
+def test_two_loads_at_a_time_are_both_right(scene):
+    relays = scene.relay(rate=SLOW), scene.relay(rate=SLOW)
+    first, second = scene.objects(), scene.objects()
+    prefill = scene.prefill(*relays, rate=SLOW)
+    loads = [Loading(lambda it=it: prefill.load(it)) for it in (first, second)]
+    for load, objects in zip(loads, (first, second), strict=True):
+        assert load.ends() == objects.sizes
+        assert objects.wrong() == []
+
+
+def test_relays_join_and_leave_while_loads_run(scene):
+    old, new = scene.relay(rate=SLOW), scene.relay(rate=SLOW)
+    objects = scene.objects(PROMPT * 2)
+    prefill = scene.prefill(old, rate=SLOW)
+    loading = Loading(lambda: prefill.load(objects))
+    eventually(old.reads, "the first relay reads")
+    prefill.relays.replace([new.helper])
+    assert loading.ends() == objects.sizes
+    assert objects.wrong() == []
+    assert new.reads()
+    assert [lane.helper.name for lane in prefill.loader.lanes_up()] == [new.name]
+
+
+def test_an_object_that_the_store_has_lost_fails_alone(scene):
+    relay = scene.relay()
+    objects = scene.objects([MIB] * 16)
+    lost = [0, 7, 15]
+    for index in lost:
+        scene.store.client.remove(objects.keys[index], True)
+    prefill = scene.prefill(relay)
+    results = prefill.load(objects)
+    assert [index for index, got in enumerate(results) if got < 0] == lost
+    assert set(objects.wrong()) == set(lost)
+    assert {objects.keys[index] for index in lost} <= set(prefill.own_keys)  # theirs is the last word
+
+
+@pytest.mark.parametrize("stored", [MIB // 2, 2 * MIB])
+def test_an_object_of_another_size_is_no_object(scene, stored):
+    relay = scene.relay()
+    other = [3, 12]
+    objects = scene.objects([MIB] * 16, stored=[stored if i in other else MIB for i in range(16)])
+    prefill = scene.prefill(relay)
+    results = prefill.load(objects)
+    assert [index for index, got in enumerate(results) if got < 0] == other
+    assert [index for index, got in enumerate(results) if got == MIB] == [
+        i for i in range(16) if i not in other
+    ]
+
+
+def test_ranks_that_share_their_kv_have_it_read_once(scene):
+    relays = scene.relay(rate=SLOW), scene.relay(rate=SLOW)
+    ranks = [scene.objects()]
+    ranks += [scene.for_another_rank(ranks[0]) for _ in range(2)]
+    prefills = [scene.prefill(*relays, shared=True) for _ in ranks]
+    loads = [Loading(lambda pair=pair: pair[0].load(pair[1])) for pair in zip(prefills, ranks, strict=True)]
+    for load, objects in zip(loads, ranks, strict=True):
+        assert load.ends() == objects.sizes
+        assert objects.wrong() == []
+    read = [key for relay in relays for key, _ in relay.reads()]
+    own = [key for prefill in prefills for key in prefill.own_keys]
+    # One read is enough; an object that a relay was slow with may have come another way, too.
+    assert set(read) | set(own) == set(ranks[0].keys)
+    assert len(read) + len(own) <= 1.2 * len(ranks[0].keys)

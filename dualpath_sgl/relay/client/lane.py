@@ -242,17 +242,24 @@ class RelayLane(threading.Thread):
             self._greeting = welcome.segment
             threading.Thread(
                 target=self._greet,
-                args=(welcome.segment,),
+                args=(welcome.segment, welcome.address),
                 name=f"dualpath-greeting {welcome.segment}",
                 daemon=True,
             ).start()
 
-    def _greet(self, segment: str) -> None:
-        """On a thread that may wait long."""
+    def _greet(self, segment: str, address: int) -> None:
+        """Mooncake's first contact, on a thread that may wait long for it: it is made inside the first read."""
         answers = False
+        room = self._bounce.take(1)
         try:
-            answers = self._forwarder.answers(segment)
+            if room is not None and self._forwarder.answers(segment):
+                answers = self._forwarder.read(segment, [room.address], [address], [1], self._silence_s)
+        except StillWriting as writing:
+            self._bounce.keep_back(room, writing)
+            room = None
         finally:
+            if room is not None:
+                self._bounce.give_back(room)
             self._orders.put(_Greeted(segment, answers))
 
     def _greeted(self, greeted: _Greeted) -> None:
