@@ -8,6 +8,7 @@ import pytest
 from relay_world import MIB, PROMPT, SLOW, Loading
 
 from dualpath_sgl.evals.relay.world import eventually
+from dualpath_sgl.relay.client import loader
 
 
 def test_relays_bring_all_but_what_the_own_client_has_claimed(scene):
@@ -140,17 +141,19 @@ def test_an_object_of_another_size_is_no_object(scene, stored):
     ]
 
 
-def test_ranks_that_share_their_kv_have_it_read_once(scene):
+def test_ranks_that_share_their_kv_have_it_read_once(scene, monkeypatch):
+    monkeypatch.setattr(loader, "OVERDUE_S", 60.0)  # nothing is read twice for want of patience
     relays = scene.relay(rate=SLOW), scene.relay(rate=SLOW)
     ranks = [scene.objects()]
     ranks += [scene.for_another_rank(ranks[0]) for _ in range(2)]
-    prefills = [scene.prefill(*relays, shared=True) for _ in ranks]
+    prefills = [scene.prefill(*relays, shared=True, silence_s=60) for _ in ranks]
     loads = [Loading(lambda pair=pair: pair[0].load(pair[1])) for pair in zip(prefills, ranks, strict=True)]
     for load, objects in zip(loads, ranks, strict=True):
         assert load.ends() == objects.sizes
         assert objects.wrong() == []
     read = [key for relay in relays for key, _ in relay.reads()]
     own = [key for prefill in prefills for key in prefill.own_keys]
-    # One read is enough; an object that a relay was slow with may have come another way, too.
-    assert set(read) | set(own) == set(ranks[0].keys)
-    assert len(read) + len(own) <= 1.2 * len(ranks[0].keys)
+    assert own == []
+    assert set(read) == set(ranks[0].keys)
+    # One read each; two relays may both have one that was taken over at the end.
+    assert len(read) <= 1.2 * len(ranks[0].keys)
