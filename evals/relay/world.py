@@ -23,6 +23,7 @@ from dualpath_sgl.lanes.forward import Forwarder, bound_mooncakes_patience
 from dualpath_sgl.lanes.peer_keys import Secure
 from dualpath_sgl.launch.processes.ports import FreePorts
 from dualpath_sgl.limits.read_limit import ReadLimit
+from dualpath_sgl.relay.client.bounce import Bounce
 from dualpath_sgl.relay.client.claims import Pointers
 from dualpath_sgl.relay.client.counts import Counts
 from dualpath_sgl.relay.client.destinations import Destinations
@@ -216,6 +217,10 @@ def _digest(address: int, byte_count: int) -> bytes:
     return hashlib.sha256(ctypes.string_at(address, byte_count)).digest()
 
 
+_never_destroyed: list[Forwarder] = []
+"""Mooncake's destructor holds the interpreter for a second, and whatever is measured meanwhile."""
+
+
 class Prefill:
     """One rank of a prefill engine: a client of the store over a link of its own, and a loader."""
 
@@ -241,13 +246,17 @@ class Prefill:
         self.may_read.set()
         self.relays = Relays(helpers)
         self._destinations = Destinations()
+        chosen = Options(**options)
+        forwarder = Forwarder(HOST, "tcp", "", [])
+        _never_destroyed.append(forwarder)
         self.loader = Loader(
             self._read,
             self.relays,
             hello or Hello(engine="prefill-0"),
-            Forwarder(HOST, "tcp", "", []),
+            forwarder,
+            Bounce(chosen.bounce_bytes, forwarder),
             self._destinations,
-            Options(**options),
+            chosen,
             shared=shared,
             secure=secure,
         )

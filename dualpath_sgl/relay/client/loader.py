@@ -42,6 +42,7 @@ class Loader:
         relays: Relays,
         hello: Hello,
         forwarder: Forwarder,
+        bounce: Bounce,
         destinations: Destinations,
         options: Options,
         *,
@@ -49,7 +50,7 @@ class Loader:
         secure: Callable[[str], Secure] | None = None,
         tracer: Tracer | None = None,
     ) -> None:
-        """`own_read` is called on the threads that call `load`.
+        """`own_read` is called on the threads that call `load`; `bounce` is registered with `forwarder`.
 
         `shared`: other ranks ask for the same objects.  Relays then read them, each one once, and the own
         client reads only what they do not bring.
@@ -63,7 +64,7 @@ class Loader:
         self._shared = shared
         self._secure = secure
         self._tracer = tracer
-        self._bounce = Bounce(options.bounce_bytes, forwarder)
+        self._bounce = bounce
         self._lock = threading.Lock()
         self._lanes: dict[Helper, RelayLane] = {}
         self._open: dict[Load, str | None] = {}

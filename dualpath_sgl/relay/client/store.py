@@ -12,6 +12,7 @@ import os
 import socket
 import time
 from collections.abc import Sequence
+from functools import cache
 from typing import Any
 
 from sglang.srt.mem_cache.hicache_storage import HiCacheStorageConfig
@@ -20,6 +21,7 @@ from sglang.srt.mem_cache.storage.mooncake_store.mooncake_store import MooncakeS
 from dualpath_sgl.lanes.forward import Forwarder
 from dualpath_sgl.lanes.peer_keys import PeerKeys
 from dualpath_sgl.limits.read_limit import read_limit
+from dualpath_sgl.relay.client.bounce import Bounce
 from dualpath_sgl.relay.client.claims import Pointers
 from dualpath_sgl.relay.client.destinations import Destinations
 from dualpath_sgl.relay.client.loader import Loader
@@ -30,6 +32,15 @@ from dualpath_sgl.start.config import settings
 from scheduler_svc.telemetry.tracing import init_tracing
 
 logger = logging.getLogger(__name__)
+
+
+@cache
+def _transport(host: str, protocol: str, device: str, bounce_bytes: int) -> tuple[Forwarder, Bounce]:
+    """One for the process, whenever its storage is attached: Mooncake's destructor would hold the
+    interpreter for a second, and a pull that hangs keeps its memory.
+    """
+    forwarder = Forwarder(host, protocol, device, [])
+    return forwarder, Bounce(bounce_bytes, forwarder)
 
 
 class RelayStore(MooncakeStore):
@@ -54,7 +65,7 @@ class RelayStore(MooncakeStore):
                 engine=own.engine_id or f"{socket.gethostname()}-{os.getpid()}",
                 rank=storage_config.tp_rank,
             ),
-            Forwarder(own.host, own.protocol, own.device, []),
+            *_transport(own.host, own.protocol, own.device, chosen.bounce_bytes),
             self._destinations,
             chosen,
             shared=storage_config.is_mla_model and storage_config.tp_size > 1,
