@@ -1,4 +1,4 @@
-"""SGLang general plugin (entry point `sglang.srt.plugins`): registers DualPath's hooks."""
+"""SGLang general plugin (entry point `sglang.srt.plugins`): registers DualPath's hooks, or its backend."""
 
 from __future__ import annotations
 
@@ -18,4 +18,8 @@ def activate() -> None:
         bound_mooncakes_patience()
         facts.register_checks()
         hooks.register(traced=settings().otlp_endpoint is not None)
+    if settings().relay:
+        from dualpath_sgl.relay.client.register import register
+
+        register()
     activated = True

@@ -23,6 +23,8 @@ class Settings(BaseSettings):
 
     enabled: bool = False
     """Off (the default) registers no hook at all: SGLang runs as upstream."""
+    relay: bool = False
+    """Relays take part in what SGLang's `mooncake` storage backend reads (`dualpath_sgl.relay.client`)."""
     engine_id: str = ""
     """Unique in the cluster, e.g. `prefill-0`."""
     scheduler: str = "tcp://127.0.0.1:5557"
@@ -75,6 +77,11 @@ def settings() -> Settings:
                 for problem in error.errors(include_url=False)
             )
         ) from None
+    if loaded.enabled and loaded.relay:
+        raise ValueError(
+            "DUALPATH_ENABLED and DUALPATH_RELAY are both set: with the first decode engines load a share of "
+            "each prompt, with the second relays do; choose one"
+        )
     if loaded.enabled and not loaded.engine_id:
         raise ValueError("DUALPATH_ENGINE_ID is empty: give this engine a name unique in the cluster")
     check_server_id(loaded.engine_id)
@@ -84,7 +91,10 @@ def settings() -> Settings:
 
 def _check_keys(loaded: Settings) -> None:
     """Raises ValueError for half a set of keys, and for none where strangers may come."""
-    if (loaded.key_file is None) != (loaded.scheduler_key_file is None):
+    if loaded.relay:
+        if (loaded.key_file is None) != (loaded.peer_keys is None):
+            raise ValueError("with DUALPATH_RELAY give both DUALPATH_KEY_FILE and DUALPATH_PEER_KEYS, or none")
+    elif (loaded.key_file is None) != (loaded.scheduler_key_file is None):
         raise ValueError("give both DUALPATH_KEY_FILE and DUALPATH_SCHEDULER_KEY_FILE, or neither")
     if loaded.peer_keys is not None and loaded.key_file is None:
         raise ValueError(
@@ -97,7 +107,7 @@ def _check_keys(loaded: Settings) -> None:
             "engines' .key files"
         )
     open_to_others = not is_loopback(loaded.host) and loaded.peer_keys is None
-    if loaded.enabled and open_to_others and not loaded.trusted_network:
+    if (loaded.enabled or loaded.relay) and open_to_others and not loaded.trusted_network:
         raise ValueError(
             f"DUALPATH_HOST is {loaded.host!r}, which other hosts can reach, and nothing says who may: give "
             "DUALPATH_PEER_KEYS, DUALPATH_KEY_FILE and DUALPATH_SCHEDULER_KEY_FILE (see `dualpath keys "

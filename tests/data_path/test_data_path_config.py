@@ -76,7 +76,7 @@ def test_dualpath_is_off_unless_switched_on():
 
 def test_every_variable_is_read(monkeypatch):
     values = {
-        "enabled": True, "engine_id": "decode-3", "scheduler": "tcp://10.0.0.1:5557",
+        "enabled": True, "relay": False, "engine_id": "decode-3", "scheduler": "tcp://10.0.0.1:5557",
         "key_file": Path("/keys/decode-3.key_secret"), "scheduler_key_file": Path("/keys/scheduler.key"),
         "peer_keys": Path("/keys/peers"), "trusted_network": True, "host": "10.0.0.2",
         "protocol": "rdma", "device": "mlx5_1", "otlp_endpoint": "http://10.0.0.3:4317",

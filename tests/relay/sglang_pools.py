@@ -127,6 +127,10 @@ def dsv4_anchor(layout: str) -> LogicalHostPool:
     return LogicalHostPool(POOL_PAGES * PAGE_TOKENS, PAGE_TOKENS, layout)
 
 
+_never_destroyed: list[RelayStore] = []
+"""The destructor of Mooncake's client holds the interpreter for a second, and with it the next test's pulls."""
+
+
 class Backend:
     """A RelayStore over pools; every page of theirs has bytes of its own."""
 
@@ -156,6 +160,7 @@ class Backend:
             extra_config={OPTIONS_KEY: options},
         )
         self.store = cls(config)
+        _never_destroyed.append(self.store)
         self.anchor, self.sides = anchor, sides
         self.store.register_mem_pool_host(anchor)
         for side, pool in sides.items():

@@ -10,6 +10,7 @@ import pytest
 from dualpath_sgl.relay.client.options import options
 from dualpath_sgl.relay.client.relays import Helper, Relays
 from dualpath_sgl.relay.settings import MIB, load
+from dualpath_sgl.start import config
 
 
 @pytest.mark.parametrize(
@@ -50,6 +51,23 @@ def test_one_fetch_takes_a_quarter_of_the_ring_at_most_and_a_slot_at_least(monke
 def test_options_that_cannot_be_are_named(relay, problem):
     with pytest.raises(ValueError, match=problem):
         options({"relay": relay})
+
+
+@pytest.mark.parametrize(
+    ("variables", "problem"),
+    [
+        ({"ENABLED": "1", "ENGINE_ID": "p"}, "DUALPATH_ENABLED and DUALPATH_RELAY are both set"),
+        ({"KEY_FILE": "own.key_secret"}, "both DUALPATH_KEY_FILE and DUALPATH_PEER_KEYS"),
+        ({"HOST": "192.168.7.7"}, "nothing says who may"),
+    ],
+)
+def test_an_engine_with_half_a_configuration_does_not_start(monkeypatch, variables, problem):
+    for name, value in {"RELAY": "1", **variables}.items():
+        monkeypatch.setenv(f"DUALPATH_{name}", value)
+    config.settings.cache_clear()
+    with pytest.raises(ValueError, match=problem):
+        config.settings()
+    config.settings.cache_clear()
 
 
 def test_without_options_there_are_no_relays():

@@ -3,7 +3,7 @@
 Relays claim from the front of a load's list, the engine's own client of the store from its back; they meet.
 Nobody knows a rate.  A lane that dies, hangs or slows down is met sooner, and what it had claimed is claimed again.
 
-    SGLang -> store.py     its Mooncake backend with one method replaced
+    SGLang -> store.py     its Mooncake backend with one method replaced (register.py puts it there)
     loader.py              one call of it, from its begin to its end
     claims.py              the list: who claims what, what comes back, what has landed
     lane.py                one relay: ask, pull, confirm, copy

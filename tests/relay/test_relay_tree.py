@@ -1,0 +1,57 @@
+"""SGLang's tree, controller and threads load prompts of several kinds through relays, by both names of the backend."""
+
+from __future__ import annotations
+
+import pytest
+from sglang_tree import Tree
+
+from dualpath_sgl import plugin
+from dualpath_sgl.evals.relay.world import HOST, eventually
+
+DYNAMIC = {
+    "backend_name": "relay",
+    "module_path": "dualpath_sgl.relay.client.store",
+    "class_name": "RelayStore",
+    "interface_v1": 1,
+}
+
+
+@pytest.mark.parametrize(
+    ("kind", "page_tokens", "tokens", "backend"),
+    [
+        ("full", 16, 2560, "mooncake"),
+        ("full", 16, 2048, "dynamic"),
+        ("mamba", 64, 512, "mooncake"),
+        ("swa", 16, 512, "mooncake"),
+    ],
+)
+def test_sglang_loads_a_prompt_through_relays(
+    own_process, scene, monkeypatch, kind, page_tokens, tokens, backend
+):
+    for name, value in {
+        "MASTER": scene.store.master,
+        "PROTOCOL": "tcp",
+        "TE_META_DATA_SERVER": "P2PHANDSHAKE",
+        "GLOBAL_SEGMENT_SIZE": "0",
+        "LOCAL_HOSTNAME": HOST,
+    }.items():
+        monkeypatch.setenv(f"MOONCAKE_{name}", value)
+    relays = scene.relay(), scene.relay()
+    options = {
+        "relays": [f"{relay.name}={relay.endpoint}" for relay in relays],
+        "least_call_bytes": 0,
+        "bounce_bytes": 16 * 2**20,
+    }
+    monkeypatch.setenv("DUALPATH_RELAY", "1")
+    plugin.activate()
+    tree = Tree(kind, page_tokens, backend, {"relay": options, **(DYNAMIC if backend == "dynamic" else {})})
+    assert type(tree.backend).__name__ == "RelayStore"
+    loader = tree.backend.loader
+    eventually(lambda: len(loader.lanes_up()) == 2, "both relays may be asked")
+    prompt = list(range(1000, 1000 + tokens))
+    tree.store_holds(prompt)
+    assert tree.prefetch(prompt) == tokens
+    assert tree.wrong() == []
+    assert loader.counts.relay_bytes > 0
+    read = sum(len(keys) for keys, _, _ in tree.read)
+    assert loader.counts.own_objects + sum(lane.objects for lane in loader.counts.relays.values()) == read
