@@ -8,6 +8,7 @@ import signal
 import sys
 from collections.abc import Callable
 
+from dualpath_sgl.lanes.forward import Forwarder, bound_mooncakes_patience
 from dualpath_sgl.lanes.peer_keys import PeerKeys
 from dualpath_sgl.limits.read_limit import ReadLimit
 from dualpath_sgl.relay.memory import Memory, stay_on_node
@@ -30,8 +31,7 @@ def serve(settings: Settings, on_store: Callable[[Store], Store] = lambda store:
 
     Raises what `main` turns into words.
     """
-    from dualpath_sgl.lanes.forward import Forwarder
-
+    bound_mooncakes_patience()
     if settings.numa_node is not None:
         stay_on_node(settings.numa_node)
     memory = Memory(settings.ring_bytes)

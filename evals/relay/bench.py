@@ -77,7 +77,7 @@ class Bench:
                     relays[0].send(signal.SIGSTOP)
                 return read(*arguments)
 
-            prefill.loader._forwarder.read = read_from_the_dead  # type: ignore[method-assign]
+            prefill.loader._forwarder.read = read_from_the_dead  # type: ignore[method-assign, assignment]
             begun_s = time.monotonic()
             took_s = self._timed(prefill, objects)
             left = objects.byte_count - 2 * (stopped_s[0] - begun_s) * self._rate

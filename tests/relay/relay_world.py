@@ -12,7 +12,7 @@ from pathlib import Path
 
 os.environ.setdefault("MC_LOG_LEVEL", "ERROR")
 
-from dualpath_sgl.evals.relay.world import MIB, WAIT_S, Objects, Prefill, RelayProcess, Store
+from dualpath_sgl.evals.relay.world import MIB, WAIT_S, Objects, Prefill, RelayProcess, Store, eventually
 
 PROGRAM = Path(__file__).with_name("relay_program.py")
 STORE_BYTES = 512 * MIB
@@ -93,6 +93,7 @@ class Scene:
 
     def __init__(self, store: Store) -> None:
         self.store = store
+        self._prefills: list[Prefill] = []
         self._ends: list[Callable[[], None]] = []
         self._count = 0
 
@@ -111,6 +112,7 @@ class Scene:
     def prefill_of(self, helpers: Sequence[object], **options: object) -> Prefill:
         prefill = Prefill(self.store.client, helpers, **{"bounce_bytes": 32 * MIB, **options})
         self._ends.append(prefill.end)
+        self._prefills.append(prefill)
         return prefill
 
     def objects(self, sizes: Sequence[int] = PROMPT, **options: object) -> Objects:
@@ -126,6 +128,12 @@ class Scene:
     def end(self) -> None:
         for end in reversed(self._ends):
             end()
+        for prefill in self._prefills:
+            bounce = prefill.loader._bounce
+            eventually(
+                lambda bounce=bounce: bounce.kept_back or bounce._slots.free_count == bounce._slots.count,
+                "bounce memory is nobody's",
+            )
 
 
 @contextmanager

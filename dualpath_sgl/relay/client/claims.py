@@ -35,11 +35,11 @@ class Blocks(NamedTuple):
 
 
 def blocks_of(pointers: Pointers, sizes: Pointers) -> Blocks:
-    if isinstance(pointers, int):
-        assert isinstance(sizes, int)
-        return Blocks((pointers,), (sizes,))
-    assert not isinstance(sizes, int)
-    return Blocks(pointers, sizes)
+    if isinstance(pointers, Sequence):
+        assert isinstance(sizes, Sequence)
+        return Blocks(pointers, sizes)
+    assert not isinstance(sizes, Sequence)
+    return Blocks((int(pointers),), (int(sizes),))
 
 
 class Limits(NamedTuple):
@@ -76,6 +76,8 @@ class Load:
         self.results: list[int] = [-1] * len(keys)
         self._left_bytes = sum(self.sizes)
         self._undone = len(keys)
+        self.landed_s = time.monotonic()
+        """When something landed last, whoever brought it."""
         self._parts: dict[str, deque[int]] = {}
         for index in range(len(keys)):
             part = relay_of[index] if relay_of is not None else ANYBODY
@@ -129,6 +131,8 @@ class Load:
             for index in whole:
                 self.results[index] = self.sizes[index]
             self._undone -= len(whole)
+            if whole:
+                self.landed_s = time.monotonic()
             missing = set(claim.indices).difference(whole)
             self._own.extend(sorted(missing))
             self._left_bytes += sum(self.sizes[i] for i in missing)
@@ -140,6 +144,7 @@ class Load:
             for index, result in zip(indices, results, strict=True):
                 self.results[index] = result
             self._undone -= len(indices)
+            self.landed_s = time.monotonic()
             self._change.notify_all()
 
     def give_back(self, claim: Claim, to_own: bool = False) -> bool:

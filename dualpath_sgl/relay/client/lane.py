@@ -78,7 +78,7 @@ class _Batch:
     claim: Claim
     room: Room
     since_s: float
-    """When the relay was asked, or told to release."""
+    """When the relay was asked, had it ready, or was told to release."""
     ready: Ready | None = None
 
 
@@ -130,6 +130,9 @@ class RelayLane(threading.Thread):
         self._heard_s = 0.0
         self._up = False
         self._stopping = False
+        self._ended = False
+        self._door = threading.Lock()
+        """Of the mailbox: nothing is put in once the lane has ended."""
         self._orders: Mailbox[Load | _Greeted | None] = Mailbox()
         self._log = LimitedLog(logger)
         self._socket: zmq.Socket[bytes] = zmq.Context.instance().socket(zmq.DEALER)
@@ -149,16 +152,21 @@ class RelayLane(threading.Thread):
 
     def wake(self) -> None:
         """There is something to claim."""
-        self._orders.put(None)
+        self._order(None)
 
     def urge(self, load: Load) -> None:
         """The own client has nothing left to do for this load: it may have a batch that has not begun."""
-        self._orders.put(load)
+        self._order(load)
 
     def stop(self) -> None:
         """What it has claimed goes back; the thread ends soon."""
         self._stopping = True
-        self._orders.put(None)
+        self._order(None)
+
+    def _order(self, order: Load | _Greeted | None) -> None:
+        with self._door:
+            if not self._ended:
+                self._orders.put(order)
 
     # -- the lane's own thread --------------------------------------------------------------------
 
@@ -185,9 +193,11 @@ class RelayLane(threading.Thread):
             self._log.tick()
         self._up = False
         self._try(partial(self._lose, "is no helper any more", 0.0))
+        with self._door:
+            self._ended = True
+            self._orders.close()
         self._socket.disable_monitor()
         self._socket.close()
-        # The mailbox stays open: a load may still urge.
 
     def _try(self, step: Callable[[], object]) -> None:
         try:
@@ -252,15 +262,19 @@ class RelayLane(threading.Thread):
         answers = False
         room = self._bounce.take(1)
         try:
-            if room is not None and self._forwarder.answers(segment):
-                answers = self._forwarder.read(segment, [room.address], [address], [1], self._silence_s)
+            answers = (
+                room is not None
+                and self._forwarder.answers(segment)
+                and self._forwarder.read(segment, [room.address], [address], [1], self._silence_s)
+            )
         except StillWriting as writing:
+            assert room is not None
             self._bounce.keep_back(room, writing)
             room = None
         finally:
             if room is not None:
                 self._bounce.give_back(room)
-            self._orders.put(_Greeted(segment, answers))
+            self._order(_Greeted(segment, answers))
 
     def _greeted(self, greeted: _Greeted) -> None:
         self._greeting = None
@@ -359,7 +373,7 @@ class RelayLane(threading.Thread):
             self._send(Release(ready.lease))  # nobody wants it any more
             return
         del self._asked[ready.lease]
-        batch.ready = ready
+        batch.ready, batch.since_s = ready, time.monotonic()
         self._ready.append(batch)
 
     def _refused(self, refused: Refused) -> None:
@@ -383,13 +397,15 @@ class RelayLane(threading.Thread):
         batch = self._confirming.pop(released.lease, None)
         if batch is None:
             return
-        if released.valid:
-            self._land(batch)
-        else:  # it was pulled too late: relay or network are slower than its leases
-            self._counts.invalid += 1
-            self._resume_s = time.monotonic() + PAUSE_S
-            self._give_back(batch)
-        self._bounce.give_back(batch.room)
+        try:
+            if released.valid:
+                self._land(batch)
+            else:  # it was pulled too late: relay or network are slower than its leases
+                self._counts.invalid += 1
+                self._resume_s = time.monotonic() + PAUSE_S
+        finally:
+            self._give_back(batch)  # unless it has landed
+            self._bounce.give_back(batch.room)
 
     # -- pulling and landing -----------------------------------------------------------------------
 
@@ -399,8 +415,9 @@ class RelayLane(threading.Thread):
             return
         batch = self._ready.popleft()
         ready = batch.ready
-        assert ready is not None
-        if batch.claim.void or ready.segment not in self._known:
+        assert ready is not None and self._welcome is not None
+        is_late = time.monotonic() > batch.since_s + self._welcome.lease_s
+        if batch.claim.void or is_late or ready.segment not in self._known:
             self._drop(batch)
             self._send(Release(batch.lease))
             return
@@ -421,6 +438,9 @@ class RelayLane(threading.Thread):
         except StillWriting as writing:
             self._hung(batch, writing)
             return
+        except Exception:
+            self._drop(batch)
+            raise
         self._counts.pull_s += time.monotonic() - begun_s
         if arrived:
             batch.since_s = time.monotonic()

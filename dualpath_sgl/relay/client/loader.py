@@ -31,7 +31,8 @@ OwnRead = Callable[[list[str], list[Pointers], list[Pointers]], Sequence[int]]
 WRONG_SIZE = -1
 """Result of an object of another size than the one asked for, which is another object."""
 OVERDUE_S = 2.0
-"""When the own client has nothing left to do, batches claimed for relays longer ago are read by it, too."""
+"""When the own client has nothing left to do, batches claimed for relays longer ago are read by it, too.  Nor does
+it wait longer for relays that shall read everything and bring nothing."""
 LOOK_S = 0.1
 
 
@@ -141,7 +142,8 @@ class Loader:
         more = True
         while more:
             lanes = self.lanes_up()
-            indices = load.claim_own(self._limits(), self._shared and bool(lanes))
+            relays_get_on = bool(lanes) and time.monotonic() < load.landed_s + OVERDUE_S
+            indices = load.claim_own(self._limits(), self._shared and relays_get_on)
             if indices:
                 got = self._read(
                     [load.keys[index] for index in indices],

@@ -18,7 +18,7 @@ from typing import Any
 from sglang.srt.mem_cache.hicache_storage import HiCacheStorageConfig
 from sglang.srt.mem_cache.storage.mooncake_store.mooncake_store import MooncakeStore
 
-from dualpath_sgl.lanes.forward import Forwarder
+from dualpath_sgl.lanes.forward import Forwarder, bound_mooncakes_patience
 from dualpath_sgl.lanes.peer_keys import PeerKeys
 from dualpath_sgl.limits.read_limit import read_limit
 from dualpath_sgl.relay.client.bounce import Bounce
@@ -50,6 +50,7 @@ class RelayStore(MooncakeStore):
         Raises ValueError for options that are none, RuntimeError when the transfer engine does not start, and
         whatever MooncakeStore raises.
         """
+        bound_mooncakes_patience()
         extra_config = storage_config.extra_config or {}
         chosen, own = options(extra_config), settings()
         self._read_limit = read_limit(extra_config)
