@@ -14,13 +14,17 @@ import statistics
 import sys
 import threading
 import time
+import urllib.request
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack, contextmanager
 from typing import Annotated, Any
 
+import psutil
 import typer
 
-from dualpath_sgl.evals.relay.world import MIB, Objects, Prefill, RelayProcess, Store
+from dualpath_sgl.evals.relay.world import HOST, MIB, Objects, Prefill, RelayProcess, Store
+from dualpath_sgl.launch.processes.ports import FreePorts
 from dualpath_sgl.relay.wire import Hello
 
 PAGE = (512 * 1024, 512 * 1024, 64 * 1024)
@@ -31,13 +35,18 @@ STATES = (2 * MIB,) * 8
 class Bench:
     def __init__(self, store: Store, rate: float, mib: int, runs: int) -> None:
         self._store, self._rate, self._runs = store, rate, runs
+        self._cpu_s = 0.0
+        """Of this process, in loads."""
         pages = (mib * MIB - sum(STATES)) // sum(PAGE)
         self._sizes = [*PAGE * pages, *STATES]
 
     def lone(self, relay_count: int) -> dict[str, Any]:
         """One load, with its own link and those of `relay_count` relays."""
         with self._relays(relay_count) as relays, self._prefill(relays) as (prefill, objects):
+            self._cpu_s = 0.0
+            cpu_before_s = _cpu_s(relays)
             took = [self._timed(prefill, objects) for _ in range(self._runs)]
+            cpu_s = _cpu_s(relays) - cpu_before_s
             limit_s = objects.byte_count / self._rate / (relay_count + 1)
             lanes = list(prefill.counts.relays.values())
             gib = max(1, prefill.counts.relay_bytes) / 2**30
@@ -45,6 +54,8 @@ class Bench:
                 "relays": relay_count,
                 "seconds": _rounded(took),
                 "share_of_limit": round(limit_s / statistics.median(took), 3),
+                "relay_cpu_s_per_gib": round(cpu_s / gib, 2),
+                "engine_cpu_s_per_gib": round(self._cpu_s / (self._runs * objects.byte_count / 2**30), 2),
                 "pull_s_per_gib": round(sum(lane.pull_s for lane in lanes) / gib, 3),
                 "lost": sum(lane.lost for lane in lanes),
                 "given_back": sum(lane.given_back for lane in lanes),
@@ -112,7 +123,8 @@ class Bench:
                 thread.start()
             for thread in threads:
                 thread.join()
-            limit_s = (many.byte_count + few.byte_count) / self._rate / 4
+            # All four links, or the three that the larger load can have.
+            limit_s = max((many.byte_count + few.byte_count) / 4, many.byte_count / 3) / self._rate
             return {
                 "large_s": round(ends["large"], 3),
                 "small_s": round(ends["small"], 3),
@@ -121,16 +133,76 @@ class Bench:
                 "share_of_limit": round(limit_s / max(ends.values()), 3),
             }
 
+    def ranks(self, count: int) -> dict[str, Any]:
+        """So many ranks load the same objects at a time, as with MLA: what relays read beside one of each."""
+        ports = FreePorts(HOST)
+        scrapes = [ports.take(), ports.take()]
+        with self._relays(2, metrics_ports=scrapes) as relays, ExitStack() as stack:
+            first, objects = stack.enter_context(self._prefill(relays, shared=True))
+            ranks = [(first, objects)]
+            for _ in range(count - 1):
+                other = objects.for_another_rank()
+                stack.callback(other.free)
+                ranks.append(
+                    (stack.enter_context(self._prefill(relays, objects=other, shared=True))[0], other)
+                )
+            took: list[float] = []
+            threads = [
+                threading.Thread(target=lambda rank=rank: took.append(self._timed(*rank))) for rank in ranks
+            ]
+            for thread in threads:
+                thread.start()
+            for thread in threads:
+                thread.join()
+            read = sum(_scraped(port, "dualpath_relay_read_bytes_total") for port in scrapes)
+            own = sum(prefill.counts.own_bytes for prefill, _ in ranks)
+            return {
+                "ranks": count,
+                "seconds": _rounded(took),
+                "share_of_limit": round(objects.byte_count / self._rate / 2 / max(took), 3),
+                "read_to_least": round((read + own) / objects.byte_count, 3),
+            }
+
+    def calls(self, call_mib: int, at_a_time: int) -> dict[str, Any]:
+        """A load in calls of so many MiB, as SGLang makes them, with two relays."""
+        with self._relays(2) as relays, self._prefill(relays) as (prefill, objects):
+            prefill.load(objects)
+            objects.forget()
+            objects_a_call = 3 * max(1, call_mib * MIB // sum(PAGE))
+            firsts = range(0, len(objects.sizes), objects_a_call)
+
+            def call(first: int) -> list[int]:
+                end = first + objects_a_call
+                return prefill.loader.load(
+                    objects.keys[first:end], objects.pointers[first:end], objects.sizes[first:end]
+                )
+
+            begun_s = time.monotonic()
+            with ThreadPoolExecutor(at_a_time) as pool:
+                results = list(pool.map(call, firsts))
+            took_s = time.monotonic() - begun_s
+            if [got for some in results for got in some] != objects.sizes or objects.wrong():
+                raise RuntimeError("wrong bytes")
+            return {
+                "call_mib": call_mib,
+                "at_a_time": at_a_time,
+                "seconds": round(took_s, 3),
+                "share_of_limit": round(objects.byte_count / self._rate / 3 / took_s, 3),
+            }
+
     @contextmanager
-    def _relays(self, count: int) -> Iterator[list[RelayProcess]]:
+    def _relays(self, count: int, metrics_ports: list[int] | None = None) -> Iterator[list[RelayProcess]]:
         relays: list[RelayProcess] = []
         try:
             for number in range(count):
                 settings: dict[str, object] = {
                     "master": self._store.master,
                     "read_rate_bytes_per_s": self._rate,
-                    "keep_s": 0,
                 }
+                if metrics_ports is None:
+                    settings["keep_s"] = 0  # every run reads the same objects
+                else:
+                    settings["metrics_port"] = metrics_ports[number]
                 relays.append(RelayProcess(f"relay-{number}", settings))
             yield relays
         finally:
@@ -139,30 +211,50 @@ class Bench:
 
     @contextmanager
     def _prefill(
-        self, relays: list[RelayProcess], sizes: list[int] | None = None, engine: str = "prefill-0"
+        self,
+        relays: list[RelayProcess],
+        sizes: list[int] | None = None,
+        engine: str = "prefill-0",
+        objects: Objects | None = None,
+        shared: bool = False,
     ) -> Iterator[tuple[Prefill, Objects]]:
-        objects = Objects(self._store.client, sizes or self._sizes)
+        is_new = objects is None
+        objects = objects or Objects(self._store.client, sizes or self._sizes)
         prefill = Prefill(
             self._store.client,
             [relay.helper for relay in relays],
             rate=self._rate,
             hello=Hello(engine=engine),
+            shared=shared,
         )
         try:
             prefill.knows(*relays)
             yield prefill, objects
         finally:
             prefill.end()
-            objects.free()
+            if is_new:
+                objects.free()
 
     def _timed(self, prefill: Prefill, objects: Objects) -> float:
         objects.forget()
-        begun_s = time.monotonic()
+        begun_s, begun_cpu_s = time.monotonic(), time.process_time()
         results = prefill.load(objects)
         took_s = time.monotonic() - begun_s
+        self._cpu_s += time.process_time() - begun_cpu_s
         if results != objects.sizes or objects.wrong():
             raise RuntimeError("wrong bytes")
         return took_s
+
+
+def _cpu_s(relays: list[RelayProcess]) -> float:
+    """Of the relays' processes, so far."""
+    return sum(sum(psutil.Process(relay.process.pid).cpu_times()[:2]) for relay in relays)
+
+
+def _scraped(port: int, name: str) -> float:
+    with urllib.request.urlopen(f"http://{HOST}:{port}/metrics", timeout=10) as answer:
+        lines = answer.read().decode().splitlines()
+    return sum(float(line.split()[1]) for line in lines if line.startswith(f"{name} "))
 
 
 def _rounded(seconds: list[float]) -> list[float]:
@@ -183,6 +275,9 @@ def bench(
             "one_link": lambda: bench.lone(0),
             "two_links": lambda: bench.lone(1),
             "three_links": lambda: bench.lone(2),
+            "calls_16_mib": lambda: bench.calls(16, 1),
+            "calls_16_mib_two_at_a_time": lambda: bench.calls(16, 2),
+            "ranks_4_of_one_kv": lambda: bench.ranks(4),
             "relay_killed": lambda: bench.killed(signal.SIGKILL),
             "relay_stopped": lambda: bench.killed(signal.SIGSTOP),
             "relay_hung_in_a_pull": bench.hung_in_a_pull,
