@@ -28,6 +28,7 @@ wires what one engine rank is made of), and the folders
     experimental/  off unless asked for
     cpu_profile/   SGLang on a CPU
     router/        the placing router, a process of its own
+    relay/         a second path for every kind of KV, without hooks: a process of its own, and its client
     cli/           the command `dualpath`
     terminal/      what commands print: columns, units, pipes
 

@@ -7,6 +7,7 @@ load/       `dualpath bench-load`: load paths on shaped links
 gpu/        the whole system on real GPUs
 scheduler/  how much one scheduler bears
 router/     how much one placing router bears
+relay/      what part of the links' limit loads through relays reach
 sim/        `dualpath sim`: clusters that are not at hand
 spans/      `dualpath trace`: Jaeger files, waterfalls
 common/     errors and files
