@@ -5,6 +5,7 @@ keys and sizes, nothing of tokens, requests or models, and imports neither SGLan
 
     prefill engine -> Fetch      "read these objects"           wire.py: what both sides say, read it first
                                  waits for its turn             fair_queue.py
+                                 begins                         fetches.py
                                  gets room in the ring          memory.py, slots.py, ring.py
                                  is read                        readers.py, store.py
     relay -> Ready               "they lie here"                leases.py

@@ -9,7 +9,7 @@ from __future__ import annotations
 import logging
 import threading
 import time
-from collections import Counter, OrderedDict
+from collections import OrderedDict
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
@@ -20,10 +20,11 @@ from opentelemetry.trace import Tracer
 from dualpath_sgl.lanes.peer_keys import PeerKeys
 from dualpath_sgl.relay import wire
 from dualpath_sgl.relay.fair_queue import Asked, FairQueue
+from dualpath_sgl.relay.fetches import Begun, Fetches
 from dualpath_sgl.relay.leases import LeaseName, Leases
 from dualpath_sgl.relay.metrics import Metrics
-from dualpath_sgl.relay.readers import FAILED, Read, Readers
-from dualpath_sgl.relay.ring import Extent, Ring
+from dualpath_sgl.relay.readers import Read, Readers
+from dualpath_sgl.relay.ring import Ring
 from dualpath_sgl.relay.settings import Settings
 from dualpath_sgl.relay.store import Store
 from dualpath_sgl.relay.wire import (
@@ -81,21 +82,6 @@ class _Client:
     """Queued, begun, or ready and not over."""
 
 
-@dataclass(eq=False)
-class _Begun:
-    """A fetch whose objects lie in the ring, or are on their way there."""
-
-    asked: Asked
-    addresses: list[int]
-    got: list[int]
-    extents: list[Extent] = field(default_factory=list)
-    """Each pinned once for it."""
-    waits_for: dict[Read, list[tuple[int, int]]] = field(default_factory=dict)
-    """By read, `(own index, index in the read)` of the objects that it brings."""
-    abandoned: bool = False
-    """The client wants it no more, or is gone."""
-
-
 class Server:
     def __init__(
         self,
@@ -120,10 +106,6 @@ class Server:
         self._most_fetches = settings.readers + BESIDE_READERS + NOT_RELEASED
         self._queue = FairQueue(settings.patience_s)
         self._leases = Leases(settings.lease_s)
-        self._begun: dict[LeaseName, _Begun] = {}
-        self._reading: dict[str, Read] = {}
-        """By key, the read that will bring it."""
-        self._waiting: dict[Read, list[_Begun]] = {}
         self._clients: OrderedDict[bytes, _Client] = OrderedDict()
         self._alive_s = 0.0
         self._leaving = threading.Event()
@@ -134,6 +116,7 @@ class Server:
         self._log = LimitedLog(logger)
         self._ended: Mailbox[Read] = Mailbox()
         self._readers = Readers(store, settings.readers, settings.hang_s, self._ended.put)
+        self._fetches = Fetches(ring, self._readers, metrics)
         self._socket = keys.server_socket() if keys else zmq.Context.instance().socket(zmq.ROUTER)
         self._socket.setsockopt(zmq.LINGER, 200)
         self._socket.setsockopt(zmq.ROUTER_MANDATORY, 1)
@@ -205,7 +188,7 @@ class Server:
             self._give_up(read)
         if now_s - self._alive_s >= ALIVE_S:
             self._alive_s = now_s
-            for identity in self._queue.clients() | {name[0] for name in self._begun}:
+            for identity in self._queue.clients() | self._fetches.clients():
                 self._send(identity, Alive())
         self._metrics.queue_bytes.set(self._queue.bytes)
         self._metrics.free_bytes.set(self._ring.free_bytes)
@@ -222,7 +205,7 @@ class Server:
             self._leave_until_s = time.monotonic() + self._settings.drain_s
             for identity in list(self._clients):
                 self._send(identity, Leaving())
-        busy = len(self._queue) or self._begun or len(self._leases)
+        busy = len(self._queue) or len(self._fetches) or len(self._leases)
         return not busy or time.monotonic() > self._leave_until_s
 
     # -- what clients say -----------------------------------------------------------------------
@@ -295,9 +278,7 @@ class Server:
         client.leases.add(fetch.lease)
         asked = Asked(identity, client.engine, fetch, time.monotonic())
         # What needs no read need not wait for others' reads.
-        if all(
-            self._at_hand(key, size, asked.asked_s) for key, size in zip(fetch.keys, fetch.sizes, strict=True)
-        ):
+        if self._fetches.need_no_read(fetch):
             self._begin(asked)
         else:
             self._queue.put(asked)
@@ -327,21 +308,10 @@ class Server:
         # A client may give up what is not ready, too.
         if self._queue.remove(identity, lease) is not None:
             self._over(identity, lease)
-        elif (begun := self._begun.get((identity, lease))) is not None:
-            begun.abandoned = True
+        else:
+            self._fetches.abandon(identity, lease)
 
     # -- from the queue into the ring ------------------------------------------------------------
-
-    def _at_hand(self, key: str, size: int, now_s: float) -> bool:
-        """It lies in the ring, or is on its way there."""
-        return self._ring.find(key, size, now_s) is not None or self._on_its_way(key, size) is not None
-
-    def _on_its_way(self, key: str, size: int) -> tuple[Read, int] | None:
-        read = self._reading.get(key)
-        if read is None:
-            return None
-        index = read.keys.index(key)
-        return (read, index) if read.sizes[index] == size else None
 
     def _begin_reads(self) -> None:
         while self._readers.idle and (asked := self._queue.first(time.monotonic())) is not None:
@@ -350,135 +320,56 @@ class Server:
             self._queue.remove(asked.client, asked.fetch.lease)
 
     def _begin(self, asked: Asked) -> bool:
-        """Find, attach to, or read each object; False while the ring has no memory for what must be read."""
-        fetch, now_s = asked.fetch, time.monotonic()
-        begun = _Begun(asked, [0] * len(fetch.keys), [FAILED] * len(fetch.keys))
-        pinned: Counter[Extent] = Counter()
-        missing: list[int] = []
-        kept_bytes = 0
-        for index, (key, size) in enumerate(zip(fetch.keys, fetch.sizes, strict=True)):
-            if (found := self._ring.find(key, size, now_s)) is not None:
-                extent, begun.addresses[index] = found
-                begun.got[index] = size
-            elif (coming := self._on_its_way(key, size)) is not None:
-                read, position = coming
-                extent, begun.addresses[index] = read.extent, read.addresses[position]
-                begun.waits_for.setdefault(read, []).append((index, position))
-            else:
-                missing.append(index)
-                continue
-            pinned[extent] += 1
-            kept_bytes += size
-        for extent in pinned:  # before memory is taken: it could be theirs
-            self._ring.pin(extent)
-        begun.extents = list(pinned)
-        if missing and not self._begin_read(begun, missing):
-            self._unpin(begun.extents)
-            return False
-        self._metrics.kept_bytes.add(kept_bytes)
-        self._metrics.wait_seconds.observe(now_s - asked.asked_s)
-        self._begun[asked.client, fetch.lease] = begun
-        for read in begun.waits_for:
-            self._waiting[read].append(begun)
-        if not begun.waits_for:
+        begun = self._fetches.begin(asked)
+        if begun is not None and not begun.waits_for:
             self._ready(begun)
-        return True
-
-    def _begin_read(self, begun: _Begun, missing: list[int]) -> bool:
-        fetch = begun.asked.fetch
-        extent = self._ring.take(sum(fetch.sizes[index] for index in missing))
-        if extent is None:
-            return False
-        read, address = Read(extent, [], [], []), extent.address
-        for position, index in enumerate(missing):
-            read.keys.append(fetch.keys[index])
-            read.sizes.append(fetch.sizes[index])
-            read.addresses.append(address)
-            begun.addresses[index] = address
-            begun.waits_for.setdefault(read, []).append((index, position))
-            self._reading[fetch.keys[index]] = read
-            address += fetch.sizes[index]
-        self._ring.pin(extent)  # for the fetch; the read has its own pin
-        begun.extents.append(extent)
-        self._waiting[read] = []
-        self._readers.begin(read)
-        return True
+        return begun is not None
 
     def _read_ended(self, read: Read) -> None:
-        now_s = time.monotonic()
         if read.error is not None:
             self._log.log(logging.ERROR, "a read from the store failed: %r", read.error)
-        self._readers.ended(read)
-        self._metrics.read_ended(read)
-        self._forget_reading(read)
-        results = zip(read.keys, read.addresses, read.sizes, read.got, strict=True)
-        self._ring.hold(read.extent, [(k, a, size) for k, a, size, got in results if got == size], now_s)
-        for begun in self._waiting.pop(read, []):
-            for index, position in begun.waits_for.pop(read):
-                begun.got[index] = read.got[position]
-            if not begun.waits_for:
-                self._ready(begun)
-        self._ring.unpin(read.extent)
-
-    def _forget_reading(self, read: Read) -> None:
-        for key in read.keys:
-            if self._reading.get(key) is read:
-                del self._reading[key]
+        for begun in self._fetches.read_ended(read):
+            self._ready(begun)
 
     def _give_up(self, read: Read) -> None:
-        """The store hangs.  The memory stays with the read; who waits for it gets its objects elsewhere."""
-        self._log.log(
-            logging.WARNING, "a read of %d bytes has hung for %.1f s and is given up", read.byte_count,
-            time.monotonic() - read.begun_s,
-        )  # fmt: skip
-        self._forget_reading(read)
-        for begun in self._waiting.pop(read, []):
-            for other in begun.waits_for:
-                if other is not read:
-                    self._waiting[other].remove(begun)
-            self._end_begun(begun)
-            self._refuse(begun.asked.client, begun.asked.fetch.lease, Reason.STORE_HANGS)
+        hung_s = time.monotonic() - read.begun_s
+        text = "a read of %d bytes has hung for %.1f s and is given up"
+        self._log.log(logging.WARNING, text, read.byte_count, hung_s)
+        for begun in self._fetches.give_up(read):
+            self._refuse(*begun.name, Reason.STORE_HANGS)
 
     # -- from ready to over ------------------------------------------------------------------------
 
-    def _ready(self, begun: _Begun) -> None:
-        identity, fetch = begun.asked.client, begun.asked.fetch
+    def _ready(self, begun: Begun) -> None:
+        self._fetches.end(begun)
         if begun.abandoned:
-            self._end_begun(begun)
-            self._over(identity, fetch.lease)
+            self._fetches.unpin(begun.extents)
+            self._over(*begun.name)
             return
-        del self._begun[identity, fetch.lease]
         # Before the client can know of it: the lease runs from here on.
-        self._leases.begin((identity, fetch.lease), begun.extents, time.monotonic())
+        self._leases.begin(begun.name, begun.extents, time.monotonic())
         self._metrics.fetches.add(1, "ready")
         self._trace(begun)
+        identity, lease = begun.name
         self._send(
             identity,
             Ready(
-                lease=fetch.lease,
+                lease=lease,
                 segment=self._segment,
                 addresses=tuple(begun.addresses),
                 got=tuple(begun.got),
             ),
         )
 
-    def _end_begun(self, begun: _Begun) -> None:
-        del self._begun[begun.asked.client, begun.asked.fetch.lease]
-        self._unpin(begun.extents)
-
     def _end_lease(self, name: LeaseName, now_s: float, how: str) -> bool:
         """Whether it was held until now."""
         if name not in self._leases:
             return False
         valid, extents = self._leases.end(name, now_s)
-        self._unpin(extents)
+        self._fetches.unpin(extents)
         self._over(*name)
         self._metrics.leases.add(1, how)
         return valid
-
-    def _unpin(self, extents: list[Extent]) -> None:
-        for extent in extents:
-            self._ring.unpin(extent)
 
     def _refuse(self, identity: bytes, lease: int, reason: Reason) -> None:
         if reason not in (Reason.IN_USE, Reason.UNKNOWN):
@@ -495,13 +386,12 @@ class Server:
         """The connection is gone: nobody will pull what was asked over it."""
         for lease in self._queue.of(identity):
             self._queue.remove(identity, lease)
-        for name, begun in self._begun.items():
-            begun.abandoned |= name[0] == identity
+        self._fetches.abandon(identity)
         for name in self._leases.of(identity):
-            self._unpin(self._leases.end(name, 0.0)[1])
+            self._fetches.unpin(self._leases.end(name, 0.0)[1])
         self._clients.pop(identity, None)
 
-    def _trace(self, begun: _Begun) -> None:
+    def _trace(self, begun: Begun) -> None:
         fetch = begun.asked.fetch
         if self._tracer is None or fetch.traceparent is None:
             return

@@ -138,7 +138,7 @@ class RunningServer:
             lambda: (
                 self.ring.free_bytes == self.settings.ring_bytes
                 and not len(self.server._queue)
-                and not self.server._begun
+                and not len(self.server._fetches)
                 and not len(self.server._leases)
             ),
             "the relay is idle",
