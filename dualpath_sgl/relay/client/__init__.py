@@ -1,12 +1,13 @@
 """The prefill engine's side: one list of objects, several lanes that claim from it.
 
 Relays claim from the front of a load's list, the engine's own client of the store from its back; they meet.
-Nobody knows a rate.  A lane that dies, hangs or slows down is met sooner, and what it had claimed is claimed again.
+Nobody knows a rate.  A lane that dies, hangs or slows down is met sooner, and what it had claimed is claimed
+again.
 
     SGLang -> store.py     its Mooncake backend with one method replaced (register.py puts it there)
     loader.py              one call of it, from its begin to its end
     claims.py              the list: who claims what, what comes back, what has landed
-    lane.py                one relay: ask, pull, confirm, copy
+    lane.py                one relay: ask, pull, confirm, copy (batch.py), if it may be asked (standing.py)
     bounce.py              memory that bytes of relays are pulled into, and stay in until they are confirmed
 
 Beside it: relays.py (who may help), options.py (the backend's configuration), spread.py (which relay reads

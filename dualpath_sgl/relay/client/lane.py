@@ -2,8 +2,8 @@
 
     claim -> Fetch -> Ready -> pull into bounce memory -> Release -> Released -> copy -> landed
 
-Several batches are asked for at a time, so that the relay's link does not wait for messages.  A relay that says
-nothing while it owes an answer, or whose bytes do not come, is *lost*: what was claimed for it goes
+Several batches are asked for at a time, so that the relay's link does not wait for messages.  A relay that
+says nothing while it owes an answer, or whose bytes do not come, is *lost*: what was claimed for it goes
 back to its load, and it is asked again when it has answered a Hello.
 """
 
@@ -22,16 +22,17 @@ from functools import partial
 import zmq
 from zmq.utils.monitor import recv_monitor_message
 
-from dualpath_sgl.lanes.forward import Forwarder, StillWriting, merge_runs
+from dualpath_sgl.lanes.forward import Forwarder, StillWriting
 from dualpath_sgl.lanes.peer_keys import Secure
 from dualpath_sgl.relay import wire
-from dualpath_sgl.relay.client.bounce import Bounce, Room, copy_blocks
+from dualpath_sgl.relay.client.batch import Batch
+from dualpath_sgl.relay.client.bounce import Bounce
 from dualpath_sgl.relay.client.claims import Claim, Limits, Load
 from dualpath_sgl.relay.client.counts import LaneCounts
 from dualpath_sgl.relay.client.relays import Helper
+from dualpath_sgl.relay.client.standing import Standing
 from dualpath_sgl.relay.wire import (
     Alive,
-    Fetch,
     Hello,
     Leaving,
     Ready,
@@ -53,8 +54,6 @@ from scheduler_svc.wire.protocol import Wire, encode
 logger = logging.getLogger(__name__)
 
 POLL_MS = 50
-HAIL_S = 0.5
-"""Between two Hellos to a relay that has not answered."""
 REJECTED_S = 10.0
 """After a relay has rejected us; it will do so until one of both is upgraded."""
 PAUSE_S = 2.0
@@ -67,19 +66,6 @@ MESSAGES_AT_A_TIME = 256
 
 _leases = itertools.count(1)
 """Of this process: no relay sees a number twice."""
-
-
-@dataclass(eq=False)
-class _Batch:
-    """A claim on its way."""
-
-    lease: int
-    load: Load
-    claim: Claim
-    room: Room
-    since_s: float
-    """When the relay was asked, had it ready, or was told to release."""
-    ready: Ready | None = None
 
 
 @dataclass(frozen=True)
@@ -102,9 +88,8 @@ class RelayLane(threading.Thread):
         counts: LaneCounts,
         secure: Secure | None = None,
     ) -> None:
-        """`loads`: those that are open, oldest first.  `limits`: of the next claim.  `traceparent`: of a load.
-
-        All three are called on the lane's thread.
+        """`loads`: those that are open, oldest first.  `limits`: of the next claim.  `traceparent`: of a load's
+        trace.  All three are called on the lane's thread.
         """
         super().__init__(name=f"dualpath-relay-lane {helper.name}", daemon=True)
         self.helper = helper
@@ -116,17 +101,10 @@ class RelayLane(threading.Thread):
         self._bounce = bounce
         self._silence_s = silence_s
         self._counts = counts
-        self._asked: dict[int, _Batch] = {}
-        self._ready: deque[_Batch] = deque()
-        self._confirming: dict[int, _Batch] = {}
-        self._connected = False
-        self._welcome: Welcome | None = None
-        self._known: set[str] = set()
-        """Segments that have answered: the first contact with one that hangs would stop all others."""
-        self._greeting: str | None = None
-        self._leaving = False
-        self._hail_s = 0.0
-        self._resume_s = 0.0
+        self._asked: dict[int, Batch] = {}
+        self._ready: deque[Batch] = deque()
+        self._confirming: dict[int, Batch] = {}
+        self._standing = Standing()
         self._heard_s = 0.0
         self._up = False
         self._stopping = False
@@ -189,7 +167,7 @@ class RelayLane(threading.Thread):
             self._try(self._listen)
             self._try(self._give_up_silent)
             self._try(self._bounce.settle)
-            self._up = self._may_ask()
+            self._up = self._standing.may_ask
             self._log.tick()
         self._up = False
         self._try(partial(self._lose, "is no helper any more", 0.0))
@@ -212,9 +190,8 @@ class RelayLane(threading.Thread):
     def _follow(self, monitor: zmq.Socket[bytes]) -> None:
         while monitor.poll(0):
             connected = recv_monitor_message(monitor)["event"] == zmq.EVENT_HANDSHAKE_SUCCEEDED
-            if not connected and self._connected:
+            if self._standing.connects(connected):
                 self._lose("is gone", 0.0)
-            self._connected, self._hail_s = connected, 0.0
 
     def _take_orders(self) -> None:
         for order in self._orders.drain():
@@ -231,25 +208,12 @@ class RelayLane(threading.Thread):
 
     # -- whether it may be asked -------------------------------------------------------------------
 
-    def _may_ask(self) -> bool:
-        return (
-            self._connected
-            and self._welcome is not None
-            and self._welcome.segment in self._known
-            and not self._leaving
-            and time.monotonic() >= self._resume_s
-        )
-
     def _hail(self) -> None:
-        now_s = time.monotonic()
-        if self._connected and self._welcome is None and now_s >= self._hail_s:
-            self._hail_s = now_s + HAIL_S
+        if self._standing.is_time_to_hail():
             self._send(self._hello)
 
     def _welcomed(self, welcome: Welcome) -> None:
-        self._welcome, self._leaving = welcome, False
-        if welcome.segment not in self._known and self._greeting is None:
-            self._greeting = welcome.segment
+        if self._standing.welcomed(welcome):
             threading.Thread(
                 target=self._greet,
                 args=(welcome.segment, welcome.address),
@@ -258,7 +222,7 @@ class RelayLane(threading.Thread):
             ).start()
 
     def _greet(self, segment: str, address: int) -> None:
-        """Mooncake's first contact, on a thread that may wait long for it: it is made inside the first read."""
+        """Mooncake's first contact is made inside the first read, which may take long: on a thread of its own."""
         answers = False
         room = self._bounce.take(1)
         try:
@@ -277,37 +241,30 @@ class RelayLane(threading.Thread):
             self._order(_Greeted(segment, answers))
 
     def _greeted(self, greeted: _Greeted) -> None:
-        self._greeting = None
-        if greeted.answers:
-            self._known.add(greeted.segment)
-        else:
-            self._log.log(
-                logging.WARNING,
-                "DualPath: relay %s: its memory %s does not answer",
-                self.helper.name,
-                greeted.segment,
-            )
-            self._welcome, self._hail_s = None, time.monotonic() + PAUSE_S
+        self._standing.greeted(greeted.segment, greeted.answers, PAUSE_S)
+        if not greeted.answers:
+            text = "DualPath: relay %s: its memory %s does not answer"
+            self._log.log(logging.WARNING, text, self.helper.name, greeted.segment)
 
     # -- asking ------------------------------------------------------------------------------------
 
     def _ask(self) -> None:
-        if not self._may_ask() or self._welcome is None:
+        welcome = self._standing.welcome
+        if welcome is None or not self._standing.may_ask:
             return
         limits = self._limits()
-        limits = limits._replace(most_bytes=min(limits.most_bytes, self._welcome.most_bytes))
+        limits = limits._replace(most_bytes=min(limits.most_bytes, welcome.most_bytes))
         for load in self._loads():
-            while self._may_ask_more():
+            while self._wants_more(welcome):
                 claim = load.claim(self.helper.name, limits)
                 if claim is None:
                     break
                 if not self._ask_for(load, claim):
                     return
 
-    def _may_ask_more(self) -> bool:
-        assert self._welcome is not None
+    def _wants_more(self, welcome: Welcome) -> bool:
         held = len(self._asked) + len(self._ready) + len(self._confirming)
-        return len(self._asked) < self._welcome.ahead and held < self._welcome.most_fetches
+        return len(self._asked) < welcome.ahead and held < welcome.most_fetches
 
     def _ask_for(self, load: Load, claim: Claim) -> bool:
         """False when there is no bounce memory for it at the moment."""
@@ -315,17 +272,9 @@ class RelayLane(threading.Thread):
         if room is None:
             load.give_back(claim)
             return False
-        batch = _Batch(next(_leases), load, claim, room, time.monotonic())
+        batch = Batch(next(_leases), load, claim, room, time.monotonic())
         self._asked[batch.lease] = batch
-        self._send(
-            Fetch(
-                lease=batch.lease,
-                keys=tuple(load.keys[index] for index in claim.indices),
-                sizes=tuple(load.sizes[index] for index in claim.indices),
-                left_bytes=load.left_bytes,
-                traceparent=self._traceparent(load),
-            )
-        )
+        self._send(batch.fetch(self._traceparent(load)))
         return True
 
     # -- what the relay says -----------------------------------------------------------------------
@@ -353,7 +302,7 @@ class RelayLane(threading.Thread):
                 self._log.log(
                     logging.ERROR, "DualPath: relay %s rejects us: %s", self.helper.name, message.reason
                 )
-                self._hail_s = time.monotonic() + REJECTED_S
+                self._lose("rejects us", REJECTED_S)
             case Ready():
                 self._is_ready(message)
             case Refused():
@@ -361,7 +310,7 @@ class RelayLane(threading.Thread):
             case Released():
                 self._released(message)
             case Leaving():
-                self._leaving = True
+                self._standing.leaves()
             case Alive():
                 pass
 
@@ -388,10 +337,9 @@ class RelayLane(threading.Thread):
             logging.INFO, "DualPath: relay %s refused a batch: %s", self.helper.name, refused.reason
         )
         if refused.reason is Reason.UNKNOWN:
-            self._welcome, self._hail_s = None, 0.0
+            self._lose("does not know us", 0.0)
         else:
-            pause_s = REFUSED_S if refused.reason is Reason.BUSY else PAUSE_S
-            self._resume_s = time.monotonic() + pause_s
+            self._standing.pause(REFUSED_S if refused.reason is Reason.BUSY else PAUSE_S)
 
     def _released(self, released: Released) -> None:
         batch = self._confirming.pop(released.lease, None)
@@ -402,7 +350,7 @@ class RelayLane(threading.Thread):
                 self._land(batch)
             else:  # it was pulled too late: relay or network are slower than its leases
                 self._counts.invalid += 1
-                self._resume_s = time.monotonic() + PAUSE_S
+                self._standing.pause(PAUSE_S)
         finally:
             self._give_back(batch)  # unless it has landed
             self._bounce.give_back(batch.room)
@@ -413,28 +361,17 @@ class RelayLane(threading.Thread):
         """One batch, that messages may be heard before the next one."""
         if not self._ready:
             return
-        batch = self._ready.popleft()
+        batch, welcome = self._ready.popleft(), self._standing.welcome
         ready = batch.ready
-        assert ready is not None and self._welcome is not None
-        is_late = time.monotonic() > batch.since_s + self._welcome.lease_s
-        if batch.claim.void or is_late or ready.segment not in self._known:
+        assert ready is not None and welcome is not None
+        is_late = time.monotonic() > batch.since_s + welcome.lease_s
+        if batch.claim.void or is_late or not self._standing.knows(ready.segment):
             self._drop(batch)
             self._send(Release(batch.lease))
             return
-        local, remote, sizes = [], [], []
-        here = batch.room.address
-        for index, address, got in zip(batch.claim.indices, ready.addresses, ready.got, strict=True):
-            size = batch.load.sizes[index]
-            if got == size:
-                local.append(here)
-                remote.append(address)
-                sizes.append(size)
-            here += size
         begun_s = time.monotonic()
         try:
-            arrived = not local or self._forwarder.read(
-                ready.segment, *merge_runs(local, remote, sizes), self._silence_s, PULL_S
-            )
+            arrived = self._forwarder.read(ready.segment, *batch.transfers(), self._silence_s, PULL_S)
         except StillWriting as writing:
             self._hung(batch, writing)
             return
@@ -448,44 +385,26 @@ class RelayLane(threading.Thread):
             self._send(Release(batch.lease))
         else:
             self._drop(batch)
-            self._known.discard(ready.segment)
-            self._lose("does not let its memory be read", PAUSE_S)
+            self._lose("does not let its memory be read", PAUSE_S, ready.segment)
 
-    def _hung(self, batch: _Batch, writing: StillWriting) -> None:
+    def _hung(self, batch: Batch, writing: StillWriting) -> None:
         """Its memory stays with the transfers; its objects come from elsewhere."""
         self._counts.hung_pulls += 1
         self._bounce.keep_back(batch.room, writing)
         self._give_back(batch)
         self._lose(f"hangs in a pull ({writing.__cause__}; {writing})", PAUSE_S)
 
-    def _land(self, batch: _Batch) -> None:
-        """Copy what is whole to where the engine wants it."""
-        load, claim, ready = batch.load, batch.claim, batch.ready
-        assert ready is not None
+    def _land(self, batch: Batch) -> None:
+        """Copy what is whole to where the engine wants it, unless the load has taken it back."""
+        load, claim = batch.load, batch.claim
         if not load.begin_landing(claim):
             return
         begun_s = time.monotonic()
         whole: list[int] = []
         try:
-            targets: list[int] = []
-            sources: list[int] = []
-            sizes: list[int] = []
-            here = batch.room.address
-            for index, got in zip(claim.indices, ready.got, strict=True):
-                if got == load.sizes[index]:
-                    source = here
-                    for address, size in zip(*load.destinations[index], strict=True):
-                        targets.append(address)
-                        sources.append(source)
-                        sizes.append(size)
-                        source += size
-                    whole.append(index)
-                here += load.sizes[index]
-            copy_blocks(targets, sources, sizes)
-        except BaseException:
-            load.land(claim, [])
-            raise
-        load.land(claim, whole)
+            whole = batch.copy()
+        finally:
+            load.land(claim, whole)
         counts = self._counts
         counts.copy_s += time.monotonic() - begun_s
         counts.batches += 1
@@ -495,18 +414,18 @@ class RelayLane(threading.Thread):
 
     # -- what does not come --------------------------------------------------------------------------
 
-    def _drop(self, batch: _Batch, to_own: bool = False) -> None:
+    def _drop(self, batch: Batch, to_own: bool = False) -> None:
         """Nothing writes into its memory; its objects go back."""
         self._asked.pop(batch.lease, None)
         self._give_back(batch, to_own)
         self._bounce.give_back(batch.room)
 
-    def _give_back(self, batch: _Batch, to_own: bool = False) -> None:
+    def _give_back(self, batch: Batch, to_own: bool = False) -> None:
         if batch.load.give_back(batch.claim, to_own):
             self._counts.given_back += len(batch.claim.indices)
 
-    def _lose(self, why: str, pause_s: float) -> None:
-        """It gets no more until it has answered a Hello."""
+    def _lose(self, why: str, pause_s: float, segment: str | None = None) -> None:
+        """It gets no more until it has answered a Hello, and its memory too if that is at fault."""
         batches = [*self._asked.values(), *self._ready, *self._confirming.values()]
         self._asked.clear()
         self._ready.clear()
@@ -519,8 +438,7 @@ class RelayLane(threading.Thread):
             self._counts.lost += 1
             text = "DualPath: relay %s %s; %d batches are read elsewhere"
             self._log.log(logging.WARNING, text, self.helper.name, why, len(batches))
-        self._welcome = None
-        self._hail_s = self._resume_s = time.monotonic() + pause_s
+        self._standing.lose(pause_s, segment)
 
     def _give_up_silent(self) -> None:
         owed = [*self._asked.values(), *self._confirming.values()]

@@ -31,8 +31,8 @@ OwnRead = Callable[[list[str], list[Pointers], list[Pointers]], Sequence[int]]
 WRONG_SIZE = -1
 """Result of an object of another size than the one asked for, which is another object."""
 OVERDUE_S = 2.0
-"""When the own client has nothing left to do, batches claimed for relays longer ago are read by it, too.  Nor does
-it wait longer for relays that shall read everything and bring nothing."""
+"""When the own client has nothing left to do, batches claimed for relays longer ago are read by it, too.  Nor
+does it wait longer for relays that shall read everything and bring nothing."""
 LOOK_S = 0.1
 
 
@@ -84,8 +84,8 @@ class Loader:
     def load(self, keys: Sequence[str], pointers: Sequence[Pointers], sizes: Sequence[Pointers]) -> list[int]:
         """Bring each object to its place: its bytes, or a negative code, in the order of `keys`.
 
-        `pointers[i]` and `sizes[i]` are numbers, or equally long lists of them.  When it has returned, nothing
-        writes to any of the places.  Raises what `own_read` raises.
+        `pointers[i]` and `sizes[i]` are numbers, or equally long lists of them.  When it has returned,
+        nothing writes to any of the places.  Raises what `own_read` raises.
         """
         blocks = [blocks_of(*place) for place in zip(pointers, sizes, strict=True)]
         lanes = self.lanes_up()

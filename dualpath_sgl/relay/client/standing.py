@@ -1,0 +1,85 @@
+"""How a client stands with a relay: whether it may be asked now, and when to say Hello again."""
+
+from __future__ import annotations
+
+import time
+
+from dualpath_sgl.relay.wire import Welcome
+
+HAIL_S = 0.5
+"""Between two Hellos to a relay that has not answered."""
+
+
+class Standing:
+    """For one thread."""
+
+    def __init__(self) -> None:
+        self.welcome: Welcome | None = None
+        """The relay's answer to our last Hello; None while none has come."""
+        self._connected = False
+        self._known: set[str] = set()
+        """Segments that have answered: the first contact with one that hangs would stop all others."""
+        self._greeting = False
+        self._leaving = False
+        self._hail_s = 0.0
+        self._resume_s = 0.0
+
+    @property
+    def may_ask(self) -> bool:
+        return (
+            self._connected
+            and self.welcome is not None
+            and self.welcome.segment in self._known
+            and not self._leaving
+            and time.monotonic() >= self._resume_s
+        )
+
+    def connects(self, connected: bool) -> bool:
+        """Whether a connection was lost."""
+        lost = self._connected and not connected
+        self._connected, self._hail_s = connected, 0.0
+        return lost
+
+    def is_time_to_hail(self) -> bool:
+        """A Hello is to be said now."""
+        now_s = time.monotonic()
+        if not self._connected or self.welcome is not None or now_s < self._hail_s:
+            return False
+        self._hail_s = now_s + HAIL_S
+        return True
+
+    def welcomed(self, welcome: Welcome) -> bool:
+        """Whether its memory has to be met first (`greeted` must follow)."""
+        self.welcome, self._leaving = welcome, False
+        if welcome.segment in self._known or self._greeting:
+            return False
+        self._greeting = True
+        return True
+
+    def greeted(self, segment: str, answers: bool, pause_s: float) -> None:
+        self._greeting = False
+        if answers:
+            self._known.add(segment)
+        else:
+            self.lose(pause_s)
+
+    def knows(self, segment: str) -> bool:
+        return segment in self._known
+
+    def leaves(self) -> None:
+        """The relay wants to be asked for nothing more."""
+        self._leaving = True
+
+    def pause(self, pause_s: float) -> None:
+        """Ask for nothing for a while."""
+        self._resume_s = time.monotonic() + pause_s
+
+    def lose(self, pause_s: float, segment: str | None = None) -> None:
+        """Ask for nothing until it has answered a Hello, which is said after a while.
+
+        `segment`: of this memory make sure again.
+        """
+        self.welcome = None
+        self._hail_s = self._resume_s = time.monotonic() + pause_s
+        if segment is not None:
+            self._known.discard(segment)
