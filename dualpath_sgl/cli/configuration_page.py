@@ -14,12 +14,15 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
+from pydantic_settings import BaseSettings
 from typer.main import get_command, get_group
 
 from dualpath_sgl.cli.__main__ import app
 from dualpath_sgl.cli.lazy import PROGRAMS
 from dualpath_sgl.launch.config import CLUSTERS
 from dualpath_sgl.launch.config.cluster import ClusterConfig
+from dualpath_sgl.relay import settings as relay_settings
+from dualpath_sgl.relay.client import options as relay_options
 from dualpath_sgl.router.settings import options
 from dualpath_sgl.start.config import Settings
 
@@ -28,6 +31,8 @@ HEAD = """# Configuration
 `make docs` makes this page out of the code; do not edit it by hand.
 
 * [An engine](#an-engine): environment variables `DUALPATH_*`
+* [A relay](#a-relay): environment variables `DUALPATH_RELAY_*`
+* [Relays of a prefill engine](#relays-of-a-prefill-engine): in its backend's extra configuration
 * [A cluster file](#a-cluster-file): what `dualpath up -c FILE` reads
 * [The scheduler](#the-scheduler): its command line
 * [The placing router](#the-placing-router): the options that it obeys
@@ -36,6 +41,14 @@ HEAD = """# Configuration
 ENGINE = """## An engine
 
 Environment variables of one SGLang server. Unset `DUALPATH_ENABLED`, and SGLang runs as upstream does.
+"""
+RELAY = """## A relay
+
+Environment variables of `python -m dualpath_sgl.relay` ([relays](relay.md)).
+"""
+RELAY_CLIENT = """## Relays of a prefill engine
+
+Fields of `relay` in `--hicache-storage-backend-extra-config`, for an engine with `DUALPATH_RELAY=1`.
 """
 CLUSTER = """## A cluster file
 
@@ -61,15 +74,23 @@ Every command answers `--help`.
 
 def page() -> str:
     """The whole page, Markdown."""
-    parts = [HEAD, ENGINE, *_engine(), CLUSTER, *_cluster(), SCHEDULER, *_scheduler()]
+    parts = [HEAD, ENGINE, *_variables(Settings), RELAY, *_variables(relay_settings.Settings)]
+    parts += [
+        RELAY_CLIENT,
+        _fields_table(relay_options.Options.model_json_schema()),
+        CLUSTER,
+        *_cluster(),
+        SCHEDULER,
+        *_scheduler(),
+    ]
     parts += [ROUTER, *_router(), COMMAND, *_commands()]
     return "\n".join(parts)
 
 
-def _engine() -> Iterator[str]:
-    schema = Settings.model_json_schema()
+def _variables(settings: type[BaseSettings]) -> Iterator[str]:
+    schema, prefix = settings.model_json_schema(), settings.model_config["env_prefix"]
     rows = (
-        (f"`DUALPATH_{name.upper()}`", _kind(field), _default(field), field["description"])
+        (f"`{prefix}{name.upper()}`", _kind(field), _default(field), field["description"])
         for name, field in schema["properties"].items()
     )
     yield _table(("variable", "value", "default", "meaning"), rows)

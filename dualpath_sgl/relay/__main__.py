@@ -44,7 +44,7 @@ def serve(settings: Settings, on_store: Callable[[Store], Store] = lambda store:
     server = Server(
         settings,
         on_store(store),
-        transfers.session,
+        transfers.mooncake_address,
         Ring(memory.address, memory.byte_count, settings.slot_bytes, settings.keep_s),
         metrics,
         init_tracing("dualpath-relay", settings.otlp_endpoint, {"dualpath.relay": settings.name})

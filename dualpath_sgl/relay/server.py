@@ -87,18 +87,18 @@ class Server:
         self,
         settings: Settings,
         store: Store,
-        segment: str,
+        mooncake_address: str,
         ring: Ring,
         metrics: Metrics,
         tracer: Tracer | None = None,
         keys: PeerKeys | None = None,
     ) -> None:
-        """Binds at once.  `segment`: Mooncake's name of the ring's memory on the compute network.
+        """Binds at once.  `mooncake_address`: Mooncake's name of the ring's memory on the compute network.
 
         With `keys` it speaks CURVE, and only with the holders of those.  Raises BindRefused.
         """
         self._settings = settings
-        self._segment = segment
+        self._mooncake_address = mooncake_address
         self._ring = ring
         self._metrics = metrics
         self._tracer = tracer
@@ -172,11 +172,14 @@ class Server:
         self._connections.close()
         self._socket.close()
 
-    def _guarded(self, step: Callable[[], None], name: str) -> None:
+    def _guarded(self, step: Callable[[], None], name: str) -> bool:
+        """False when it has failed."""
         try:
             step()
         except Exception:
             self._faults.record(name, "what it was for is lost, the relay goes on")
+            return False
+        return True
 
     def _tick(self) -> None:
         now_s = time.monotonic()
@@ -225,7 +228,9 @@ class Server:
                 self._metrics.malformed.inc()
                 self._log.log(logging.WARNING, "ignored a malformed message: %s", error)
                 continue
-            self._guarded(partial(self._handle, identity, message), "handling a message")
+            handled = self._guarded(partial(self._handle, identity, message), "handling a message")
+            if not handled and isinstance(message, Fetch):
+                self._refuse(identity, message.lease, Reason.FAULT)
 
     def _handle(self, identity: bytes, message: wire.ToRelay) -> None:
         if identity in self._clients:
@@ -258,7 +263,7 @@ class Server:
             identity,
             Welcome(
                 version=version,
-                segment=self._segment,
+                mooncake_address=self._mooncake_address,
                 address=self._ring.address,
                 lease_s=self._settings.lease_s,
                 most_bytes=self._settings.most_bytes,
@@ -355,7 +360,7 @@ class Server:
             identity,
             Ready(
                 lease=lease,
-                segment=self._segment,
+                mooncake_address=self._mooncake_address,
                 addresses=tuple(begun.addresses),
                 got=tuple(begun.got),
             ),

@@ -18,39 +18,41 @@ Name = Annotated[str, Field(min_length=1, max_length=256)]
 
 
 class Settings(BaseSettings):
-    model_config = SettingsConfigDict(env_prefix=PREFIX, extra="ignore")
+    model_config = SettingsConfigDict(env_prefix=PREFIX, extra="ignore", use_attribute_docstrings=True)
 
     name: Name = Field(default_factory=socket.gethostname)
-    """Unique in the cluster; prefill engines know its public key as `NAME.key`."""
+    """Unique in the cluster, the host's name if none is given; prefill engines know its public key as `NAME.key`."""
 
-    # The compute network: prefill engines ask and pull here.
     host: str = "127.0.0.1"
+    """This host's address on the compute network: prefill engines ask and pull here."""
     port: Annotated[int, Field(ge=0, le=65535)] = 0
-    """Of the ZeroMQ socket; 0 takes a free one."""
+    """Where prefill engines ask; 0 takes a free one."""
     protocol: Literal["tcp", "rdma"] = "tcp"
     """Mooncake transport to the prefill engines."""
     device: str = ""
     """RDMA device on the compute network."""
     key_file: Path | None = None
-    """This relay's CURVE secret key, with `peer_keys`."""
+    """This relay's CURVE secret key, with the directory of the others' keys."""
     peer_keys: Path | None = None
     """Directory with the public keys of the engines that may ask, `ENGINE_ID.key`."""
     trusted_network: bool = False
-    """Whoever reaches `host` may have any object read: needs no `peer_keys`."""
+    """Whoever reaches the host may have any object read: needs no keys."""
 
-    # The storage network.
     master: str = "127.0.0.1:50051"
     """Mooncake master of the store, HOST:PORT."""
     metadata_server: str = "P2PHANDSHAKE"
+    """Of the store's transfer engine."""
     tenant_id: str = "default"
     """The store's tenant, as the engines have it."""
     storage_host: str = ""
-    """This host's address on the storage network; `host` when empty."""
+    """This host's address on the storage network; when empty, that on the compute network."""
     storage_protocol: Literal["tcp", "rdma"] = "tcp"
+    """Mooncake transport to the store."""
     storage_device: str = ""
+    """RDMA device on the storage network."""
 
-    # Memory.
     ring_bytes: Annotated[int, Field(ge=1 * MIB, le=2**40)] = 256 * MIB
+    """Memory that objects are read into, registered with both networks."""
     slot_bytes: Annotated[int, Field(ge=64 * 1024, le=2**30)] = 4 * MIB
     """What is read at a time takes whole slots: at least the clients' batch."""
     numa_node: Annotated[int, Field(ge=0)] | None = None
@@ -72,6 +74,7 @@ class Settings(BaseSettings):
     metrics_port: Annotated[int, Field(ge=0, le=65535)] | None = None
     """Prometheus scrape port; 0 takes a free one."""
     otlp_endpoint: str | None = None
+    """OTLP/gRPC receiver of spans; none: no spans are made."""
     read_rate_bytes_per_s: Positive | None = None
     """Measuring aid: reads take as long as over a storage link of this rate."""
 

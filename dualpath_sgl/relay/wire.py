@@ -84,7 +84,7 @@ class Release(Wire, frozen=True, tag="release"):
 class Welcome(Wire, frozen=True, tag="welcome", kw_only=True):
     version: Version
     """The newest that both speak."""
-    segment: Name
+    mooncake_address: Name
     """Mooncake's name of the memory that Ready will speak of."""
     address: Address
     """Of a byte in it, which a client may read at any time to find out whether it can."""
@@ -104,7 +104,7 @@ class Rejected(Wire, frozen=True, tag="rejected"):
 
 class Ready(Wire, frozen=True, tag="ready", kw_only=True):
     lease: Lease
-    segment: Name
+    mooncake_address: Name
     addresses: Annotated[tuple[Address, ...], Meta(max_length=MOST_OBJECTS)]
     got: Annotated[tuple[Got, ...], Meta(max_length=MOST_OBJECTS)]
     """Bytes of each object in the order asked, or Mooncake's negative code."""
@@ -127,6 +127,7 @@ class Reason(StrEnum):
     """The client has a lease of this number."""
     STORE_HANGS = "store_hangs"
     FAULT = "fault"
+    """In the relay's own code; its log says which."""
 
 
 class Refused(Wire, frozen=True, tag="refused"):

@@ -24,7 +24,7 @@ class Settings(BaseSettings):
     enabled: bool = False
     """Off (the default) registers no hook at all: SGLang runs as upstream."""
     relay: bool = False
-    """Relays take part in what SGLang's `mooncake` storage backend reads (`dualpath_sgl.relay.client`)."""
+    """Relays take part in what SGLang's `mooncake` storage backend reads; excludes `DUALPATH_ENABLED`."""
     engine_id: str = ""
     """Unique in the cluster, e.g. `prefill-0`."""
     scheduler: str = "tcp://127.0.0.1:5557"
@@ -93,7 +93,9 @@ def _check_keys(loaded: Settings) -> None:
     """Raises ValueError for half a set of keys, and for none where strangers may come."""
     if loaded.relay:
         if (loaded.key_file is None) != (loaded.peer_keys is None):
-            raise ValueError("with DUALPATH_RELAY give both DUALPATH_KEY_FILE and DUALPATH_PEER_KEYS, or none")
+            raise ValueError(
+                "with DUALPATH_RELAY give both DUALPATH_KEY_FILE and DUALPATH_PEER_KEYS, or none"
+            )
     elif (loaded.key_file is None) != (loaded.scheduler_key_file is None):
         raise ValueError("give both DUALPATH_KEY_FILE and DUALPATH_SCHEDULER_KEY_FILE, or neither")
     if loaded.peer_keys is not None and loaded.key_file is None:

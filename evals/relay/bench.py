@@ -261,7 +261,7 @@ def _rounded(seconds: list[float]) -> list[float]:
     return [round(value, 3) for value in seconds]
 
 
-def bench(
+def main(
     rate_mbit: Annotated[float, typer.Option(min=1, help="Of every storage link.")] = 320,
     mib: Annotated[int, typer.Option(min=32, help="Of a load.")] = 192,
     runs: Annotated[int, typer.Option(min=1, help="Of each lone load.")] = 3,
@@ -297,4 +297,4 @@ def bench(
 
 
 if __name__ == "__main__":
-    typer.run(bench)
+    typer.run(main)

@@ -79,7 +79,7 @@ class StrangeRelay(threading.Thread):
     def welcome(self) -> Welcome:
         return Welcome(
             version=1,
-            segment=self.transfers.session,
+            mooncake_address=self.transfers.mooncake_address,
             address=self.memory.address,
             lease_s=5.0,
             most_bytes=4 * MIB,
@@ -90,7 +90,7 @@ class StrangeRelay(threading.Thread):
     def ready(self, fetch: Fetch, **changed: object) -> Ready:
         fields = {
             "lease": fetch.lease,
-            "segment": self.transfers.session,
+            "mooncake_address": self.transfers.mooncake_address,
             "addresses": (self.memory.address,) * len(fetch.keys),
             "got": fetch.sizes,
         }
@@ -116,8 +116,8 @@ SAYINGS = {
     "memory that is not its own": _each(
         lambda relay, fetch: [relay.ready(fetch, addresses=(4096,) * len(fetch.keys))], True
     ),
-    "a segment that was never met": _each(
-        lambda relay, fetch: [relay.ready(fetch, segment=f"{HOST}:1")], True
+    "memory that was never met": _each(
+        lambda relay, fetch: [relay.ready(fetch, mooncake_address=f"{HOST}:1")], True
     ),
     "shorter objects": _each(lambda relay, fetch: [relay.ready(fetch, got=(7,) * len(fetch.keys))], True),
     "longer objects": _each(

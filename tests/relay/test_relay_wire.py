@@ -22,7 +22,7 @@ def test_the_largest_fetch_fits_into_a_message():
 def test_the_largest_answer_fits_into_a_message():
     ready = Ready(
         lease=2**63 - 1,
-        segment="s" * 256,
+        mooncake_address="s" * 256,
         addresses=(2**63 - 1,) * wire.MOST_OBJECTS,
         got=(wire.MAX_OBJECT_BYTES,) * wire.MOST_OBJECTS,
     )
@@ -51,7 +51,7 @@ def test_what_no_client_may_send_is_refused_by_name(text, problem):
 
 def test_an_answer_with_fewer_addresses_than_results_is_refused():
     with pytest.raises(ValueError, match="1 addresses and 2 results"):
-        decode_to_client(b'{"type":"ready","lease":1,"segment":"s","addresses":[1],"got":[1,2]}')
+        decode_to_client(b'{"type":"ready","lease":1,"mooncake_address":"s","addresses":[1],"got":[1,2]}')
 
 
 def test_what_a_newer_peer_says_more_is_ignored():

@@ -70,7 +70,7 @@ _leases = itertools.count(1)
 
 @dataclass(frozen=True)
 class _Greeted:
-    segment: str
+    mooncake_address: str
     answers: bool
 
 
@@ -216,20 +216,20 @@ class RelayLane(threading.Thread):
         if self._standing.welcomed(welcome):
             threading.Thread(
                 target=self._greet,
-                args=(welcome.segment, welcome.address),
-                name=f"dualpath-greeting {welcome.segment}",
+                args=(welcome.mooncake_address, welcome.address),
+                name=f"dualpath-greeting {welcome.mooncake_address}",
                 daemon=True,
             ).start()
 
-    def _greet(self, segment: str, address: int) -> None:
+    def _greet(self, mooncake_address: str, address: int) -> None:
         """Mooncake's first contact is made inside the first read, which may take long: on a thread of its own."""
         answers = False
         room = self._bounce.take(1)
         try:
             answers = (
                 room is not None
-                and self._forwarder.answers(segment)
-                and self._forwarder.read(segment, [room.address], [address], [1], self._silence_s)
+                and self._forwarder.answers(mooncake_address)
+                and self._forwarder.read(mooncake_address, [room.address], [address], [1], self._silence_s)
             )
         except StillWriting as writing:
             assert room is not None
@@ -238,13 +238,13 @@ class RelayLane(threading.Thread):
         finally:
             if room is not None:
                 self._bounce.give_back(room)
-            self._order(_Greeted(segment, answers))
+            self._order(_Greeted(mooncake_address, answers))
 
     def _greeted(self, greeted: _Greeted) -> None:
-        self._standing.greeted(greeted.segment, greeted.answers, PAUSE_S)
+        self._standing.greeted(greeted.mooncake_address, greeted.answers, PAUSE_S)
         if not greeted.answers:
             text = "DualPath: relay %s: its memory %s does not answer"
-            self._log.log(logging.WARNING, text, self.helper.name, greeted.segment)
+            self._log.log(logging.WARNING, text, self.helper.name, greeted.mooncake_address)
 
     # -- asking ------------------------------------------------------------------------------------
 
@@ -365,13 +365,15 @@ class RelayLane(threading.Thread):
         ready = batch.ready
         assert ready is not None and welcome is not None
         is_late = time.monotonic() > batch.since_s + welcome.lease_s
-        if batch.claim.void or is_late or not self._standing.knows(ready.segment):
+        if batch.claim.void or is_late or not self._standing.knows(ready.mooncake_address):
             self._drop(batch)
             self._send(Release(batch.lease))
             return
         begun_s = time.monotonic()
         try:
-            arrived = self._forwarder.read(ready.segment, *batch.transfers(), self._silence_s, PULL_S)
+            arrived = self._forwarder.read(
+                ready.mooncake_address, *batch.transfers(), self._silence_s, PULL_S
+            )
         except StillWriting as writing:
             self._hung(batch, writing)
             return
@@ -385,7 +387,7 @@ class RelayLane(threading.Thread):
             self._send(Release(batch.lease))
         else:
             self._drop(batch)
-            self._lose("does not let its memory be read", PAUSE_S, ready.segment)
+            self._lose("does not let its memory be read", PAUSE_S, ready.mooncake_address)
 
     def _hung(self, batch: Batch, writing: StillWriting) -> None:
         """Its memory stays with the transfers; its objects come from elsewhere."""
@@ -424,7 +426,7 @@ class RelayLane(threading.Thread):
         if batch.load.give_back(batch.claim, to_own):
             self._counts.given_back += len(batch.claim.indices)
 
-    def _lose(self, why: str, pause_s: float, segment: str | None = None) -> None:
+    def _lose(self, why: str, pause_s: float, mooncake_address: str | None = None) -> None:
         """It gets no more until it has answered a Hello, and its memory too if that is at fault."""
         batches = [*self._asked.values(), *self._ready, *self._confirming.values()]
         self._asked.clear()
@@ -438,7 +440,7 @@ class RelayLane(threading.Thread):
             self._counts.lost += 1
             text = "DualPath: relay %s %s; %d batches are read elsewhere"
             self._log.log(logging.WARNING, text, self.helper.name, why, len(batches))
-        self._standing.lose(pause_s, segment)
+        self._standing.lose(pause_s, mooncake_address)
 
     def _give_up_silent(self) -> None:
         owed = [*self._asked.values(), *self._confirming.values()]

@@ -16,10 +16,10 @@ Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 
 
 class Options(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
 
     relays: tuple[str, ...] = ()
-    """Each `NAME=tcp://HOST:PORT`."""
+    """Who may help, each `NAME=tcp://HOST:PORT`."""
     batch_bytes: Annotated[int, Field(ge=64 * 1024, le=2**30)] = 4 * MIB
     """Most that is claimed at a time; less towards the end of a load."""
     least_call_bytes: Annotated[int, Field(ge=0)] = 1 * MIB

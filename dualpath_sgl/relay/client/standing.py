@@ -18,7 +18,7 @@ class Standing:
         """The relay's answer to our last Hello; None while none has come."""
         self._connected = False
         self._known: set[str] = set()
-        """Segments that have answered: the first contact with one that hangs would stop all others."""
+        """Addresses that have answered: the first contact with one that hangs would stop all others."""
         self._greeting = False
         self._leaving = False
         self._hail_s = 0.0
@@ -29,7 +29,7 @@ class Standing:
         return (
             self._connected
             and self.welcome is not None
-            and self.welcome.segment in self._known
+            and self.welcome.mooncake_address in self._known
             and not self._leaving
             and time.monotonic() >= self._resume_s
         )
@@ -51,20 +51,20 @@ class Standing:
     def welcomed(self, welcome: Welcome) -> bool:
         """Whether its memory has to be met first (`greeted` must follow)."""
         self.welcome, self._leaving = welcome, False
-        if welcome.segment in self._known or self._greeting:
+        if welcome.mooncake_address in self._known or self._greeting:
             return False
         self._greeting = True
         return True
 
-    def greeted(self, segment: str, answers: bool, pause_s: float) -> None:
+    def greeted(self, mooncake_address: str, answers: bool, pause_s: float) -> None:
         self._greeting = False
         if answers:
-            self._known.add(segment)
+            self._known.add(mooncake_address)
         else:
             self.lose(pause_s)
 
-    def knows(self, segment: str) -> bool:
-        return segment in self._known
+    def knows(self, mooncake_address: str) -> bool:
+        return mooncake_address in self._known
 
     def leaves(self) -> None:
         """The relay wants to be asked for nothing more."""
@@ -74,12 +74,12 @@ class Standing:
         """Ask for nothing for a while."""
         self._resume_s = time.monotonic() + pause_s
 
-    def lose(self, pause_s: float, segment: str | None = None) -> None:
+    def lose(self, pause_s: float, mooncake_address: str | None = None) -> None:
         """Ask for nothing until it has answered a Hello, which is said after a while.
 
-        `segment`: of this memory make sure again.
+        `mooncake_address`: of this memory make sure again.
         """
         self.welcome = None
         self._hail_s = self._resume_s = time.monotonic() + pause_s
-        if segment is not None:
-            self._known.discard(segment)
+        if mooncake_address is not None:
+            self._known.discard(mooncake_address)

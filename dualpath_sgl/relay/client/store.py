@@ -43,7 +43,7 @@ def _transport(host: str, protocol: str, device: str, bounce_bytes: int) -> tupl
     return forwarder, Bounce(bounce_bytes, forwarder)
 
 
-class RelayStore(MooncakeStore):
+class RelayStore(MooncakeStore):  # type: ignore[misc]
     def __init__(self, storage_config: HiCacheStorageConfig, pool_or_kwargs: Any = None) -> None:
         """Connect to the store and begin to connect to the relays.
 
