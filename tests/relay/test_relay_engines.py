@@ -17,7 +17,7 @@ from dualpath_sgl.evals.load.client import Burst, send
 from dualpath_sgl.evals.relay.world import eventually
 from dualpath_sgl.launch.config.cluster import ClusterConfig
 from dualpath_sgl.launch.processes.ports import FreePorts
-from dualpath_sgl.launch.supervision.supervisor import Cluster
+from dualpath_sgl.launch.supervision.cluster import Cluster
 
 PROMPT_TOKENS, PROMPTS = 1024, 3
 PAGE_TOKENS, TOKEN_BYTES = 16, 131072
