@@ -225,7 +225,7 @@ class Bench:
             [relay.helper for relay in relays],
             rate=self._rate,
             hello=Hello(engine=engine),
-            shared=shared,
+            is_shared=(lambda key: True) if shared else None,
         )
         try:
             prefill.knows(*relays)

@@ -231,7 +231,7 @@ class Prefill:
         *,
         rate: float = 0,
         hello: Hello | None = None,
-        shared: bool = False,
+        is_shared: Callable[[str], bool] | None = None,
         secure: Callable[[str], Secure] | None = None,
         **options: Any,
     ) -> None:
@@ -257,7 +257,7 @@ class Prefill:
             Bounce(chosen.bounce_bytes, forwarder),
             self._destinations,
             chosen,
-            shared=shared,
+            is_shared=is_shared,
             secure=secure,
         )
 

@@ -143,14 +143,15 @@ class Backend:
         *,
         is_mla: bool = False,
         tp: tuple[int, int] = (0, 1),
+        pp: tuple[int, int] = (0, 1),
         cls: type[RelayStore] = RelayStore,
     ) -> None:
         options = {"relays": relays, "least_call_bytes": 0, "bounce_bytes": 16 * 2**20}
         config = HiCacheStorageConfig(
             tp_rank=tp[0],
             tp_size=tp[1],
-            pp_rank=0,
-            pp_size=1,
+            pp_rank=pp[0],
+            pp_size=pp[1],
             attn_cp_rank=0,
             attn_cp_size=1,
             is_mla_model=is_mla,

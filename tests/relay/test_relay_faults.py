@@ -195,7 +195,7 @@ def test_when_the_own_client_fails_the_load_fails_and_nothing_is_written_afterwa
 def test_relays_that_shall_read_everything_and_bring_nothing(scene):
     relay = scene.relay()
     objects = scene.objects()
-    prefill = scene.prefill(relay, shared=True)
+    prefill = scene.prefill(relay, is_shared=lambda key: True)
     lane = prefill.loader._lanes[relay.helper]
     lane._ask_for = lambda load, claim: not load.give_back(claim)  # as without bounce memory
     assert prefill.load(objects) == objects.sizes
@@ -206,7 +206,7 @@ def test_relays_that_shall_read_everything_and_bring_nothing(scene):
 def test_relays_that_shall_read_everything_and_are_killed(scene):
     relay = scene.relay(rate=SLOW)
     objects = scene.objects(LONG)
-    prefill = scene.prefill(relay, shared=True)
+    prefill = scene.prefill(relay, is_shared=lambda key: True)
     loading = loading_through(scene, prefill, relay, objects)
     relay.send(signal.SIGKILL)
     assert loading.ends() == objects.sizes

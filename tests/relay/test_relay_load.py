@@ -141,12 +141,22 @@ def test_an_object_of_another_size_is_no_object(scene, stored):
     ]
 
 
+def test_of_objects_that_ranks_share_the_own_client_reads_none(scene):
+    relay = scene.relay(rate=SLOW)
+    objects = scene.objects()
+    states = set(objects.keys[-30:])  # each rank has its own
+    prefill = scene.prefill(relay, rate=SLOW, silence_s=60, is_shared=lambda key: key not in states)
+    assert prefill.load(objects) == objects.sizes
+    assert objects.wrong() == []
+    assert prefill.own_keys and set(prefill.own_keys) <= states
+
+
 def test_ranks_that_share_their_kv_have_it_read_once(scene, monkeypatch):
     monkeypatch.setattr(loader, "OVERDUE_S", 60.0)  # nothing is read twice for want of patience
     relays = scene.relay(rate=SLOW), scene.relay(rate=SLOW)
     ranks = [scene.objects()]
     ranks += [scene.for_another_rank(ranks[0]) for _ in range(2)]
-    prefills = [scene.prefill(*relays, shared=True, silence_s=60) for _ in ranks]
+    prefills = [scene.prefill(*relays, is_shared=lambda key: True, silence_s=60) for _ in ranks]
     loads = [Loading(lambda pair=pair: pair[0].load(pair[1])) for pair in zip(prefills, ranks, strict=True)]
     for load, objects in zip(loads, ranks, strict=True):
         assert load.ends() == objects.sizes

@@ -71,7 +71,8 @@ def test_every_kind_of_kv_comes_through_relays(mooncake, relays, kind, alone):
         f"{kind}-{alone}", [f"{relay.name}={relay.endpoint}" for relay in relays], anchor, sides, **traits
     )
     loader = backend.store.loader
-    loader._shared = alone  # then the own client reads only what relays do not bring
+    # With it the own client reads only what relays do not bring.
+    loader._is_shared = (lambda key: True) if alone else None
     eventually(lambda: len(loader.lanes_up()) == len(relays), "both relays may be asked")
     stored = backend.put()
     assert backend.get() == stored
@@ -80,6 +81,22 @@ def test_every_kind_of_kv_comes_through_relays(mooncake, relays, kind, alone):
         assert loader.counts.own_bytes == 0
         assert loader.counts.relay_bytes == sum(len(it) for blocks in stored.values() for it in blocks)
     backend.store.close()
+
+
+@pytest.mark.parametrize(("pp", "rank"), [(1, 3), (2, 3)])
+def test_latent_kv_is_shared_by_ranks_and_states_and_heads_are_not(mooncake, pp, rank):
+    (anchor, sides), _ = KINDS["KDA with DSA"]()
+    sides = {**sides, PoolName.DRAFT: pools.mha(DIRECT, layers=1)}
+    backend = pools.Backend("shared", [], anchor, sides, is_mla=True, tp=(rank, 4), pp=(pp - 1, pp))
+    it, page = backend.store, "0123456789abcdef" * 4
+    keys, _, _ = it._batch_preprocess(it._tag_keys([page]), pools.torch.arange(pools.PAGE_TOKENS))
+    shared = dict.fromkeys(keys, True)
+    for side in sides:
+        names, _ = it._get_hybrid_page_component_keys([page], pools.PoolTransfer(name=side))
+        shared |= dict.fromkeys(it._tag_keys(names), side == PoolName.INDEXER)
+    assert {key: it.loader._is_shared(key) for key in shared} == shared
+    assert set(shared.values()) == {True, False}
+    it.close()
 
 
 def test_memory_of_the_device_is_never_written_by_copying(mooncake, relays):

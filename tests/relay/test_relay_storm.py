@@ -70,7 +70,7 @@ def test_a_storm(scene, storm_seed):
     relays = [scene.relay(f"relay-{number}", rate=RATE, hang_s=0.3, lease_s=1.0) for number in range(2)]
     prefills = [
         scene.prefill(*relays, rate=RATE, bounce_bytes=16 * MIB),
-        scene.prefill(*relays, rate=RATE, bounce_bytes=64 * MIB, shared=True),
+        scene.prefill(*relays, rate=RATE, bounce_bytes=64 * MIB, is_shared=lambda key: True),
     ]
     sizes = [[rng.choice([4096, 64 * 1024, 512 * 1024, 3 * MIB]) for _ in range(40)] for _ in prefills]
     objects = [scene.objects(some) for some in sizes]

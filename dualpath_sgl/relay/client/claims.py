@@ -69,7 +69,7 @@ class Load:
     def __init__(
         self, keys: Sequence[str], destinations: Sequence[Blocks], relay_of: Sequence[str] | None = None
     ) -> None:
-        """`relay_of`: the relay that shall read each object; None when any may."""
+        """`relay_of`: the relay that shall read each object, or `ANYBODY`; None when that holds for all."""
         self.keys = keys
         self.destinations = destinations
         self.sizes = [blocks.byte_count for blocks in destinations]
@@ -110,7 +110,7 @@ class Load:
     def claim_own(self, limits: Limits, only_leftovers: bool) -> list[int]:
         """The next batch for the own client, from the back.
 
-        `only_leftovers`: relays read everything, and it takes what they do not bring.
+        `only_leftovers`: of objects that relays shall read it takes what they do not bring.
         """
         with self._change:
             return self._take(None, limits, only_leftovers)
@@ -227,6 +227,6 @@ class Load:
             if part:
                 return part, True
         elif only_leftovers:
-            return self._own, True
+            return self._parts.get(ANYBODY, self._own), False
         longest = max(self._parts.values(), key=len, default=self._own)
         return longest, False

@@ -13,7 +13,7 @@ from opentelemetry.trace import Tracer
 from dualpath_sgl.lanes.forward import Forwarder
 from dualpath_sgl.lanes.peer_keys import Secure
 from dualpath_sgl.relay.client.bounce import Bounce
-from dualpath_sgl.relay.client.claims import Blocks, Limits, Load, Pointers, blocks_of
+from dualpath_sgl.relay.client.claims import ANYBODY, Blocks, Limits, Load, Pointers, blocks_of
 from dualpath_sgl.relay.client.counts import Counts, LaneCounts
 from dualpath_sgl.relay.client.destinations import Destinations
 from dualpath_sgl.relay.client.lane import RelayLane
@@ -47,14 +47,14 @@ class Loader:
         destinations: Destinations,
         options: Options,
         *,
-        shared: bool = False,
+        is_shared: Callable[[str], bool] | None = None,
         secure: Callable[[str], Secure] | None = None,
         tracer: Tracer | None = None,
     ) -> None:
         """`own_read` is called on the threads that call `load`; `bounce` is registered with `forwarder`.
 
-        `shared`: other ranks ask for the same objects.  Relays then read them, each one once, and the own
-        client reads only what they do not bring.
+        `is_shared`: whether other ranks ask for the object of that key, too.  Relays then read it, once for all,
+        and the own client only if they do not bring it.
         `secure`: how a socket to the relay of some name is made to speak CURVE; raises KeyFileError.
         """
         self._own_read = own_read
@@ -62,7 +62,7 @@ class Loader:
         self._forwarder = forwarder
         self._destinations = destinations
         self._options = options
-        self._shared = shared
+        self._is_shared = is_shared
         self._secure = secure
         self._tracer = tracer
         self._bounce = bounce
@@ -93,11 +93,7 @@ class Loader:
             self.counts.direct_calls += 1
             return self._read(keys, pointers, sizes, blocks)
         names = [lane.helper.name for lane in lanes]
-        load = Load(
-            keys,
-            blocks,
-            spread(keys, [place.byte_count for place in blocks], names) if self._shared else None,
-        )
+        load = Load(keys, blocks, self._relay_of(keys, blocks, names) if self._is_shared else None)
         if self._tracer is None:
             self._run(load, pointers, sizes, None)
             return load.results
@@ -110,6 +106,11 @@ class Loader:
     def close(self) -> None:
         """End the lanes; loads under way go on with the own client."""
         self._follow(())
+
+    def _relay_of(self, keys: Sequence[str], blocks: Sequence[Blocks], relays: list[str]) -> list[str]:
+        assert self._is_shared is not None
+        chosen = spread(keys, [place.byte_count for place in blocks], relays)
+        return [relay if self._is_shared(key) else ANYBODY for key, relay in zip(keys, chosen, strict=True)]
 
     def _is_worth_asking(self, blocks: Sequence[Blocks]) -> bool:
         total = sum(place.byte_count for place in blocks)
@@ -143,7 +144,8 @@ class Loader:
         while more:
             lanes = self.lanes_up()
             relays_get_on = bool(lanes) and time.monotonic() < load.landed_s + OVERDUE_S
-            indices = load.claim_own(self._limits(), self._shared and relays_get_on)
+            shared = self._is_shared is not None
+            indices = load.claim_own(self._limits(), only_leftovers=shared and relays_get_on)
             if indices:
                 got = self._read(
                     [load.keys[index] for index in indices],
@@ -153,7 +155,7 @@ class Loader:
                 )
                 load.land_own(indices, got)
                 continue
-            if not self._shared:
+            if not shared:
                 for lane in lanes:
                     lane.urge(load)
             self.counts.overdue += load.take_back_overdue(time.monotonic() - OVERDUE_S)
@@ -175,9 +177,7 @@ class Loader:
         return results
 
     def _limits(self) -> Limits:
-        own = 0 if self._shared else 1
-        lanes = max(1, len(self.lanes_up()) + own)
-        return Limits(self._options.batch_bytes, self._bounce.most_bytes, lanes)
+        return Limits(self._options.batch_bytes, self._bounce.most_bytes, 1 + len(self.lanes_up()))
 
     def _follow(self, helpers: tuple[Helper, ...]) -> None:
         """These may help, and no others."""

@@ -9,9 +9,10 @@ from __future__ import annotations
 
 import logging
 import os
+import re
 import socket
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import cache
 from typing import Any
 
@@ -69,13 +70,20 @@ class RelayStore(MooncakeStore):  # type: ignore[misc]
             *_transport(own.host, own.protocol, own.device, chosen.bounce_bytes),
             self._destinations,
             chosen,
-            shared=storage_config.is_mla_model and storage_config.tp_size > 1,
+            is_shared=self._is_shared()
+            if storage_config.is_mla_model and storage_config.tp_size > 1
+            else None,
             secure=keys.towards if keys else None,
             tracer=init_tracing(own.engine_id or "prefill", own.otlp_endpoint) if own.otlp_endpoint else None,
         )
         logger.info(
             "DualPath: relays %s", ", ".join(helper.name for helper in self.relays.helpers) or "none yet"
         )
+
+    def _is_shared(self) -> Callable[[str], bool]:
+        """Keys of latent KV name no rank: all ranks have the same objects.  States and heads have their rank's."""
+        latent = re.compile(rf"[0-9a-f]{{64}}_{re.escape(self.mla_suffix)}_")
+        return lambda key: latent.search(key) is not None
 
     def register_mem_pool_host(self, mem_pool_host: Any) -> None:
         super().register_mem_pool_host(mem_pool_host)
