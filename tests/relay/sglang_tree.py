@@ -10,6 +10,7 @@ import time
 import types
 import unittest
 from array import array
+from functools import partial
 
 os.environ.setdefault("SGLANG_USE_CPU_ENGINE", "1")
 
@@ -34,14 +35,25 @@ WAIT_S = 30.0
 
 
 class Tree:
-    def __init__(self, kind: str, page_tokens: int, backend: str, extra: dict[str, object]) -> None:
-        """`backend`: of `--hicache-storage-backend`, `extra`: its extra configuration."""
+    def __init__(
+        self,
+        kind: str,
+        page_tokens: int,
+        backend: str,
+        extra: dict[str, object],
+        rank: int = 0,
+        ranks: int = 1,
+    ) -> None:
+        """`backend`: of `--hicache-storage-backend`, `extra`: its extra configuration.
+
+        With several ranks torch's process group must be there.
+        """
         activate()  # copies that sgl-kernel makes on a GPU
         # SGLang's kit of cache fixtures wants its own base of test cases, which wants a GPU.
         stand_in = types.SimpleNamespace(CustomTestCase=unittest.TestCase)
         sys.modules.setdefault("sglang.test.test_utils", stand_in)
+        from sglang.test.kits.unified_radix_cache import fixtures
         from sglang.test.kits.unified_radix_cache.config import CacheConfig
-        from sglang.test.kits.unified_radix_cache.fixtures import build_fixture
 
         pool_common._cuda_host_register = lambda *_args, **_kwargs: None
         shape: dict[str, object] = {}
@@ -59,7 +71,10 @@ class Tree:
             head_dim=16,
             **shape,
         )
-        self.tree, _, _ = build_fixture(config, tree_core_backend="python")
+        if ranks > 1:
+            group = torch.distributed.group.WORLD
+            fixtures.CacheInitParams = partial(fixtures.CacheInitParams, tp_cache_group=group)
+        self.tree, _, _ = fixtures.build_fixture(config, tree_core_backend="python")
         args = ServerArgs(
             model_path="dummy",
             page_size=page_tokens,
@@ -76,7 +91,16 @@ class Tree:
         set_global_server_args_for_scheduler(args)
         # Kept, or the overrides would end with them.
         self._overrides = [
-            get_parallel().override(tp_rank=0, tp_size=1, pp_rank=0, pp_size=1),
+            get_parallel().override(
+                tp_rank=rank,
+                tp_size=ranks,
+                pp_rank=0,
+                pp_size=1,
+                attn_tp_rank=rank,
+                attn_tp_size=ranks,
+                moe_tp_rank=rank,
+                moe_tp_size=ranks,
+            ),
             get_disagg().override(disaggregation_mode="prefill"),
         ]
         for override in self._overrides:
@@ -91,7 +115,7 @@ class Tree:
 
     def store_holds(self, tokens: list[int]) -> None:
         """Pages of random bytes, as the backend itself writes them."""
-        hashes = get_storage_hash_str(RadixKey(array("q", tokens)), None, page_size=self._page_tokens)
+        hashes = self.hashes(tokens)
         pools = {PoolName.KV: self.controller.storage_host_pool, **self.backend.registered_pools}
         for pool in pools.values():
             self._each_buffer(pool, lambda buffer: buffer.random_(0, 256))
@@ -112,6 +136,10 @@ class Tree:
             self._note(self.backend._tag_keys(keys), *pool.get_page_buffer_meta(transfer.host_indices))
         for pool in pools.values():
             self._each_buffer(pool, lambda buffer: buffer.zero_())
+
+    def hashes(self, tokens: list[int]) -> list[str]:
+        """Of each page."""
+        return get_storage_hash_str(RadixKey(array("q", tokens)), None, page_size=self._page_tokens)
 
     def prefetch(self, tokens: list[int]) -> int:
         """SGLang loads the prompt into its host pools; tokens that it says it has loaded."""
