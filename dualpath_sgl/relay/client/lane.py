@@ -174,7 +174,9 @@ class RelayLane(threading.Thread):
         with self._door:
             self._ended = True
             self._orders.close()
-        self._socket.disable_monitor()
+        # While somebody listens: an event without a receiver would hold up ZeroMQ's I/O thread for ever.
+        self._socket.monitor(None, 0)
+        monitor.close()
         self._socket.close()
 
     def _try(self, step: Callable[[], object]) -> None:
