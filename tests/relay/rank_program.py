@@ -25,6 +25,7 @@ while len(loader.lanes_up()) < len(task["options"]["relays"]):
     time.sleep(0.01)
 prompt = list(range(task["first_token"], task["first_token"] + task["tokens"]))
 tree.store_holds(prompt)
+tree.relays_come_first()
 if task["loses_page"] is not None:
     # On this rank alone nothing comes from some page on.
     page_hash = tree.hashes(prompt)[task["loses_page"]]

@@ -141,6 +141,19 @@ class Tree:
         """Of each page."""
         return get_storage_hash_str(RadixKey(array("q", tokens)), None, page_size=self._page_tokens)
 
+    def relays_come_first(self) -> None:
+        """The own client reads nothing before relays have brought something."""
+        loader = self.backend.loader
+        read = loader._own_read
+
+        def read_later(*arguments: object) -> list[int]:
+            until_s = time.monotonic() + WAIT_S
+            while not loader.counts.relay_bytes and time.monotonic() < until_s:
+                time.sleep(0.001)
+            return read(*arguments)
+
+        loader._own_read = read_later
+
     def prefetch(self, tokens: list[int]) -> int:
         """SGLang loads the prompt into its host pools; tokens that it says it has loaded."""
         impl = self.backend._get_batch_zero_copy_impl

@@ -25,7 +25,7 @@ _first_tokens = itertools.count(1000, 10_000)
     [
         ("full", 16, 2560, None, 2560),
         ("full", 16, 2560, 140, 140 * 16),  # one rank falls short: both have so much
-        ("mamba", 64, 512, None, 512),
+        ("mamba", 64, 2048, None, 2048),
         ("swa", 16, 2048, None, 2048),
     ],
 )

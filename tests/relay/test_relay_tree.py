@@ -21,8 +21,8 @@ DYNAMIC = {
     [
         ("full", 16, 2560, "mooncake"),
         ("full", 16, 2048, "dynamic"),
-        ("mamba", 64, 512, "mooncake"),
-        ("swa", 16, 512, "mooncake"),
+        ("mamba", 64, 2048, "mooncake"),
+        ("swa", 16, 2048, "mooncake"),
     ],
 )
 def test_sglang_loads_a_prompt_through_relays(
@@ -50,6 +50,7 @@ def test_sglang_loads_a_prompt_through_relays(
     eventually(lambda: len(loader.lanes_up()) == 2, "both relays may be asked")
     prompt = list(range(1000, 1000 + tokens))
     tree.store_holds(prompt)
+    tree.relays_come_first()
     assert tree.prefetch(prompt) == tokens
     assert tree.wrong() == []
     assert loader.counts.relay_bytes > 0
