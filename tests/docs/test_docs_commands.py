@@ -158,8 +158,10 @@ def options_of(module: str) -> set[str]:
         return _of_parser(lambda parser: RouterArgs.add_cli_args(parser, use_router_prefix=False)) | {
             "--host"
         }
+    if hasattr(importlib.import_module(module), "__path__"):
+        module = f"{module}.__main__"
     program = typer.Typer(add_completion=False)
-    program.command()(serve if module == "scheduler_svc" else importlib.import_module(module).main)
+    program.command()(serve if module == "scheduler_svc.__main__" else importlib.import_module(module).main)
     return {name for one in get_command(program).params for name in option_names(one)}
 
 
