@@ -146,7 +146,7 @@ def scheduler_document(found: Status) -> dict[str, Any]:
 
 
 def _addresses(state: ClusterState) -> dict[str, str | None]:
-    return {**state.engines, "router": state.url, "scheduler": state.scheduler}
+    return {**state.engines, **state.relays, "router": state.url, "scheduler": state.scheduler}
 
 
 def _below(path: Path, folder: Path) -> str:

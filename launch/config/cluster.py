@@ -42,6 +42,8 @@ class ConfigError(ValueError):
 class Mode(StrEnum):
     DUALPATH = "dualpath"
     """PE and DE read the store as the scheduler plans; pages are forwarded from DE to PE."""
+    RELAY = "relay"
+    """Relays beside the decode engines read the store for the prefill engines, on stock engines."""
     BASIC = "basic"
     """Upstream: only the PE has HiCache and reads the store."""
     BOTH = "both"
@@ -184,6 +186,17 @@ class Group(_Section):
     """Added to its environment last: what stands here wins over everything that the launcher sets."""
 
 
+class Relays(_Section):
+    """The relays of mode `relay`. Each lives beside a decode engine and shares its links; those beyond the
+    number of decode engines have links of their own.
+    """
+
+    count: Annotated[int, Field(ge=0, le=64)] | None = None
+    """How many; null: one for each decode engine."""
+    env: dict[Variable, ProcessText] = {}
+    """Added to the environment of each last, such as `DUALPATH_RELAY_RING_BYTES`."""
+
+
 class RouterKind(StrEnum):
     RUST = "rust"
     """SGLang's own: it chooses the engines, the scheduler only the load path."""
@@ -227,7 +240,8 @@ class ClusterConfig(_Section):
     host: Annotated[str, AfterValidator(checked)] = "127.0.0.1"
     """Address (or a name of it) that every part binds to and is reached at."""
     mode: Mode = Mode.DUALPATH
-    """`dualpath`, or upstream's: `basic` (only prefill engines read the store), `both` (all engines do)."""
+    """`dualpath`, `relay` (relays help prefill engines to read), or upstream's: `basic` (only prefill engines
+    read the store), `both` (all engines do)."""
     model: Annotated[Tiny | ModelDirectory, Field(discriminator="kind")] = Tiny()
     """What the engines serve."""
     page_size: int = Field(16, ge=1, le=1024)
@@ -240,6 +254,8 @@ class ClusterConfig(_Section):
     """The prefill engines."""
     decode: Group = Group()
     """The decode engines."""
+    relays: Relays = Relays()
+    """The relays, in mode `relay`."""
     router: Router = Router()
     """What clients talk to."""
     tracing: Tracing = Tracing()
@@ -255,7 +271,7 @@ class ClusterConfig(_Section):
         if self.mode is Mode.DUALPATH and self.prefill.tp_size != self.decode.tp_size:
             raise ValueError(
                 f"decode.tp_size {self.decode.tp_size} differs from prefill.tp_size {self.prefill.tp_size}: "
-                "pages are forwarded only between equal layouts; make them equal, or use mode basic or both"
+                "pages are forwarded only between equal layouts; make them equal, or use mode relay"
             )
         return self
 
@@ -271,12 +287,20 @@ class ClusterConfig(_Section):
             self.security.check(self.key_names())
         return self
 
+    @property
+    def relay_names(self) -> list[str]:
+        """Those of mode relay; empty in the others."""
+        if self.mode is not Mode.RELAY:
+            return []
+        count = self.decode.count if self.relays.count is None else self.relays.count
+        return [f"relay-{index}" for index in range(count)]
+
     def key_names(self) -> list[str]:
-        """Peers that get a key of their own: engines, a placing router, and who looks after it all."""
+        """Peers that get a key of their own: engines, relays, a placing router, and who looks after it all."""
         groups = {"prefill": self.prefill, "decode": self.decode}
         engines = [f"{role}-{index}" for role, group in groups.items() for index in range(group.count)]
         routers = [ROUTER] if self.router.kind is RouterKind.PLACING else []
-        return [*engines, *routers, OPERATOR]
+        return [*engines, *self.relay_names, *routers, OPERATOR]
 
 
 def load(path: Path) -> ClusterConfig:
@@ -371,6 +395,7 @@ def _fields(path: Sequence[int | str]) -> list[str]:
         "scheduler": Scheduler,
         "router": Router,
         "tracing": Tracing,
+        "relays": Relays,
         "model": Tiny,
     }
     sections |= {"prefill": Group, "decode": Group, "network": Network, "security": Security}

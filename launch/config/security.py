@@ -25,7 +25,8 @@ class Security(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
 
     keys: Path | None = None
-    """Directory made by `dualpath keys generate`, with a key for each engine, `router` and `operator`."""
+    """Directory made by `dualpath keys generate`, with a key for each engine and relay, `router` and
+    `operator`."""
     trusted_network: bool = False
     """Whoever reaches the cluster's addresses may do anything with it."""
 
@@ -91,6 +92,16 @@ def engine_environment(security: Security | None, addresses: Addresses, name: st
             "DUALPATH_PEER_KEYS": str(files[0].parent),
         }
     return {"DUALPATH_TRUSTED_NETWORK": "1"} if _is_trusted(security, addresses) else {}
+
+
+def relay_environment(security: Security | None, addresses: Addresses, name: str) -> dict[str, str]:
+    files = key_files(security, name)
+    if files is not None:
+        return {
+            "DUALPATH_RELAY_KEY_FILE": str(files[0]),
+            "DUALPATH_RELAY_PEER_KEYS": str(files[0].parent),
+        }
+    return {"DUALPATH_RELAY_TRUSTED_NETWORK": "1"} if _is_trusted(security, addresses) else {}
 
 
 def _is_trusted(security: Security | None, addresses: Addresses) -> bool:

@@ -7,15 +7,18 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from dualpath_sgl.launch.config import security
 from dualpath_sgl.launch.config.addresses import Addresses, EngineAddresses
 from dualpath_sgl.launch.config.cluster import ClusterConfig, Group, Mode, RouterKind, bits_per_s
 from dualpath_sgl.launch.processes.environment import inherited
+from dualpath_sgl.launch.processes.relays import RelaySpec
 from dualpath_sgl.limits.read_limit import READ_RATE_KEY
+from dualpath_sgl.relay.client.options import OPTIONS_KEY
 from scheduler_svc.wire.addresses import authority, in_url, is_ipv6
 from scheduler_svc.wire.protocol import Role
 
@@ -55,6 +58,8 @@ CPU_FLAGS = (
     "--sleep-on-idle",
 )
 CUDA_FLAGS = ("--device=cuda", "--dtype=bfloat16")
+DECODE_CACHES = (Mode.DUALPATH, Mode.BOTH)
+"""Modes in which decode engines have HiCache, too."""
 DUALPATH_BACKEND: dict[str, str | int] = {
     "backend_name": "dualpath",
     "module_path": "dualpath_sgl.storage",
@@ -216,20 +221,27 @@ def placing_flags(config: ClusterConfig, addresses: Addresses, ports: Ports) -> 
 
 
 def engine_command(
-    config: ClusterConfig, addresses: Addresses, engine: EngineSpec, ports: Ports
+    config: ClusterConfig,
+    addresses: Addresses,
+    engine: EngineSpec,
+    ports: Ports,
+    relays: Sequence[RelaySpec] = (),
 ) -> list[str]:
+    """`relays`: those that a prefill engine is told of, in mode relay."""
     host = addresses.engine(engine.name).compute
     flags = [*common_flags(config, engine.group, host, engine.port), f"--disaggregation-mode={engine.role}"]
     flags.append("--disaggregation-transfer-backend=mooncake_tcp")
     if engine.role is Role.PREFILL:
         flags.append(f"--disaggregation-bootstrap-port={engine.bootstrap_port}")
-    if engine.role is Role.PREFILL or config.mode is not Mode.BASIC:
-        flags += _hicache_flags(config, engine.group)
+    decode_caches = config.mode in DECODE_CACHES
+    if engine.role is Role.PREFILL or decode_caches:
+        helpers = [f"{relay.name}={relay.endpoint(addresses)}" for relay in relays]
+        flags += _hicache_flags(config, engine.group, helpers)
     else:
         # A decode engine backs retracted requests up in host memory even without HiCache; sized by
         # SGLang it would want 10 GiB free.
         flags.append(_host_pool_flag(engine.group))
-    if engine.role is Role.DECODE and config.mode is not Mode.BASIC:
+    if engine.role is Role.DECODE and decode_caches:
         flags.append("--disaggregation-decode-enable-radix-cache")
     if config.device == "cuda" and engine.first_gpu:
         flags.append(f"--base-gpu-id={engine.first_gpu}")
@@ -288,8 +300,13 @@ def engine_environment(
         environment |= {
             **_patience(config),
             "DUALPATH_ENABLED": "1",
-            "DUALPATH_ENGINE_ID": engine.name,
             "DUALPATH_SCHEDULER": scheduler_url(addresses, ports),
+        }
+    elif config.mode is Mode.RELAY and engine.role is Role.PREFILL:
+        environment["DUALPATH_RELAY"] = "1"
+    if "DUALPATH_ENABLED" in environment or "DUALPATH_RELAY" in environment:
+        environment |= {
+            "DUALPATH_ENGINE_ID": engine.name,
             "DUALPATH_HOST": own.compute,
             **security.engine_environment(config.security, addresses, engine.name),
         }
@@ -332,14 +349,16 @@ def _host_pool_flag(group: Group) -> str:
     return f"--hicache-ratio={pool.ratio:g}" if pool.ratio is not None else f"--hicache-size={pool.size_gb}"
 
 
-def _hicache_flags(config: ClusterConfig, group: Group) -> list[str]:
+def _hicache_flags(config: ClusterConfig, group: Group, helpers: list[str]) -> list[str]:
     # SGLang's default of 256 tokens would hide short prefixes.
-    extra: dict[str, str | int] = {"prefetch_threshold": config.page_size}
+    extra: dict[str, Any] = {"prefetch_threshold": config.page_size}
     rate = config.store.read_rate
     backend = "mooncake"
     if config.mode is Mode.DUALPATH:
         backend = "dynamic"
         extra |= DUALPATH_BACKEND
+    elif config.mode is Mode.RELAY:
+        extra[OPTIONS_KEY] = {"relays": helpers}
     elif rate is not None:
         backend = "dynamic"
         extra |= LIMITED_BACKEND

@@ -93,6 +93,8 @@ class ClusterState(_Written):
     """Key files of whoever asks it: a peer's secret key file and its public one."""
     engines: dict[str, str]
     """Name -> URL."""
+    relays: dict[str, str] = {}
+    """Name -> where prefill engines ask it."""
     processes: dict[str, ProcessState]
 
     def write(self, run_dir: Path) -> None:

@@ -1,7 +1,7 @@
 """A whole cluster as child processes of this one.
 
     client -> router -> PEs and DEs -> store node (memory), master (index)
-                            |-> scheduler (mode dualpath), collector (tracing)
+                            |-> scheduler (mode dualpath), relays (mode relay), collector (tracing)
 
 `run_dir/cluster.json` says what runs where.  A dead engine ends the cluster: it holds requests, takes
 a minute to come back, and mostly dies of what would kill it again.
@@ -38,11 +38,12 @@ from dualpath_sgl.launch.processes.commands import Ports
 from dualpath_sgl.launch.processes.environment import foreign
 from dualpath_sgl.launch.processes.ports import DP_ATTENTION_OFFSETS, FreePorts
 from dualpath_sgl.launch.processes.process import ManagedProcess
+from dualpath_sgl.launch.processes.relays import relay_command, relay_environment, relay_specs
 from dualpath_sgl.launch.processes.run_dir import ClusterState, ProcessState
 from dualpath_sgl.launch.processes.store_node import READY as STORE_READY
 from dualpath_sgl.launch.supervision import exposure
 from dualpath_sgl.launch.supervision.comeback import Comeback
-from dualpath_sgl.launch.supervision.direct_http import fetch
+from dualpath_sgl.launch.supervision.direct_http import answers, fetch
 from dualpath_sgl.launch.supervision.engine_watch import SILENT_AFTER_S, EngineWatch
 from dualpath_sgl.launch.supervision.supervisor import (
     POLL_S,
@@ -82,10 +83,21 @@ class EngineHandle:
         return self._process.pid
 
 
+@dataclass(frozen=True)
+class RelayHandle:
+    """One relay."""
+
+    name: str
+    """`relay-0`, ..."""
+    endpoint: str
+    metrics_url: str
+    """Prometheus."""
+
+
 class Cluster(Supervisor):
     """The cluster that `config` describes.  Entering the context starts it, if it is not started."""
 
-    stop_order = (("router",), ("prefill-", "decode-"), ("scheduler", "store"))
+    stop_order = (("router",), ("prefill-", "decode-"), ("relay-",), ("scheduler", "store"))
     spared = MappingProxyType(
         {
             "scheduler": "engines go on with the prefill path",
@@ -109,6 +121,11 @@ class Cluster(Supervisor):
         self._silent: set[str] = set()
         self.ports = Ports(**{name: free.take() for name in Ports.__dataclass_fields__})
         self._specs = commands.engine_specs(config, lambda: free.take(DP_ATTENTION_OFFSETS))
+        self._relay_specs = relay_specs(config, free.take)
+        without = "prefill engines read its share themselves meanwhile"
+        self.spared = MappingProxyType(
+            {**self.spared, **{relay.name: without for relay in self._relay_specs}}
+        )
 
     @cached_property
     def kv_bytes_per_token(self) -> int:
@@ -180,6 +197,13 @@ class Cluster(Supervisor):
             for spec in self._specs
         ]
 
+    @property
+    def relays(self) -> list[RelayHandle]:
+        return [
+            RelayHandle(relay.name, relay.endpoint(self.addresses), relay.metrics_url(self.addresses))
+            for relay in self._relay_specs
+        ]
+
     def flush_caches(self, role: Role | None = None) -> None:
         """Empty L1 and L2 of every engine (of one role); the store keeps its pages.
 
@@ -239,9 +263,19 @@ class Cluster(Supervisor):
         self._await_ready(["master"])
         self._launch("store", commands.store_command(config, addresses, ports), base, self._store_ready)
         self._await_ready([name for name in self.processes if name != "master"])
+        for relay in self._relay_specs:
+            environment = relay_environment(
+                config,
+                addresses,
+                relay,
+                master=authority(addresses.store, ports.master),
+                collector=self.collector_url,
+                base=base,
+            )
+            self._launch(relay.name, relay_command(), environment, _serves(relay.metrics_url(addresses)))
         # An engine writes a test object into the store early, so the store comes before.
         for spec in self._specs:
-            argv = commands.engine_command(config, addresses, spec, ports)
+            argv = commands.engine_command(config, addresses, spec, ports, self._relay_specs)
             environment = commands.engine_environment(config, addresses, spec, ports, os.environ)
             self._launch(
                 spec.name, argv, environment, healthy(spec.url(addresses)), _engine_stop_signal(config)
@@ -249,7 +283,8 @@ class Cluster(Supervisor):
         argv = commands.router_command(config, addresses, ports, self._specs)
         self._launch("router", argv, base, healthy(self.url))
         self._write_state()
-        self._await_ready([*(spec.name for spec in self._specs), "router"])
+        relays = [relay.name for relay in self._relay_specs]
+        self._await_ready([*relays, *(spec.name for spec in self._specs), "router"])
         self._await_requests()
         self._on_event(f"cluster ready after {time.monotonic() - begun_s:.1f} s: {self.url}")
 
@@ -259,7 +294,8 @@ class Cluster(Supervisor):
             compute_bits_per_s=_bits_per_s(described.compute_rate),
             store_bits_per_s=_bits_per_s(described.store_rate),
         )
-        self.network = Network.build([spec.name for spec in self._specs], rates)
+        hosts = [spec.name for spec in self._specs] + [relay.host for relay in self._relay_specs]
+        self.network = Network.build(list(dict.fromkeys(hosts)), rates)
         self.addresses = on_network(self.network.plan)
         self._on_event(
             f"network {self.network.plan.prefix}*: storage links {described.storage_rate or 'unshaped'}, "
@@ -268,10 +304,13 @@ class Cluster(Supervisor):
         )
 
     def _enter(self, name: str, argv: list[str]) -> list[str]:
-        member = STORE if name in STORE_PROCESSES else name
+        member = STORE if name in STORE_PROCESSES else self._host_of(name)
         if self.network is None or member not in self.network.plan.members:
             return argv
         return self.network.enter(member, argv)
+
+    def _host_of(self, name: str) -> str:
+        return next((relay.host for relay in self._relay_specs if relay.name == name), name)
 
     def _await_requests(self) -> None:
         """The router is healthy before it knows its workers: send requests until every pair answered."""
@@ -309,6 +348,7 @@ class Cluster(Supervisor):
             scheduler=self.scheduler_address if "scheduler" in self.processes else None,
             scheduler_keys=self._operator_keys,
             engines={engine.name: engine.url for engine in self.engines},
+            relays={relay.name: relay.endpoint for relay in self.relays},
             processes={name: self._state_of(name, process) for name, process in self.processes.items()},
         ).write(self.run_dir)
 
@@ -328,6 +368,10 @@ def _engine_stop_signal(config: ClusterConfig) -> signal.Signals:
     """SGLang looks for a SIGTERM every 5 s, then drains and lets its ranks release their GPUs.  On a
     CPU nothing needs releasing, and the router, stopped first, has left nothing to drain."""
     return signal.SIGINT if config.device == "cpu" else signal.SIGTERM
+
+
+def _serves(url: str) -> Probe:
+    return lambda: answers(url, PROBE_TIMEOUT_S)
 
 
 def _bits_per_s(rate: str | None) -> int | None:

@@ -17,7 +17,9 @@ from dualpath_sgl.launch.processes.commands import (
     scheduler_command,
     single_server_command,
 )
+from dualpath_sgl.launch.processes.relays import RelaySpec, relay_environment, relay_specs
 from dualpath_sgl.launch.topology.plan import Rates, make_plan
+from dualpath_sgl.relay import settings as relay_settings
 
 HERE = on_one_host("127.0.0.1")
 PORTS = Ports(master=1, master_metrics=2, scheduler=3, collector=4, router=5, router_metrics=6)
@@ -198,3 +200,69 @@ def test_the_rust_router_serves_by_default_and_wherever_there_is_no_scheduler(fi
 def test_the_scheduler_is_told_both_policies():
     made = scheduler_command(cluster(scheduler={"policy": "decode", "placement": "paper"}), HERE, PORTS)
     assert "--policy=decode" in made and "--placement=paper" in made
+
+
+# -- relays --------------------------------------------------------------------------------------
+
+
+def relays(config: ClusterConfig) -> list[RelaySpec]:
+    ports = iter(range(200, 300))
+    return relay_specs(config, lambda: next(ports))
+
+
+def relay(config: ClusterConfig, number: int = 0, addresses: Addresses = HERE) -> dict[str, str]:
+    return relay_environment(config, addresses, relays(config)[number], "store:1", "http://hub:4", {})
+
+
+def test_each_decode_engine_has_a_relay_in_mode_relay_and_none_in_the_others():
+    assert [spec.host for spec in relays(cluster(mode="relay", decode={"count": 2}))] == [
+        "decode-0",
+        "decode-1",
+    ]
+    assert relays(cluster(mode="basic")) == relays(cluster(mode="relay", relays={"count": 0})) == []
+
+
+def test_relays_beyond_the_decode_engines_have_links_of_their_own():
+    config = cluster(mode="relay", relays={"count": 2})
+    assert [(spec.name, spec.host) for spec in relays(config)] == [
+        ("relay-0", "decode-0"),
+        ("relay-1", "relay-1"),
+    ]
+    plan = make_plan(3, ["prefill-0", "decode-0", "relay-1"], Rates(1, 1))
+    for number, host in enumerate(("decode-0", "relay-1")):
+        found = relay(config, number, on_network(plan))
+        assert found["DUALPATH_RELAY_HOST"] == plan.link(host, "compute").address
+        assert found["DUALPATH_RELAY_STORAGE_HOST"] == plan.link(host, "storage").address
+
+
+def test_only_prefill_engines_are_told_of_relays_and_decode_engines_are_upstreams():
+    config = cluster(mode="relay", decode={"tp_size": 2})
+    engines = {spec.name: spec for spec in engine_specs(config, lambda: 7)}
+    flag = "--hicache-storage-backend-extra-config="
+    command = engine_command(config, HERE, engines["prefill-0"], PORTS, relays(config))
+    extra = json.loads(next(part for part in command if part.startswith(flag)).removeprefix(flag))
+    assert extra["relay"] == {"relays": ["relay-0=tcp://127.0.0.1:200"]}
+    assert "--hicache-storage-backend=mooncake" in command
+    plain = engine_command(config, HERE, engines["decode-0"], PORTS)
+    assert not [part for part in plain if "hicache-storage" in part or "hierarchical" in part]
+    assert environment(config, {})["DUALPATH_RELAY"] == "1"
+    assert not [name for name in environment(config, {}, "decode-0") if name.startswith("DUALPATH_")]
+
+
+def test_a_read_rate_limits_relays_as_it_does_engines():
+    config = cluster(
+        mode="relay", store={"read_rate": "80mbit"}, relays={"env": {"DUALPATH_RELAY_LEASE_S": "9"}}
+    )
+    found = relay(config)
+    assert found["DUALPATH_RELAY_READ_RATE_BYTES_PER_S"] == "10000000"
+    assert (found["DUALPATH_RELAY_MASTER"], found["DUALPATH_RELAY_LEASE_S"]) == ("store:1", "9")
+    assert found["DUALPATH_RELAY_OTLP_ENDPOINT"] == "http://hub:4"
+    command = engine_command(config, HERE, engine_specs(config, lambda: 7)[0], PORTS)
+    assert any('"read_rate_bytes_per_s": 10000000' in part for part in command)
+
+
+def test_a_relay_can_start_with_what_it_is_given(monkeypatch):
+    config = cluster(mode="relay", host="10.1.2.3", security={"trusted_network": True})
+    for name, value in relay(config, addresses=on_one_host("10.1.2.3")).items():
+        monkeypatch.setenv(name, value)
+    assert relay_settings.load().trusted_network

@@ -55,7 +55,7 @@ def test_a_number_out_of_range_is_named_with_its_value_and_bound(tmp_path):
 
 def test_an_unknown_mode_lists_the_modes(tmp_path):
     message = refusal(tmp_path, mode="fast")
-    assert "mode: got 'fast'" in message and "'dualpath', 'basic' or 'both'" in message
+    assert "mode: got 'fast'" in message and "'dualpath', 'relay', 'basic' or 'both'" in message
 
 
 def test_an_unknown_scheduler_policy_lists_the_policies(tmp_path):

@@ -18,7 +18,7 @@ from dualpath_sgl.cli.__main__ import app
 from dualpath_sgl.lanes.peer_keys import PeerKeys
 from dualpath_sgl.launch.config.addresses import Addresses, on_network, on_one_host
 from dualpath_sgl.launch.config.cluster import ClusterConfig, ConfigError, load
-from dualpath_sgl.launch.config.security import OPERATOR, key_files
+from dualpath_sgl.launch.config.security import OPERATOR, key_files, relay_environment
 from dualpath_sgl.launch.processes.commands import (
     Ports,
     engine_environment,
@@ -124,6 +124,18 @@ def test_without_any_keys_one_command_makes_them_all(tmp_path):
 
 
 # -- what each process is given ------------------------------------------------------------------
+
+
+def test_relays_have_keys_of_their_own(tmp_path, keys):
+    secured = {"security": {"keys": str(keys)}, "mode": "relay"}
+    assert "lacks the keys of relay-0" in refusal(tmp_path, **secured)
+    generate(keys, ["relay-0"])
+    config = cluster(tmp_path, **secured)
+    found = relay_environment(config.security, on_one_host("10.1.2.3"), "relay-0")
+    assert found == {
+        "DUALPATH_RELAY_KEY_FILE": str(keys.resolve() / "peers/relay-0.key_secret"),
+        "DUALPATH_RELAY_PEER_KEYS": str(keys.resolve() / "peers"),
+    }
 
 
 def engine(config: ClusterConfig, addresses: Addresses, name: str) -> dict[str, str]:
