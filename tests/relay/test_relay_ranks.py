@@ -2,40 +2,44 @@
 
 from __future__ import annotations
 
-import itertools
 import json
 import os
 import subprocess
 import sys
 from pathlib import Path
-
-import pytest
+from typing import NamedTuple
 
 from dualpath_sgl.evals.relay.world import HOST
 from dualpath_sgl.launch.processes.ports import FreePorts
 
 PROGRAM = Path(__file__).with_name("rank_program.py")
 LIMIT_S = 120
-_first_tokens = itertools.count(1000, 10_000)
-"""Prompts of their own: kinds differ in size, and keys do not say so."""
 
 
-@pytest.mark.parametrize(
-    ("kind", "page_tokens", "tokens", "loses_page", "loaded"),
-    [
-        ("full", 16, 2560, None, 2560),
-        ("full", 16, 2560, 140, 140 * 16),  # one rank falls short: both have so much
-        ("mamba", 64, 2048, None, 2048),
-        ("swa", 16, 2048, None, 2048),
-    ],
+class Case(NamedTuple):
+    kind: str
+    page_tokens: int
+    tokens: int
+    loses_page: int | None
+    """Of the second rank, on which nothing comes from there on."""
+    loaded: int
+    """Tokens, on both."""
+    first_token: int
+    """Prompts of their own: kinds differ in size, and keys do not say so."""
+
+
+CASES = (
+    Case("full", 16, 2560, None, 2560, 1000),
+    Case("full", 16, 2560, 140, 140 * 16, 2000),
+    Case("mamba", 64, 2048, None, 2048, 3000),
+    Case("swa", 16, 2048, None, 2048, 4000),
 )
-def test_ranks_agree_on_what_relays_have_brought(scene, kind, page_tokens, tokens, loses_page, loaded):
+
+
+def test_ranks_agree_on_what_relays_have_brought(scene):
     relays = scene.relay(), scene.relay()
     task = {
-        "kind": kind,
-        "page_tokens": page_tokens,
-        "tokens": tokens,
-        "first_token": next(_first_tokens),
+        "cases": [case._asdict() for case in CASES],
         "ranks": 2,
         "port": FreePorts(HOST).take(),
         "options": {
@@ -56,11 +60,7 @@ def test_ranks_agree_on_what_relays_have_brought(scene, kind, page_tokens, token
     }
     ranks = [
         subprocess.Popen(
-            [
-                sys.executable,
-                str(PROGRAM),
-                json.dumps({**task, "rank": rank, "loses_page": loses_page if rank == 1 else None}),
-            ],
+            [sys.executable, str(PROGRAM), json.dumps({**task, "rank": rank})],
             env=environment,
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
@@ -73,11 +73,12 @@ def test_ranks_agree_on_what_relays_have_brought(scene, kind, page_tokens, token
         for rank in ranks:
             out, errors = rank.communicate(timeout=LIMIT_S)
             assert rank.returncode == 0, errors[-2000:]
-            said.append(json.loads(out.splitlines()[-1]))
+            said.append([json.loads(line) for line in out.splitlines() if line.startswith("{")])
     finally:
         for rank in ranks:
             rank.kill()
             rank.wait()
-    assert [each["loaded"] for each in said] == [loaded, loaded]
-    assert [each["wrong"] for each in said] == [0, 0]
-    assert all(each["relay_bytes"] for each in said)
+    for of_one in said:
+        assert [each["loaded"] for each in of_one] == [case.loaded for case in CASES]
+        assert [each["wrong"] for each in of_one] == [0] * len(CASES)
+        assert all(each["relay_bytes"] for each in of_one)

@@ -12,7 +12,7 @@ from relay_world import MIB, Loading, ObedientRelay, Scene
 from dualpath_sgl.evals.relay.world import eventually
 
 RATE = 100e6
-STORM_S = 20.0
+STORM_S = 10.0
 
 
 class Weather(threading.Thread):
