@@ -79,7 +79,8 @@ class Bench:
     def hung_in_a_pull(self) -> dict[str, Any]:
         """The one relay is stopped while a pull is under way, for good."""
         with self._relays(1) as relays, self._prefill(relays) as (prefill, objects):
-            read = prefill.loader._forwarder.read
+            transport = prefill.transport(relays[0])
+            read = transport.read
             stopped_s: list[float] = []
 
             def read_from_the_dead(*arguments: Any) -> bool:
@@ -88,7 +89,7 @@ class Bench:
                     relays[0].send(signal.SIGSTOP)
                 return read(*arguments)
 
-            prefill.loader._forwarder.read = read_from_the_dead  # type: ignore[method-assign, assignment]
+            transport.read = read_from_the_dead  # type: ignore[method-assign, assignment]
             begun_s = time.monotonic()
             took_s = self._timed(prefill, objects)
             left = objects.byte_count - 2 * (stopped_s[0] - begun_s) * self._rate

@@ -16,6 +16,7 @@ import tempfile
 import threading
 import time
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -23,11 +24,12 @@ from dualpath_sgl.lanes.forward import Forwarder, bound_mooncakes_patience
 from dualpath_sgl.lanes.peer_keys import Secure
 from dualpath_sgl.launch.processes.ports import FreePorts
 from dualpath_sgl.limits.read_limit import ReadLimit
-from dualpath_sgl.relay.client.bounce import Bounce
 from dualpath_sgl.relay.client.claims import Pointers
 from dualpath_sgl.relay.client.counts import Counts
-from dualpath_sgl.relay.client.destinations import Destinations
+from dualpath_sgl.relay.client.lane import RelayLane
 from dualpath_sgl.relay.client.loader import Loader
+from dualpath_sgl.relay.client.memory.destinations import Destinations
+from dualpath_sgl.relay.client.memory.transports import Transports
 from dualpath_sgl.relay.client.options import Options
 from dualpath_sgl.relay.client.relays import Helper, Relays
 from dualpath_sgl.relay.memory import Memory
@@ -217,7 +219,7 @@ def _digest(address: int, byte_count: int) -> bytes:
     return hashlib.sha256(ctypes.string_at(address, byte_count)).digest()
 
 
-_never_destroyed: list[Forwarder] = []
+_never_destroyed: list[Transports] = []
 """Mooncake's destructor holds the interpreter for a second, and whatever is measured meanwhile."""
 
 
@@ -247,14 +249,13 @@ class Prefill:
         self.relays = Relays(helpers)
         self._destinations = Destinations()
         chosen = Options(**options)
-        forwarder = Forwarder(HOST, "tcp", "", [])
-        _never_destroyed.append(forwarder)
+        transports = Transports(partial(Forwarder, HOST, "tcp", "", []), chosen.bounce_bytes)
+        _never_destroyed.append(transports)
         self.loader = Loader(
             self._read,
             self.relays,
             hello or Hello(engine="prefill-0"),
-            forwarder,
-            Bounce(chosen.bounce_bytes, forwarder),
+            transports,
             self._destinations,
             chosen,
             is_shared=is_shared,
@@ -271,6 +272,15 @@ class Prefill:
         eventually(
             lambda: names <= {lane.helper.name for lane in self.loader.lanes_up()}, f"{names} may be asked"
         )
+
+    def lane(self, relay: RelayProcess) -> RelayLane:
+        return self.loader._lanes[relay.helper]
+
+    def transport(self, relay: RelayProcess) -> Forwarder:
+        """What its memory is read with; it must be known."""
+        transport = self.lane(relay)._transport
+        assert transport is not None
+        return transport
 
     def load(self, objects: Objects) -> list[int]:
         self._destinations.add(objects.address, objects.byte_count)

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from dualpath_sgl.relay import wire
 from dualpath_sgl.relay.client.claims import LEAST_BATCH_BYTES, Blocks, Limits, Load, blocks_of
-from dualpath_sgl.relay.client.destinations import Destinations
+from dualpath_sgl.relay.client.memory.destinations import Destinations
 from dualpath_sgl.relay.client.spread import GROUP_BYTES, spread
 
 MIB = 2**20

@@ -47,15 +47,15 @@ def test_a_relay_that_stops_between_two_pulls_and_goes_on(scene):
     relay = scene.relay(rate=SLOW)
     objects = scene.objects(LONG)
     prefill = scene.prefill(relay, rate=SLOW)
-    read = prefill.loader._forwarder.read
+    read = prefill.transport(relay).read
 
     def stop_before_the_pull(*arguments):
-        prefill.loader._forwarder.read = read
+        prefill.transport(relay).read = read
         arrived = read(*arguments)
         relay.send(signal.SIGSTOP)
         return arrived
 
-    prefill.loader._forwarder.read = stop_before_the_pull
+    prefill.transport(relay).read = stop_before_the_pull
     loading = Loading(lambda: prefill.load(objects))
     assert loading.ends() == objects.sizes
     assert objects.wrong() == []
@@ -69,14 +69,14 @@ def test_a_relay_that_hangs_during_a_pull(scene):
     relay = scene.relay(rate=SLOW)
     objects = scene.objects(LONG)
     prefill = scene.prefill(relay, rate=SLOW)
-    read = prefill.loader._forwarder.read
+    read = prefill.transport(relay).read
 
     def stop_in_the_pull(*arguments):
-        prefill.loader._forwarder.read = read
+        prefill.transport(relay).read = read
         relay.send(signal.SIGSTOP)
         return read(*arguments)
 
-    prefill.loader._forwarder.read = stop_in_the_pull
+    prefill.transport(relay).read = stop_in_the_pull
     loading = Loading(lambda: prefill.load(objects))
     assert loading.ends() == objects.sizes
     assert objects.wrong() == []
@@ -161,14 +161,14 @@ def test_a_pull_that_outlasts_its_lease_does_not_count(scene):
     relay = scene.relay(lease_s=0.05)
     objects = scene.objects()
     prefill = scene.prefill(relay, rate=SLOW)
-    read = prefill.loader._forwarder.read
+    read = prefill.transport(relay).read
 
     def read_slowly(*arguments):
         arrived = read(*arguments)
         time.sleep(0.2)
         return arrived
 
-    prefill.loader._forwarder.read = read_slowly
+    prefill.transport(relay).read = read_slowly
     assert prefill.load(objects) == objects.sizes
     assert objects.wrong() == []
     assert prefill.counts.relays[relay.name].invalid > 0
@@ -196,7 +196,7 @@ def test_relays_that_shall_read_everything_and_bring_nothing(scene):
     relay = scene.relay()
     objects = scene.objects()
     prefill = scene.prefill(relay, is_shared=lambda key: True)
-    lane = prefill.loader._lanes[relay.helper]
+    lane = prefill.lane(relay)
     lane._ask_for = lambda load, claim: not load.give_back(claim)  # as without bounce memory
     assert prefill.load(objects) == objects.sizes
     assert objects.wrong() == []
@@ -217,7 +217,7 @@ def test_a_fault_in_a_lane_costs_its_batches_and_not_the_load(scene):
     relay = scene.relay(rate=SLOW)
     objects = scene.objects(LONG)
     prefill = scene.prefill(relay, rate=SLOW)
-    lane = prefill.loader._lanes[relay.helper]
+    lane = prefill.lane(relay)
     land, failed = lane._land, []
 
     def fail_once(batch):

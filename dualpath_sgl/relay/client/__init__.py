@@ -4,14 +4,15 @@ Relays claim from the front of a load's list, the engine's own client of the sto
 Nobody knows a rate.  A lane that dies, hangs or slows down is met sooner, and what it had claimed is claimed
 again.
 
-    SGLang -> store.py     its Mooncake backend with one method replaced (register.py puts it there)
+    SGLang -> prefetch/    its prefetch, with two of its calls under way at a time
+    store.py               its Mooncake backend with one method replaced (register.py puts it there)
     loader.py              one call of it, from its begin to its end
     claims.py              the list: who claims what, what comes back, what has landed
     lane.py                one relay: ask, pull, confirm, copy (batch.py), if it may be asked (standing.py)
-    bounce.py              memory that bytes of relays are pulled into, and stay in until they are confirmed
+    memory/                where its bytes come into, and with which transfer engine
 
 Beside it: relays.py (who may help), options.py (the backend's configuration), spread.py (which relay reads
-what, when ranks share their KV), destinations.py (memory that may be copied into), counts.py.
+what, when ranks share their KV), counts.py, spans.py.
 
 A pull cannot be taken back: bytes of a relay that hung may come seconds later.  They land in bounce memory
 that nobody else gets before the transfer is over, never in the engine's.  So a load is over when `load`

@@ -5,8 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from dualpath_sgl.lanes.forward import merge_runs
-from dualpath_sgl.relay.client.bounce import Room, copy_blocks
 from dualpath_sgl.relay.client.claims import Claim, Load
+from dualpath_sgl.relay.client.memory.bounce import Room, copy_blocks
 from dualpath_sgl.relay.wire import Fetch, Ready
 
 

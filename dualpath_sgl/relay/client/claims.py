@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 from dualpath_sgl.relay import wire
+from dualpath_sgl.relay.client.spans import OWN
 
 LEAST_BATCH_BYTES = 256 * 1024
 """Towards the end of a load batches shrink to this: what is left then takes all lanes about as long."""
@@ -78,6 +79,10 @@ class Load:
         self._undone = len(keys)
         self.landed_s = time.monotonic()
         """When something landed last, whoever brought it."""
+        self.brought: dict[str, int] = {}
+        """Bytes by relay, and by `OWN`."""
+        self.came_back = 0
+        """Objects that a relay had claimed and did not bring."""
         self._parts: dict[str, deque[int]] = {}
         for index in range(len(keys)):
             part = relay_of[index] if relay_of is not None else ANYBODY
@@ -131,9 +136,11 @@ class Load:
             for index in whole:
                 self.results[index] = self.sizes[index]
             self._undone -= len(whole)
+            self._count(claim.relay, sum(self.sizes[index] for index in whole))
             if whole:
                 self.landed_s = time.monotonic()
             missing = set(claim.indices).difference(whole)
+            self.came_back += len(missing)
             self._own.extend(sorted(missing))
             self._left_bytes += sum(self.sizes[i] for i in missing)
             self._change.notify_all()
@@ -144,6 +151,7 @@ class Load:
             for index, result in zip(indices, results, strict=True):
                 self.results[index] = result
             self._undone -= len(indices)
+            self._count(OWN, sum(result for result in results if result > 0))
             self.landed_s = time.monotonic()
             self._change.notify_all()
 
@@ -157,6 +165,8 @@ class Load:
                 return False
             self._claims.discard(claim)
             self._reopen(self._own if to_own else self._returned, claim.indices)
+            if not to_own:
+                self.came_back += len(claim.indices)
             return True
 
     def take_back_overdue(self, before_s: float) -> int:
@@ -167,7 +177,9 @@ class Load:
                 claim.void = True
                 self._claims.discard(claim)
                 self._reopen(self._own, claim.indices)
-            return sum(len(claim.indices) for claim in overdue)
+            count = sum(len(claim.indices) for claim in overdue)
+            self.came_back += count
+            return count
 
     def wait(self, timeout_s: float) -> bool:
         """Until something has changed; False when every object has its result."""
@@ -182,6 +194,9 @@ class Load:
             self._closed = True
             while self._landing:
                 self._change.wait()
+
+    def _count(self, who: str, byte_count: int) -> None:
+        self.brought[who] = self.brought.get(who, 0) + byte_count
 
     def _reopen(self, whose: deque[int], indices: Sequence[int]) -> None:
         whose.extend(indices)

@@ -26,9 +26,9 @@ from dualpath_sgl.lanes.forward import Forwarder, StillWriting
 from dualpath_sgl.lanes.peer_keys import Secure
 from dualpath_sgl.relay import wire
 from dualpath_sgl.relay.client.batch import Batch
-from dualpath_sgl.relay.client.bounce import Bounce
 from dualpath_sgl.relay.client.claims import Claim, Limits, Load
 from dualpath_sgl.relay.client.counts import LaneCounts
+from dualpath_sgl.relay.client.memory.transports import Transports
 from dualpath_sgl.relay.client.relays import Helper
 from dualpath_sgl.relay.client.standing import Standing
 from dualpath_sgl.relay.wire import (
@@ -48,7 +48,7 @@ from dualpath_sgl.threads import faults
 from dualpath_sgl.threads.mailbox import Mailbox
 from dualpath_sgl.threads.priority import wait_politely
 from scheduler_svc.telemetry.log_limit import LimitedLog
-from scheduler_svc.wire.liveness import notice_dead_peers
+from scheduler_svc.wire.liveness import notice_dead_peers, stop_monitor
 from scheduler_svc.wire.protocol import Wire, encode
 
 logger = logging.getLogger(__name__)
@@ -72,6 +72,8 @@ _leases = itertools.count(1)
 class _Greeted:
     mooncake_address: str
     answers: bool
+    transport: Forwarder | None
+    """With which it was met."""
 
 
 class RelayLane(threading.Thread):
@@ -82,8 +84,7 @@ class RelayLane(threading.Thread):
         loads: Callable[[], Iterable[Load]],
         limits: Callable[[], Limits],
         traceparent: Callable[[Load], str | None],
-        forwarder: Forwarder,
-        bounce: Bounce,
+        transports: Transports,
         silence_s: float,
         counts: LaneCounts,
         secure: Secure | None = None,
@@ -97,8 +98,10 @@ class RelayLane(threading.Thread):
         self._loads = loads
         self._limits = limits
         self._traceparent = traceparent
-        self._forwarder = forwarder
-        self._bounce = bounce
+        self._transports = transports
+        self._transport: Forwarder | None = None
+        """Of the memory that was met."""
+        self._bounce = transports.bounce
         self._silence_s = silence_s
         self._counts = counts
         self._asked: dict[int, Batch] = {}
@@ -141,10 +144,12 @@ class RelayLane(threading.Thread):
         self._stopping = True
         self._order(None)
 
-    def _order(self, order: Load | _Greeted | None) -> None:
+    def _order(self, order: Load | _Greeted | None) -> bool:
+        """False when the lane has ended."""
         with self._door:
             if not self._ended:
                 self._orders.put(order)
+            return not self._ended
 
     # -- the lane's own thread --------------------------------------------------------------------
 
@@ -173,10 +178,11 @@ class RelayLane(threading.Thread):
         self._try(partial(self._lose, "is no helper any more", 0.0))
         with self._door:
             self._ended = True
+            self._try(self._take_orders)
             self._orders.close()
-        # While somebody listens: an event without a receiver would hold up ZeroMQ's I/O thread for ever.
-        self._socket.monitor(None, 0)
-        monitor.close()
+        if self._transport is not None:
+            self._transports.give_back(self._transport)
+        stop_monitor(self._socket, monitor)
         self._socket.close()
 
     def _try(self, step: Callable[[], object]) -> None:
@@ -224,26 +230,36 @@ class RelayLane(threading.Thread):
             ).start()
 
     def _greet(self, mooncake_address: str, address: int) -> None:
-        """Mooncake's first contact is made inside the first read, which may take long: on a thread of its own."""
+        """Mooncake's first contact is made inside the first read, and takes up to a minute when the relay freezes
+        just then: on a thread and with a transfer engine of its own.
+        """
         answers = False
-        room = self._bounce.take(1)
+        transport, room = None, self._bounce.take(1)
         try:
+            transport = self._transports.take()
             answers = (
                 room is not None
-                and self._forwarder.answers(mooncake_address)
-                and self._forwarder.read(mooncake_address, [room.address], [address], [1], self._silence_s)
+                and transport.answers(mooncake_address)
+                and transport.read(mooncake_address, [room.address], [address], [1], self._silence_s)
             )
         except StillWriting as writing:
             assert room is not None
             self._bounce.keep_back(room, writing)
             room = None
+        except Exception:
+            faults.record("relay %s is not asked for a while", self.helper.name)
         finally:
             if room is not None:
                 self._bounce.give_back(room)
-            self._order(_Greeted(mooncake_address, answers))
+            if not self._order(_Greeted(mooncake_address, answers, transport)) and transport is not None:
+                self._transports.give_back(transport)
 
     def _greeted(self, greeted: _Greeted) -> None:
-        self._standing.greeted(greeted.mooncake_address, greeted.answers, PAUSE_S)
+        spare = greeted.transport
+        if self._standing.greeted(greeted.mooncake_address, greeted.answers, PAUSE_S):
+            spare, self._transport = self._transport, greeted.transport
+        if spare is not None:
+            self._transports.give_back(spare)
         if not greeted.answers:
             text = "DualPath: relay %s: its memory %s does not answer"
             self._log.log(logging.WARNING, text, self.helper.name, greeted.mooncake_address)
@@ -372,8 +388,9 @@ class RelayLane(threading.Thread):
             self._send(Release(batch.lease))
             return
         begun_s = time.monotonic()
+        assert self._transport is not None
         try:
-            arrived = self._forwarder.read(
+            arrived = self._transport.read(
                 ready.mooncake_address, *batch.transfers(), self._silence_s, PULL_S
             )
         except StillWriting as writing:

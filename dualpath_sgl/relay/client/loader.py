@@ -10,18 +10,18 @@ from functools import partial
 
 from opentelemetry.trace import Tracer
 
-from dualpath_sgl.lanes.forward import Forwarder
 from dualpath_sgl.lanes.peer_keys import Secure
-from dualpath_sgl.relay.client.bounce import Bounce
 from dualpath_sgl.relay.client.claims import ANYBODY, Blocks, Limits, Load, Pointers, blocks_of
 from dualpath_sgl.relay.client.counts import Counts, LaneCounts
-from dualpath_sgl.relay.client.destinations import Destinations
 from dualpath_sgl.relay.client.lane import RelayLane
+from dualpath_sgl.relay.client.memory.destinations import Destinations
+from dualpath_sgl.relay.client.memory.transports import Transports
 from dualpath_sgl.relay.client.options import Options
+from dualpath_sgl.relay.client.prefetch.call import Call, present
 from dualpath_sgl.relay.client.relays import Helper, Relays
+from dualpath_sgl.relay.client.spans import OWN, Told, of_load
 from dualpath_sgl.relay.client.spread import spread
 from dualpath_sgl.relay.wire import Hello
-from scheduler_svc.telemetry.tracing import traceparent_of
 
 logger = logging.getLogger(__name__)
 
@@ -42,8 +42,7 @@ class Loader:
         own_read: OwnRead,
         relays: Relays,
         hello: Hello,
-        forwarder: Forwarder,
-        bounce: Bounce,
+        transports: Transports,
         destinations: Destinations,
         options: Options,
         *,
@@ -51,7 +50,7 @@ class Loader:
         secure: Callable[[str], Secure] | None = None,
         tracer: Tracer | None = None,
     ) -> None:
-        """`own_read` is called on the threads that call `load`; `bounce` is registered with `forwarder`.
+        """`own_read` is called on the threads that call `load`.
 
         `is_shared`: whether other ranks ask for the object of that key, too.  Relays then read it, once for all,
         and the own client only if they do not bring it.
@@ -59,13 +58,13 @@ class Loader:
         """
         self._own_read = own_read
         self._hello = hello
-        self._forwarder = forwarder
+        self._transports = transports
         self._destinations = destinations
         self._options = options
         self._is_shared = is_shared
         self._secure = secure
         self._tracer = tracer
-        self._bounce = bounce
+        self._bounce = transports.bounce
         self._lock = threading.Lock()
         self._lanes: dict[Helper, RelayLane] = {}
         self._open: dict[Load, str | None] = {}
@@ -85,23 +84,42 @@ class Loader:
         """Bring each object to its place: its bytes, or a negative code, in the order of `keys`.
 
         `pointers[i]` and `sizes[i]` are numbers, or equally long lists of them.  When it has returned,
-        nothing writes to any of the places.  Raises what `own_read` raises.
+        nothing writes to any of the places.  Raises what `own_read` raises.  A call that is given up ends
+        early, with -1 for what has not come.
         """
         blocks = [blocks_of(*place) for place in zip(pointers, sizes, strict=True)]
-        lanes = self.lanes_up()
-        if not lanes or not self._is_worth_asking(blocks):
-            self.counts.direct_calls += 1
-            return self._read(keys, pointers, sizes, blocks)
-        names = [lane.helper.name for lane in lanes]
-        load = Load(keys, blocks, self._relay_of(keys, blocks, names) if self._is_shared else None)
-        if self._tracer is None:
-            self._run(load, pointers, sizes, None)
+        call = present()
+        with of_load(self._tracer, call) as told:
+            told.objects = len(keys)
+            lanes = self.lanes_up()
+            if not lanes or not self._is_worth_asking(blocks):
+                return self._load_directly(keys, pointers, sizes, blocks, told)
+            names = [lane.helper.name for lane in lanes]
+            load = Load(keys, blocks, self._relay_of(keys, blocks, names) if self._is_shared else None)
+            told.brought = load.brought
+            self._run(load, pointers, sizes, call, told.traceparent)
+            if load.came_back:
+                told.fallback = f"{load.came_back} objects did not come from relays"
             return load.results
-        with self._tracer.start_as_current_span(
-            "relay.load", attributes={"dualpath.objects": len(keys), "dualpath.bytes": load.left_bytes}
-        ) as span:
-            self._run(load, pointers, sizes, traceparent_of(span))
-        return load.results
+
+    def _load_directly(
+        self,
+        keys: Sequence[str],
+        pointers: Sequence[Pointers],
+        sizes: Sequence[Pointers],
+        blocks: Sequence[Blocks],
+        told: Told,
+    ) -> list[int]:
+        self.counts.direct_calls += 1
+        if not self._is_worth_asking(blocks):
+            told.reason = "not worth asking relays"
+        elif self._lanes:
+            told.fallback = "no relay may be asked"
+        else:
+            told.reason = "no relay helps"
+        results = self._read(keys, pointers, sizes, blocks)
+        told.brought = {OWN: sum(got for got in results if got > 0)}
+        return results
 
     def close(self) -> None:
         """End the lanes; loads under way go on with the own client."""
@@ -123,6 +141,7 @@ class Loader:
         load: Load,
         pointers: Sequence[Pointers],
         sizes: Sequence[Pointers],
+        call: Call,
         traceparent: str | None,
     ) -> None:
         with self._lock:
@@ -131,17 +150,17 @@ class Loader:
         try:
             for lane in list(self._lanes.values()):
                 lane.wake()
-            self._read_from_the_back(load, pointers, sizes)
+            self._read_from_the_back(load, pointers, sizes, call)
         finally:
             with self._lock:
                 del self._open[load]
             load.close()
 
     def _read_from_the_back(
-        self, load: Load, pointers: Sequence[Pointers], sizes: Sequence[Pointers]
+        self, load: Load, pointers: Sequence[Pointers], sizes: Sequence[Pointers], call: Call
     ) -> None:
         more = True
-        while more:
+        while more and not call.given_up:
             lanes = self.lanes_up()
             relays_get_on = bool(lanes) and time.monotonic() < load.landed_s + OVERDUE_S
             shared = self._is_shared is not None
@@ -200,8 +219,7 @@ class Loader:
             partial(list, self._open),
             self._limits,
             self._open.get,
-            self._forwarder,
-            self._bounce,
+            self._transports,
             self._options.silence_s,
             self.counts.relays.setdefault(helper.name, LaneCounts()),
             secure,

@@ -8,6 +8,8 @@ from dualpath_sgl.relay.wire import Welcome
 
 HAIL_S = 0.5
 """Between two Hellos to a relay that has not answered."""
+MOST_GREETINGS = 3
+"""Of one relay at a time: it may be started again while the memory that it had does not answer."""
 
 
 class Standing:
@@ -17,9 +19,9 @@ class Standing:
         self.welcome: Welcome | None = None
         """The relay's answer to our last Hello; None while none has come."""
         self._connected = False
-        self._known: set[str] = set()
-        """Addresses that have answered: the first contact with one that hangs would stop all others."""
-        self._greeting = False
+        self._met: str | None = None
+        """The memory that has answered; another one has to be met before it is read."""
+        self._greeting: set[str] = set()
         self._leaving = False
         self._hail_s = 0.0
         self._resume_s = 0.0
@@ -29,7 +31,7 @@ class Standing:
         return (
             self._connected
             and self.welcome is not None
-            and self.welcome.mooncake_address in self._known
+            and self.welcome.mooncake_address == self._met
             and not self._leaving
             and time.monotonic() >= self._resume_s
         )
@@ -51,20 +53,27 @@ class Standing:
     def welcomed(self, welcome: Welcome) -> bool:
         """Whether its memory has to be met first (`greeted` must follow)."""
         self.welcome, self._leaving = welcome, False
-        if welcome.mooncake_address in self._known or self._greeting:
+        if welcome.mooncake_address == self._met or welcome.mooncake_address in self._greeting:
             return False
-        self._greeting = True
+        if len(self._greeting) == MOST_GREETINGS:
+            self.lose(HAIL_S)
+            return False
+        self._greeting.add(welcome.mooncake_address)
         return True
 
-    def greeted(self, mooncake_address: str, answers: bool, pause_s: float) -> None:
-        self._greeting = False
+    def greeted(self, mooncake_address: str, answers: bool, pause_s: float) -> bool:
+        """Whether it may be read from now on: it answers, and is the one that the relay has now."""
+        self._greeting.discard(mooncake_address)
+        if self.welcome is None or self.welcome.mooncake_address != mooncake_address:
+            return False
         if answers:
-            self._known.add(mooncake_address)
+            self._met = mooncake_address
         else:
             self.lose(pause_s)
+        return answers
 
     def knows(self, mooncake_address: str) -> bool:
-        return mooncake_address in self._known
+        return mooncake_address == self._met
 
     def leaves(self) -> None:
         """The relay wants to be asked for nothing more."""
@@ -81,5 +90,5 @@ class Standing:
         """
         self.welcome = None
         self._hail_s = self._resume_s = time.monotonic() + pause_s
-        if mooncake_address is not None:
-            self._known.discard(mooncake_address)
+        if mooncake_address is not None and mooncake_address == self._met:
+            self._met = None

@@ -13,7 +13,7 @@ import re
 import socket
 import time
 from collections.abc import Callable, Sequence
-from functools import cache
+from functools import cache, partial
 from typing import Any
 
 from sglang.srt.mem_cache.hicache_storage import HiCacheStorageConfig
@@ -22,10 +22,10 @@ from sglang.srt.mem_cache.storage.mooncake_store.mooncake_store import MooncakeS
 from dualpath_sgl.lanes.forward import Forwarder, bound_mooncakes_patience
 from dualpath_sgl.lanes.peer_keys import PeerKeys
 from dualpath_sgl.limits.read_limit import read_limit
-from dualpath_sgl.relay.client.bounce import Bounce
 from dualpath_sgl.relay.client.claims import Pointers
-from dualpath_sgl.relay.client.destinations import Destinations
 from dualpath_sgl.relay.client.loader import Loader
+from dualpath_sgl.relay.client.memory.destinations import Destinations
+from dualpath_sgl.relay.client.memory.transports import Transports
 from dualpath_sgl.relay.client.options import options
 from dualpath_sgl.relay.client.relays import Relays
 from dualpath_sgl.relay.wire import Hello
@@ -36,12 +36,9 @@ logger = logging.getLogger(__name__)
 
 
 @cache
-def _transport(host: str, protocol: str, device: str, bounce_bytes: int) -> tuple[Forwarder, Bounce]:
-    """One for the process, whenever its storage is attached: Mooncake's destructor would hold the
-    interpreter for a second, and a pull that hangs keeps its memory.
-    """
-    forwarder = Forwarder(host, protocol, device, [])
-    return forwarder, Bounce(bounce_bytes, forwarder)
+def _transports(host: str, protocol: str, device: str, bounce_bytes: int) -> Transports:
+    """Those of the process, whenever its storage is attached: a pull that hangs keeps its memory."""
+    return Transports(partial(Forwarder, host, protocol, device, []), bounce_bytes)
 
 
 class RelayStore(MooncakeStore):  # type: ignore[misc]
@@ -67,7 +64,7 @@ class RelayStore(MooncakeStore):  # type: ignore[misc]
                 engine=own.engine_id or f"{socket.gethostname()}-{os.getpid()}",
                 rank=storage_config.tp_rank,
             ),
-            *_transport(own.host, own.protocol, own.device, chosen.bounce_bytes),
+            _transports(own.host, own.protocol, own.device, chosen.bounce_bytes),
             self._destinations,
             chosen,
             is_shared=self._is_shared()

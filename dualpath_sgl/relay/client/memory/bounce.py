@@ -29,14 +29,17 @@ class Room(NamedTuple):
 class Bounce:
     """One rank's, for all its lanes: any thread."""
 
-    def __init__(self, byte_count: int, forwarder: Forwarder) -> None:
-        """Raises OSError without so much memory, RuntimeError when Mooncake does not register it."""
+    def __init__(self, byte_count: int) -> None:
+        """Raises OSError without so much memory."""
         self._memory = Memory(byte_count)
-        forwarder.register(self._memory.address, byte_count)
         self._slots = Slots(byte_count // SLOT_BYTES)
         self._kept_back: list[tuple[StillWriting, Room]] = []
         self._lock = threading.Lock()
         self.most_bytes = byte_count // MOST_SHARE
+
+    def register_with(self, forwarder: Forwarder) -> None:
+        """From now on it reads into this.  Raises RuntimeError when Mooncake does not register it."""
+        forwarder.register(self._memory.address, self._memory.byte_count)
 
     @property
     def kept_back(self) -> int:
