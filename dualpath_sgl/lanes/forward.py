@@ -22,16 +22,21 @@ if TYPE_CHECKING:
     from mooncake.engine import TransferEngine
 
 LEAST_PIECE_BYTES = 64 * 1024
-MOST_PIECE_BYTES = 1024 * 1024
-PIECES_A_READ = 64
-"""A read is cut into about so many transfers, within these sizes: on a slow link they are short, so that
-one of them ends every now and then while the peer is alive."""
+MOST_PIECE_BYTES = 16 * 1024 * 1024
+PIECE_S = 0.005
+"""A read is cut into transfers that take the peer about so long, within these sizes.  On a slow link they are
+short, so that one of them ends every now and then while the peer is alive.  On a fast one they are few: each waits
+for the interpreter, which an engine's own loop keeps busy."""
+UNKNOWN_RATE = 100e6
+"""Bytes a second that are expected of a peer before it was read from."""
 UNDER_WAY = 12
 """Transfers: three for each of the four connections that Mooncake makes to a peer.  At a peer that hangs they
 end in three rounds of `MC_TCP_PROGRESS_TIMEOUT_SEC` and one second."""
 POLL_S = 0.0002
-"""Sleeping between looks leaves the core to Mooncake's own thread, which does the copying: on two cores a
+"""Between two looks, or an eighth of what a transfer should take.  Sleeping between looks leaves the core to Mooncake's own thread, which does the copying: on two cores a
 read of 256 blocks of 64 KiB takes 10 ms instead of the 17 ms of Mooncake's spinning wait."""
+
+MOST_POLL_S = 0.005
 
 STOOD_STILL_S = 0.1
 """After so long a sleep this process itself stood still, and is no measure for anybody else's patience."""
@@ -81,6 +86,8 @@ class Forwarder:
                 f"Mooncake transfer engine did not start on {host} ({protocol}, device {device!r}): "
                 f"code {code}; check DUALPATH_HOST, DUALPATH_PROTOCOL and DUALPATH_DEVICE"
             )
+        self._rates: dict[str, float] = {}
+        """Bytes a second of the last read from each engine."""
         for buffer in buffers:
             self.register(buffer.data_ptr(), buffer.numel() * buffer.element_size())
         # P2PHANDSHAKE picks its own port: peers must be told on every start.
@@ -115,9 +122,12 @@ class Forwarder:
         ended for `patience_s`, or the whole takes longer than `most_s`.  Every block costs time whatever
         its size: join them first (`merge_runs`).
         """
-        transfers = _Transfers(self._engine, time.monotonic() + most_s)
+        begun_s = time.monotonic()
+        rate = self._rates.pop(mooncake_address, UNKNOWN_RATE)
+        piece_bytes = _piece_bytes(sum(lengths), rate)
+        transfers = _Transfers(self._engine, begun_s + most_s, max(POLL_S, piece_bytes / rate / 8))
         try:
-            for piece in _pieces(local, remote, lengths):
+            for piece in _pieces(local, remote, lengths, piece_bytes):
                 transfers.wait_for_room(UNDER_WAY, patience_s)
                 if transfers.failed:
                     break
@@ -127,14 +137,17 @@ class Forwarder:
             if not transfers:
                 raise
             raise StillWriting(transfers) from error
+        if not transfers.failed:
+            self._rates[mooncake_address] = max(1.0, sum(lengths) / (time.monotonic() - begun_s + 1e-9))
         return not transfers.failed
 
 
 class _Transfers:
     """What Mooncake was asked for in one read and has not ended yet, oldest first."""
 
-    def __init__(self, engine: TransferEngine, until_s: float) -> None:
+    def __init__(self, engine: TransferEngine, until_s: float, poll_s: float) -> None:
         self._engine = engine
+        self._poll_s = min(poll_s, MOST_POLL_S)
         self._until_s = until_s
         self._batches: deque[int] = deque()
         self.failed = False
@@ -159,7 +172,7 @@ class _Transfers:
         waits_since_s = time.monotonic()
         while len(self._batches) >= most:
             begun_s = time.monotonic()
-            time.sleep(POLL_S)
+            time.sleep(self._poll_s)
             slept_s = time.monotonic() - begun_s
             if slept_s > STOOD_STILL_S:
                 waits_since_s += slept_s
@@ -183,11 +196,16 @@ class _Transfers:
         return len(self._batches) < before
 
 
+def _piece_bytes(total_bytes: int, bytes_per_s: float) -> int:
+    """Of a transfer; enough of them that all connections have one."""
+    most = min(MOST_PIECE_BYTES, total_bytes // UNDER_WAY)
+    return max(LEAST_PIECE_BYTES, min(most, int(bytes_per_s * PIECE_S)))
+
+
 def _pieces(
-    local: Sequence[int], remote: Sequence[int], lengths: Sequence[int]
+    local: Sequence[int], remote: Sequence[int], lengths: Sequence[int], most: int
 ) -> Iterator[tuple[int, int, int]]:
     """`(local, remote, length)` of every transfer that the blocks are cut into."""
-    most = min(max(LEAST_PIECE_BYTES, sum(lengths) // PIECES_A_READ), MOST_PIECE_BYTES)
     for here, there, length in zip(local, remote, lengths, strict=True):
         for offset in range(0, length, most):
             yield here + offset, there + offset, min(most, length - offset)

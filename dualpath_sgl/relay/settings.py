@@ -51,7 +51,7 @@ class Settings(BaseSettings):
     storage_device: str = ""
     """RDMA device on the storage network."""
 
-    ring_bytes: Annotated[int, Field(ge=1 * MIB, le=2**40)] = 256 * MIB
+    ring_bytes: Annotated[int, Field(ge=1 * MIB, le=2**40)] = 512 * MIB
     """Memory that objects are read into, registered with both networks."""
     slot_bytes: Annotated[int, Field(ge=64 * 1024, le=2**30)] = 4 * MIB
     """What is read at a time takes whole slots: at least the clients' batch."""

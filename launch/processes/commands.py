@@ -57,6 +57,7 @@ CPU_FLAGS = (
     # Idle schedulers would spin and share two cores with the busy ones.
     "--sleep-on-idle",
 )
+CPU_BOUNCE_BYTES = 64 << 20
 CUDA_FLAGS = ("--device=cuda", "--dtype=bfloat16")
 DECODE_CACHES = (Mode.DUALPATH, Mode.BOTH)
 """Modes in which decode engines have HiCache, too."""
@@ -359,6 +360,8 @@ def _hicache_flags(config: ClusterConfig, group: Group, helpers: list[str]) -> l
         extra |= DUALPATH_BACKEND
     elif config.mode is Mode.RELAY:
         extra[OPTIONS_KEY] = {"relays": helpers}
+        if config.device == "cpu":
+            extra[OPTIONS_KEY]["bounce_bytes"] = CPU_BOUNCE_BYTES
     elif rate is not None:
         backend = "dynamic"
         extra |= LIMITED_BACKEND

@@ -15,6 +15,9 @@ from dualpath_sgl.launch.config.cluster import ClusterConfig, bits_per_s
 from scheduler_svc.wire.addresses import authority
 from scheduler_svc.wire.protocol import Role
 
+CPU_RING_BYTES = 256 << 20
+"""Links between processes of one machine are slow, and its memory is small."""
+
 
 @dataclass(frozen=True)
 class RelaySpec:
@@ -75,4 +78,6 @@ def relay_environment(
         environment["DUALPATH_RELAY_READ_RATE_BYTES_PER_S"] = str(bits_per_s(config.store.read_rate) // 8)
     if config.tracing.enabled:
         environment["DUALPATH_RELAY_OTLP_ENDPOINT"] = collector
+    if config.device == "cpu":
+        environment["DUALPATH_RELAY_RING_BYTES"] = str(CPU_RING_BYTES)
     return environment | config.relays.env

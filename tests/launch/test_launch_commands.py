@@ -241,7 +241,7 @@ def test_only_prefill_engines_are_told_of_relays_and_decode_engines_are_upstream
     flag = "--hicache-storage-backend-extra-config="
     command = engine_command(config, HERE, engines["prefill-0"], PORTS, relays(config))
     extra = json.loads(next(part for part in command if part.startswith(flag)).removeprefix(flag))
-    assert extra["relay"] == {"relays": ["relay-0=tcp://127.0.0.1:200"]}
+    assert extra["relay"]["relays"] == ["relay-0=tcp://127.0.0.1:200"]
     assert "--hicache-storage-backend=mooncake" in command
     plain = engine_command(config, HERE, engines["decode-0"], PORTS)
     assert not [part for part in plain if "hicache-storage" in part or "hierarchical" in part]

@@ -11,7 +11,7 @@ again.
     lane.py                one relay: ask, pull, confirm, copy (batch.py), if it may be asked (standing.py)
     memory/                where its bytes come into, and with which transfer engine
 
-Beside it: relays.py (who may help), options.py (the backend's configuration), spread.py (which relay reads
+Beside it: batch_size.py (how much a lane claims), relays.py (who may help), options.py (the backend's configuration), spread.py (which relay reads
 what, when ranks share their KV), counts.py, spans.py.
 
 A pull cannot be taken back: bytes of a relay that hung may come seconds later.  They land in bounce memory

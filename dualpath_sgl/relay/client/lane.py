@@ -26,6 +26,7 @@ from dualpath_sgl.lanes.forward import Forwarder, StillWriting
 from dualpath_sgl.lanes.peer_keys import Secure
 from dualpath_sgl.relay import wire
 from dualpath_sgl.relay.client.batch import Batch
+from dualpath_sgl.relay.client.batch_size import BatchSize
 from dualpath_sgl.relay.client.claims import Claim, Limits, Load
 from dualpath_sgl.relay.client.counts import LaneCounts
 from dualpath_sgl.relay.client.memory.transports import Transports
@@ -82,14 +83,15 @@ class RelayLane(threading.Thread):
         helper: Helper,
         hello: Hello,
         loads: Callable[[], Iterable[Load]],
-        limits: Callable[[], Limits],
+        limits: Callable[[int], Limits],
         traceparent: Callable[[Load], str | None],
         transports: Transports,
         silence_s: float,
+        batch_size: BatchSize,
         counts: LaneCounts,
         secure: Secure | None = None,
     ) -> None:
-        """`loads`: those that are open, oldest first.  `limits`: of the next claim.  `traceparent`: of a load's
+        """`loads`: those that are open, oldest first.  `limits`: of a claim of so many bytes.  `traceparent`: of a load's
         trace.  All three are called on the lane's thread.
         """
         super().__init__(name=f"dualpath-relay-lane {helper.name}", daemon=True)
@@ -103,6 +105,7 @@ class RelayLane(threading.Thread):
         """Of the memory that was met."""
         self._bounce = transports.bounce
         self._silence_s = silence_s
+        self._batch_size = batch_size
         self._counts = counts
         self._asked: dict[int, Batch] = {}
         self._ready: deque[Batch] = deque()
@@ -270,7 +273,7 @@ class RelayLane(threading.Thread):
         welcome = self._standing.welcome
         if welcome is None or not self._standing.may_ask:
             return
-        limits = self._limits()
+        limits = self._limits(self._batch_size.wanted_bytes)
         limits = limits._replace(most_bytes=min(limits.most_bytes, welcome.most_bytes))
         for load in self._loads():
             while self._wants_more(welcome):
@@ -426,6 +429,7 @@ class RelayLane(threading.Thread):
             whole = batch.copy()
         finally:
             load.land(claim, whole)
+        self._batch_size.landed(claim.byte_count, claim.since_s)
         counts = self._counts
         counts.copy_s += time.monotonic() - begun_s
         counts.batches += 1

@@ -11,6 +11,7 @@ from functools import partial
 from opentelemetry.trace import Tracer
 
 from dualpath_sgl.lanes.peer_keys import Secure
+from dualpath_sgl.relay.client.batch_size import BatchSize
 from dualpath_sgl.relay.client.claims import ANYBODY, Blocks, Limits, Load, Pointers, blocks_of
 from dualpath_sgl.relay.client.counts import Counts, LaneCounts
 from dualpath_sgl.relay.client.lane import RelayLane
@@ -34,6 +35,8 @@ OVERDUE_S = 2.0
 """When the own client has nothing left to do, batches claimed for relays longer ago are read by it, too.  Nor
 does it wait longer for relays that shall read everything and bring nothing."""
 LOOK_S = 0.1
+HELD = 5
+"""Batches of a relay that are in bounce memory, or shall come there, at a time."""
 
 
 class Loader:
@@ -65,6 +68,7 @@ class Loader:
         self._secure = secure
         self._tracer = tracer
         self._bounce = transports.bounce
+        self._own_size = BatchSize(options.batch_bytes)
         self._lock = threading.Lock()
         self._lanes: dict[Helper, RelayLane] = {}
         self._open: dict[Load, str | None] = {}
@@ -164,8 +168,10 @@ class Loader:
             lanes = self.lanes_up()
             relays_get_on = bool(lanes) and time.monotonic() < load.landed_s + OVERDUE_S
             shared = self._is_shared is not None
-            indices = load.claim_own(self._limits(), only_leftovers=shared and relays_get_on)
+            limits = Limits(self._own_size.wanted_bytes, self._bounce.most_bytes, 1 + len(lanes))
+            indices = load.claim_own(limits, only_leftovers=shared and relays_get_on)
             if indices:
+                begun_s = time.monotonic()
                 got = self._read(
                     [load.keys[index] for index in indices],
                     [pointers[index] for index in indices],
@@ -173,6 +179,7 @@ class Loader:
                     [load.destinations[index] for index in indices],
                 )
                 load.land_own(indices, got)
+                self._own_size.landed(sum(count for count in got if count > 0), begun_s)
                 continue
             if not shared:
                 for lane in lanes:
@@ -195,8 +202,12 @@ class Loader:
         self.counts.own_bytes += sum(got for got in results if got > 0)
         return results
 
-    def _limits(self) -> Limits:
-        return Limits(self._options.batch_bytes, self._bounce.most_bytes, 1 + len(self.lanes_up()))
+    def _limits(self, wanted_bytes: int) -> Limits:
+        """Of a relay: all of them find room in bounce memory."""
+        relays = len(self.lanes_up())
+        share = self._bounce.byte_count // (HELD * max(1, relays))
+        batch_bytes = min(wanted_bytes, max(share, self._options.batch_bytes))
+        return Limits(batch_bytes, self._bounce.most_bytes, 1 + relays)
 
     def _follow(self, helpers: tuple[Helper, ...]) -> None:
         """These may help, and no others."""
@@ -221,6 +232,7 @@ class Loader:
             self._open.get,
             self._transports,
             self._options.silence_s,
+            BatchSize(self._options.batch_bytes),
             self.counts.relays.setdefault(helper.name, LaneCounts()),
             secure,
         )

@@ -31,6 +31,7 @@ class Bounce:
 
     def __init__(self, byte_count: int) -> None:
         """Raises OSError without so much memory."""
+        self.byte_count = byte_count
         self._memory = Memory(byte_count)
         self._slots = Slots(byte_count // SLOT_BYTES)
         self._kept_back: list[tuple[StillWriting, Room]] = []
