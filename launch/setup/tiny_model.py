@@ -85,7 +85,7 @@ def build(model: TinyModel, cache: Path | None = None) -> Path:
 
 
 def _write(directory: Path, model: TinyModel) -> None:
-    token_ids = _write_tokenizer(directory, model)
+    token_ids = write_tokenizer(directory, model.context_length)
     stop = token_ids["<|im_end|>"]
     config = {
         "hidden_size": model.hidden,
@@ -148,8 +148,8 @@ def _mla_config(model: TinyModel) -> dict:
     }
 
 
-def _write_tokenizer(directory: Path, model: TinyModel) -> dict[str, int]:
-    """One token per byte, plus the chat markers."""
+def write_tokenizer(directory: Path, context_length: int) -> dict[str, int]:
+    """One token per byte, plus the chat markers; returns every token's id."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
     token_ids = {symbol: index for index, symbol in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))}
@@ -160,7 +160,7 @@ def _write_tokenizer(directory: Path, model: TinyModel) -> dict[str, int]:
     tokenizer.save(str(directory / "tokenizer.json"))
     settings = {
         "tokenizer_class": "PreTrainedTokenizerFast",
-        "model_max_length": model.context_length,
+        "model_max_length": context_length,
         "bos_token": None,
         "eos_token": "<|im_end|>",
         "pad_token": "<|endoftext|>",
