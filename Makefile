@@ -2,6 +2,7 @@
 # make test    every test, the end-to-end ones on a real cluster included
 # make lint    format, lint and types (under a minute)
 # make test-slow    tests with a cluster of their own, and the steps of the Dockerfiles (ten minutes)
+# make test-models  tokens of every kind of model through a relay, beside one server's (ten minutes)
 # make bench-load    the load paths on shaped links against upstream (root, 24 GiB of memory, about half an hour)
 # make bench-scheduler    requests a second, plan latency and memory of the scheduler (two minutes)
 # make sim-paper    the paper's results beside simulated ones (about 15 minutes of one core)
@@ -19,7 +20,7 @@ PIN = $(UV) pip compile --quiet --generate-hashes --annotation-style line --no-p
 LINT_TOOLS = $(PYTHON) -c "import tomllib; print(*tomllib.load(open('pyproject.toml', \
   'rb'))['project']['optional-dependencies']['lint'], sep='\n')"
 
-.PHONY: setup demo lint test test-slow bench-load bench-scheduler sim-paper docs requirements clean
+.PHONY: setup demo lint test test-slow test-models bench-load bench-scheduler sim-paper docs requirements clean
 .DELETE_ON_ERROR:
 
 setup: $(VENV)/.patched $(VENV)/.model $(VENV)/.bytecode
@@ -38,6 +39,9 @@ test: setup
 
 test-slow: setup
 	$(PY) -m pytest -m slow
+
+test-models: setup
+	$(PY) -m dualpath_sgl.evals.models
 
 bench-load: setup
 	$(VENV)/bin/dualpath bench-load

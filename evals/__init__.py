@@ -8,6 +8,7 @@ gpu/        the whole system on real GPUs
 scheduler/  how much one scheduler bears
 router/     how much one placing router bears
 relay/      what part of the links' limit loads through relays reach
+models/     kinds of models and features of engines: tokens beside one server's
 sim/        `dualpath sim`: clusters that are not at hand
 spans/      `dualpath trace`: Jaeger files, waterfalls
 common/     errors and files

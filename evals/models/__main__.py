@@ -20,7 +20,7 @@ from typing import Annotated
 import typer
 
 from dualpath_sgl.evals.models import on_cpu, on_cuda
-from dualpath_sgl.evals.models.proof import prove
+from dualpath_sgl.evals.models.proof import Answers, prove
 from dualpath_sgl.evals.models.record import keep
 from dualpath_sgl.launch.config.cluster import Mode
 
@@ -55,7 +55,8 @@ def main(
     def say(text: str) -> None:
         print(f"{time.monotonic() - begun_s:6.1f} s  {text}", flush=True)
 
-    unproven = []
+    unproven: list[str] = []
+    known: dict[str, Answers] = {}
     for name in names or cases:
         run_dir = out / f"{device}-{mode.value}-{name}"
         try:
@@ -64,6 +65,7 @@ def main(
                 device,
                 mode,
                 run_dir,
+                known,
                 say,
                 flags,
                 dict(entry.split("=", 1) for entry in env or ()),

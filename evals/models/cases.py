@@ -60,7 +60,7 @@ def described(
     more_env: dict[str, str] | None = None,
 ) -> ClusterConfig:
     """One engine of each role; builds the models."""
-    build_model = build_tiny if isinstance(case.model, TinyModel) else build
+    model = build_tiny(case.model) if isinstance(case.model, TinyModel) else build(case.model)
     flags = [*case.flags, *more_flags]
     if case.draft is not None:
         flags.append(f"--speculative-draft-model-path={build_draft(case.draft)}")
@@ -81,7 +81,7 @@ def described(
             "name": case.name,
             "device": device,
             "mode": mode,
-            "model": {"kind": "directory", "path": str(build_model(case.model))},  # type: ignore[operator]
+            "model": {"kind": "directory", "path": str(model)},
             "page_size": case.page_tokens,
             # Slow enough that relays are still needed when they have been asked.
             "store": {"segment_bytes": 2**30, "read_rate": "400mbit"},

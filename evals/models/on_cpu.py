@@ -78,10 +78,4 @@ CASES = (
         "a pool whose pages follow those of the KV: DSA's indexer, draft models",
         env={"SGLANG_EXTERNAL_MODEL_PACKAGE": "dualpath_sgl.evals.models.outside"},
     ),
-    Case(
-        "gqa-layer-first",
-        GQA,
-        "the prefill engine's host pool in another order than a decode engine's",
-        prefill_flags=("--hicache-mem-layout=layer_first",),
-    ),
 )

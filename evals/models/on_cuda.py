@@ -38,7 +38,7 @@ def _architecture(model_type: str, next_token_layer: bool = False, **config: Any
     )
 
 
-_LATENT = {
+_LATENT: dict[str, Any] = {
     "num_hidden_layers": 4,
     "num_key_value_heads": 16,
     "head_dim": 64,
@@ -55,7 +55,7 @@ _LATENT = {
     "topk_group": 1,
     "moe_intermediate_size": 512,
 }
-_INDEXER = {
+_INDEXER: dict[str, Any] = {
     # Kernels of sparse attention want as many heads as the real model has.
     "num_attention_heads": 64,
     "num_key_value_heads": 64,
@@ -91,6 +91,7 @@ GDN = _architecture(
     shared_expert_intermediate_size=512,
 )
 EAGLE3 = Draft(hidden=1024, heads=16, kv_heads=8, head_dim=128, context_length=CONTEXT_LENGTH)
+DP_ATTENTION = ("--dp-size=2", "--enable-dp-attention")
 SPECULATIVE = (
     "--speculative-num-steps=2",
     "--speculative-eagle-topk=1",
@@ -117,6 +118,21 @@ CASES = (
     _case("gqa-fp8", GQA, "KV in fp8", (*USUAL, "--kv-cache-dtype=fp8_e4m3")),
     _case("gqa-tp2", GQA, "two ranks an engine", tp=(2, 2), shares_gpus=True),
     _case("gqa-tp2-1", GQA, "unequal ranks", tp=(2, 1), shares_gpus=True),
+    _case(
+        "mla-dp2",
+        MLA,
+        "DP attention on both sides",
+        tp=(2, 2),
+        shares_gpus=True,
+        prefill_flags=DP_ATTENTION,
+        decode_flags=DP_ATTENTION,
+    ),
+    _case(
+        "gqa-page-first",
+        GQA,
+        "SGLang's own choice of page layout and I/O",
+        prefill_flags=("--hicache-mem-layout=page_first", "--hicache-io-backend=kernel"),
+    ),
     _case("mla", MLA, "MLA: DeepSeek-V3, Kimi-K2"),
     _case("mla-tp2", MLA, "ranks that share their KV", tp=(2, 2), shares_gpus=True),
     _case(
