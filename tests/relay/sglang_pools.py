@@ -17,11 +17,19 @@ from sglang.srt.mem_cache.device_pool_info import (
     MLABufferInfo,
 )
 from sglang.srt.mem_cache.hicache_storage import HiCacheStorageConfig, PoolName, PoolTransfer
-from sglang.srt.mem_cache.memory_pool_host import DeepSeekV4PagedHostPool, LogicalHostPool
+from sglang.srt.mem_cache.memory_pool_host import (
+    DeepSeekV4PagedHostPool,
+    DeepSeekV4StateHostPool,
+    LogicalHostPool,
+)
 from sglang.srt.mem_cache.pool_host.dsa import DSAIndexerHostPoolBuilder, DSAIndexerPoolHost
 from sglang.srt.mem_cache.pool_host.host_pool_decl import HostPoolDecl, HostPoolStorageInfo
 from sglang.srt.mem_cache.pool_host.mamba import MambaPoolHost
-from sglang.srt.mem_cache.pool_host.mha import MHATokenToKVPoolHost
+from sglang.srt.mem_cache.pool_host.mha import (
+    AsymmetricMHATokenToKVPoolHost,
+    MHATokenToKOnlyPoolHost,
+    MHATokenToKVPoolHost,
+)
 from sglang.srt.mem_cache.pool_host.mla import MLATokenToKVPoolHost
 
 from dualpath_sgl.relay.client.options import OPTIONS_KEY
@@ -33,28 +41,50 @@ INDEXER_BYTES = 132
 CPU = torch.device("cpu")
 
 
-def mha(layout: str, layers: int = LAYERS) -> MHATokenToKVPoolHost:
-    buffers = tuple(torch.zeros(PAGE_TOKENS, 2, 64) for _ in range(layers))
-    addresses = torch.tensor([buffer.data_ptr() for buffer in buffers], dtype=torch.uint64)
+def mha(
+    layout: str, layers: int = LAYERS, v_head_dim: int = 64, dtype: torch.dtype = torch.float32
+) -> MHATokenToKVPoolHost:
+    keys = tuple(torch.zeros(PAGE_TOKENS, 2, 64, dtype=dtype) for _ in range(layers))
+    values = tuple(torch.zeros(PAGE_TOKENS, 2, v_head_dim, dtype=dtype) for _ in range(layers))
     info = MHABufferInfo(
         buffers=KVBuffers(
-            k=buffers, v=buffers, k_data_ptrs=addresses, v_data_ptrs=addresses, layout=KVBufferLayout.NHD
+            k=keys,
+            v=values,
+            k_data_ptrs=_addresses(keys),
+            v_data_ptrs=_addresses(values),
+            layout=KVBufferLayout.NHD,
         ),
         page_size=PAGE_TOKENS,
         head_num=2,
         head_dim=64,
-        v_head_dim=64,
-        dtype=torch.float32,
+        v_head_dim=v_head_dim,
+        dtype=dtype,
         device=CPU,
     )
-    return MHATokenToKVPoolHost(info, **_shape(layout, layers))
+    cls = MHATokenToKVPoolHost if v_head_dim == 64 else AsymmetricMHATokenToKVPoolHost
+    return cls(info, **_shape(layout, layers))
+
+
+def keys_only(anchor: MHATokenToKVPoolHost) -> MHATokenToKOnlyPoolHost:
+    """Of an indexer whose keys are kept as they are (MiniMax-M3)."""
+    device = SimpleNamespace(
+        store_dtype=torch.float32,
+        start_layer=0,
+        end_layer=LAYERS,
+        head_num=1,
+        head_dim=64,
+        layer_num=LAYERS,
+        device="cpu",
+        k_buffer=[torch.zeros(PAGE_TOKENS, 1, 64) for _ in range(LAYERS)],
+    )
+    return MHATokenToKOnlyPoolHost(device, anchor, anchor.layout, pin_memory=False)
 
 
 def mla(layout: str, layers: int = LAYERS) -> MLATokenToKVPoolHost:
     buffers = tuple(torch.zeros(PAGE_TOKENS, 1, 576) for _ in range(layers))
     info = MLABufferInfo(
         buffers=buffers,
-        data_ptrs=torch.tensor([buffer.data_ptr() for buffer in buffers], dtype=torch.uint64),
+        data_ptrs=_addresses(buffers),
         layer_indices=tuple(range(layers)),
         device_layer_num=layers,
         page_size=PAGE_TOKENS,
@@ -65,6 +95,10 @@ def mla(layout: str, layers: int = LAYERS) -> MLATokenToKVPoolHost:
         device=CPU,
     )
     return MLATokenToKVPoolHost(info, target_layer_num=layers, **_shape(layout, layers))
+
+
+def _addresses(buffers: tuple[torch.Tensor, ...]) -> torch.Tensor:
+    return torch.tensor([buffer.data_ptr() for buffer in buffers], dtype=torch.uint64)
 
 
 def _shape(layout: str, layers: int) -> dict[str, object]:
@@ -121,6 +155,18 @@ def dsv4(name: str, bytes_a_page: int, layers: int, layout: str) -> DeepSeekV4Pa
     return DeepSeekV4PagedHostPool(
         name, device, bytes_a_page, POOL_PAGES, PAGE_TOKENS, layout=layout, pin_memory=False
     )
+
+
+def dsv4_states(name: str, layers: int, layout: str) -> DeepSeekV4StateHostPool:
+    """What layers that compress have of tokens that fill no page of theirs yet: a ring for each page of SWA."""
+    ring_tokens = 8
+    states = [
+        SimpleNamespace(
+            ring_size=ring_tokens, kv_score_buffer=SimpleNamespace(kv_score=torch.zeros(ring_tokens, 1024))
+        )
+        for _ in range(layers)
+    ]
+    return DeepSeekV4StateHostPool(name, states, POOL_PAGES, PAGE_TOKENS, layout=layout, pin_memory=False)
 
 
 def dsv4_anchor(layout: str) -> LogicalHostPool:

@@ -22,12 +22,20 @@ def _dsv4(layout: str) -> tuple[object, dict[object, object]]:
         PoolName.DEEPSEEK_V4_C4_INDEXER: pools.dsv4("c4i", 64 * 132, 5, layout),
         PoolName.DEEPSEEK_V4_C128: pools.dsv4("c128", 2 * 584, 4, layout),
         PoolName.SWA: pools.dsv4("swa", 16 * 584, 2, layout),
+        PoolName.DEEPSEEK_V4_C4_STATE: pools.dsv4_states("c4s", 5, layout),
+        PoolName.DEEPSEEK_V4_C128_STATE: pools.dsv4_states("c128s", 4, layout),
     }
 
 
 KINDS = {
     "MHA": lambda: ((pools.mha(DIRECT), {}), {"tp": (1, 2)}),
     "MHA page_first": lambda: ((pools.mha("page_first"), {}), {}),
+    "MHA in fp8": lambda: ((pools.mha(DIRECT, dtype=pools.torch.float8_e4m3fn), {}), {}),
+    "MHA, unequal heads": lambda: ((pools.mha(DIRECT, v_head_dim=32), {}), {}),
+    "MHA with an indexer": lambda: (
+        ((it := pools.mha(DIRECT)), {PoolName.INDEXER: pools.keys_only(it)}),
+        {},
+    ),
     "MLA": lambda: ((pools.mla(DIRECT), {}), {"is_mla": True}),
     "MLA layer_first": lambda: ((pools.mla("layer_first"), {}), {"is_mla": True}),
     "DSA": lambda: (_dsa(), {"is_mla": True}),
