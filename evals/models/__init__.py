@@ -5,7 +5,7 @@ on_cpu.py      the proofs on a CPU, models of a few layers
 on_cuda.py     those on GPUs, real head sizes
 checkpoint.py  a model directory for any architecture, with seeded weights
 drafts.py      draft models for speculative decoding
-side_pool.py   a pool beside the KV, by SGLang's door for such
+outside/       what such models bring from outside SGLang
 proof.py       runs one: sessions on the server, then on the cluster, out of the store
 record.py      results/models/summary.json
 __main__.py    the command
