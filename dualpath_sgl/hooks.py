@@ -12,7 +12,6 @@ requests (fake bootstrap hosts) alone.
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable
 from queue import Empty
 from typing import TYPE_CHECKING, Any
@@ -163,7 +162,7 @@ def around_prefetch_io(original: Callable, controller: Any) -> None:
                 current.rank_sync.admit(operation)
             _take_operation(current.side, controller, operation)
         if prefill is not None:
-            _guarded(prefill.start_overdue)()
+            faults.guarded(prefill.start_overdue)()
     return None
 
 
@@ -353,23 +352,11 @@ def register(traced: bool) -> None:
     """
     from sglang.srt.plugins.hook_registry import HookRegistry, HookType
 
-    for target, hook, kind in HOOKS + (stages.HOOKS if traced else ()):
+    for target, hook, kind in HOOKS:
         as_it_is = kind == _AROUND or hook in _SGLANG_MUST_NOT_GO_ON
-        HookRegistry.register(target, hook if as_it_is else _guarded(hook), HookType(kind))
-
-
-def _guarded(hook: Callable) -> Callable:
-    """An exception in `hook` is ours: SGLang's scheduler loop, which catches nothing, must not end by it."""
-
-    @functools.wraps(hook)
-    def guarded(*args: Any, **kwargs: Any) -> Any:
-        try:
-            return hook(*args, **kwargs)
-        except Exception:
-            faults.record("%s failed; SGLang goes on without it", hook.__name__)
-            return None
-
-    return guarded
+        HookRegistry.register(target, hook if as_it_is else faults.guarded(hook), HookType(kind))
+    if traced:
+        stages.register()
 
 
 def assert_applied() -> None:

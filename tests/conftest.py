@@ -18,6 +18,11 @@ def own_process() -> None:
     """The test that asks for it, itself or through another fixture, runs in a process forked for it alone."""
 
 
+@pytest.fixture
+def own_fresh_process() -> None:
+    """The same, and SGLang is in that process as it was installed."""
+
+
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--storm-seeds", type=int, default=2, help="storms on SGLang's tree, each from a seed")
 

@@ -4,6 +4,9 @@ DualPath is one runtime per process, SGLang has global server arguments, and hoo
 such test changes must not meet the next.  After collection, when every module is imported and no thread of
 ours runs, pytest forks a process that only waits.  For each such test that process forks a child, which runs
 it with its fixtures, sends pytest's own reports back and ends with all its threads.
+
+A second process waits for tests that want none of the warm-ups (fixture `own_fresh_process`): those put hooks of
+the decode-side mode into SGLang.
 """
 
 from __future__ import annotations
@@ -13,14 +16,14 @@ import os
 import pickle
 import tempfile
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from multiprocessing.connection import Connection, Pipe
 from typing import IO, NoReturn
 
 import pytest
 from _pytest.runner import runtestprotocol
 
-FIXTURE = "own_process"
+FIXTURE, FRESH_FIXTURE = "own_process", "own_fresh_process"
 WARM_UPS: list[Callable[[], object]] = []
 """Called once by the process that waits, before it forks: what takes long and is inherited.  No threads."""
 LIMIT_S = 120.0
@@ -28,15 +31,15 @@ LIMIT_S = 120.0
 
 
 class ForkingProcess:
-    """The process that waits; used by pytest's main thread only."""
+    """A process that waits; used by pytest's main thread only."""
 
-    def __init__(self, session: pytest.Session) -> None:
+    def __init__(self, session: pytest.Session, warm_ups: Sequence[Callable[[], object]]) -> None:
         started = [thread.name for thread in threading.enumerate()[1:]]
         assert not started, f"a module of the tests starts threads when it is imported: {started}"
         self._ours, theirs = Pipe()
         if os.fork() == 0:
             self._ours.close()
-            _serve(session, theirs)
+            _serve(session, warm_ups, theirs)
         theirs.close()
 
     def run(self, number: int, item: pytest.Item) -> list[pytest.TestReport]:
@@ -58,9 +61,11 @@ def _in_words(status: int) -> str:
     return f"signal {os.WTERMSIG(status)}" if os.WIFSIGNALED(status) else f"status {os.WEXITSTATUS(status)}"
 
 
-def _serve(session: pytest.Session, requests: Connection) -> NoReturn:
+def _serve(
+    session: pytest.Session, warm_ups: Sequence[Callable[[], object]], requests: Connection
+) -> NoReturn:
     """Fork a child for every test that is asked for, until pytest has ended."""
-    for warm_up in WARM_UPS:
+    for warm_up in warm_ups:
         warm_up()
     while True:
         try:
@@ -93,28 +98,31 @@ def _run(session: pytest.Session, number: int, reports: IO[bytes]) -> NoReturn:
 
 
 class Plugin:
-    """Sends each test that asks for the fixture to the forking process."""
+    """Sends each test that asks for one of the fixtures to its forking process."""
 
     def __init__(self) -> None:
         self._numbers: dict[str, int] = {}
-        self._process: ForkingProcess | None = None
+        self._processes: dict[str, ForkingProcess] = {}
+        """By the test that is sent to it."""
 
     @pytest.hookimpl(tryfirst=True)
     def pytest_runtestloop(self, session: pytest.Session) -> None:
-        self._numbers = {
-            item.nodeid: number
-            for number, item in enumerate(session.items)
-            if FIXTURE in getattr(item, "fixturenames", ())
-        }
-        if self._numbers and not session.config.option.collectonly:
-            self._process = ForkingProcess(session)
+        for fixture, warm_ups in ((FRESH_FIXTURE, ()), (FIXTURE, WARM_UPS)):
+            numbers = {
+                item.nodeid: number
+                for number, item in enumerate(session.items)
+                if fixture in getattr(item, "fixturenames", ())
+            }
+            if numbers and not session.config.option.collectonly:
+                self._numbers |= numbers
+                self._processes |= dict.fromkeys(numbers, ForkingProcess(session, warm_ups))
 
     @pytest.hookimpl(tryfirst=True)
     def pytest_runtest_protocol(self, item: pytest.Item, nextitem: pytest.Item | None) -> bool | None:
         if item.nodeid not in self._numbers:
             return None
         item.ihook.pytest_runtest_logstart(nodeid=item.nodeid, location=item.location)
-        for report in self._process.run(self._numbers[item.nodeid], item):
+        for report in self._processes[item.nodeid].run(self._numbers[item.nodeid], item):
             item.ihook.pytest_runtest_logreport(report=report)
         item.ihook.pytest_runtest_logfinish(nodeid=item.nodeid, location=item.location)
         # What earlier tests of this process set up and the next one does not need.

@@ -13,14 +13,28 @@ from typing import Any
 from opentelemetry.trace import Tracer
 
 from dualpath_sgl.spans.tracing import record_span, traceparent_of
+from dualpath_sgl.threads import faults
 
 _tracer: Tracer | None = None
+_registered = False
 
 
 def follow(tracer: Tracer) -> None:
     """From now on export the stages of this process."""
     global _tracer
     _tracer = tracer
+
+
+def register() -> None:
+    """Hand the hooks to SGLang, once a process."""
+    global _registered
+    if _registered:
+        return
+    _registered = True
+    from sglang.srt.plugins.hook_registry import HookRegistry, HookType
+
+    for target, hook, kind in HOOKS:
+        HookRegistry.register(target, hook if kind == "around" else faults.guarded(hook), HookType(kind))
 
 
 def _record(name: str, traceparent: str | None, begun_ns: int, ended_ns: int, **facts: int) -> None:

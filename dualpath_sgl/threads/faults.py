@@ -6,9 +6,11 @@ The count travels with the heartbeat and is a metric of the scheduler's (`dualpa
 
 from __future__ import annotations
 
+import functools
 import logging
 import threading
-from typing import Protocol
+from collections.abc import Callable
+from typing import Any, Protocol
 
 logger = logging.getLogger(__name__)
 
@@ -28,6 +30,20 @@ def record(what: str, *names: object, log: Log = logger) -> None:
     with _lock:
         _count += 1
     log.log(logging.ERROR, "DualPath: " + what, *names, exc_info=True)
+
+
+def guarded(hook: Callable) -> Callable:
+    """`hook`, whose exceptions end in it: SGLang's scheduler loop, which catches nothing, must not end by one."""
+
+    @functools.wraps(hook)
+    def without_harm(*args: Any, **kwargs: Any) -> Any:
+        try:
+            return hook(*args, **kwargs)
+        except Exception:
+            record("%s failed; SGLang goes on without it", hook.__name__)
+            return None
+
+    return without_harm
 
 
 def count() -> int:

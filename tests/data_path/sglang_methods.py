@@ -18,12 +18,14 @@ ROOT = "sglang.srt."
 
 _STORE = "mem_cache.storage.mooncake_store.mooncake_store.MooncakeStore."
 _ADDER = "managers.schedule_policy.PrefillAdder."
+_HYBRID = "mem_cache.hybrid_cache.hybrid_cache_controller.HybridCacheController."
 _REGISTRY = "plugins.hook_registry.HookRegistry."
 NOT_HOOKED = {
     _STORE + "_tag_keys": "storage.DualPathStorage overrides it",
     _STORE + "register_mem_pool_host": "storage.DualPathStorage overrides it",
     _STORE + "register_mem_host_pool_v2": "storage.DualPathStorage overrides it",
-    _STORE + "_get_batch_zero_copy_impl": "limits.limited_store.slow_down replaces it",
+    _STORE
+    + "_get_batch_zero_copy_impl": "limits.limited_store.slow_down replaces it; relay.client.store overrides it",
     _ADDER + "budget_state": "experimental.attention_quota.quota_adder overrides it",
     _ADDER + "add_one_req": "experimental.attention_quota.quota_adder overrides it",
     _ADDER + "add_chunked_req": "experimental.attention_quota.quota_adder overrides it",
@@ -31,6 +33,7 @@ NOT_HOOKED = {
     "arg_groups.serving_hook.handle_other_validations": "start.facts judges flags after it",
     _REGISTRY + "apply_hooks": "hooks.assert_applied reads what it leaves",
     _REGISTRY + "_apply_target": "hooks.assert_applied reads what it leaves",
+    _HYBRID + "supports_page_envelope_host": "relay.client.prefetch.ahead takes no lease of its own",
     "mem_cache.pool_host.base.HostKVCache.__init__": "cpu_profile.plugin replaces it",
     "managers.scheduler.Scheduler.on_idle": "cpu_profile.plugin replaces it",
 }
@@ -40,10 +43,11 @@ NOT_HOOKED = {
 def watched() -> dict[str, str]:
     """Every method, without `sglang.srt.` -> what of ours depends on it."""
     from dualpath_sgl import hooks
+    from dualpath_sgl.relay.client.prefetch import hooks as of_relays
     from dualpath_sgl.spans import stages
 
     found: dict[str, list[str]] = {}
-    for target, hook, _ in hooks.HOOKS + stages.HOOKS:
+    for target, hook, _ in hooks.HOOKS + of_relays.HOOKS + of_relays.TRACED + stages.HOOKS:
         module = hook.__module__.removeprefix("dualpath_sgl.")
         found.setdefault(target.removeprefix(ROOT), []).append(f"{module}.{hook.__name__}")
     return {method: f"hooked by {', '.join(names)}" for method, names in found.items()} | NOT_HOOKED

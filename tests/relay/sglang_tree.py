@@ -10,6 +10,7 @@ import time
 import types
 import unittest
 from array import array
+from collections.abc import Callable
 from functools import partial
 
 os.environ.setdefault("SGLANG_USE_CPU_ENGINE", "1")
@@ -43,8 +44,10 @@ class Tree:
         extra: dict[str, object],
         rank: int = 0,
         ranks: int = 1,
+        policy: str = "wait_complete",
     ) -> None:
-        """`backend`: of `--hicache-storage-backend`, `extra`: its extra configuration.
+        """`backend`: of `--hicache-storage-backend`, `extra`: its extra configuration; `policy`: when prefetches
+        are cut short.
 
         With several ranks torch's process group must be there.
         """
@@ -83,7 +86,7 @@ class Tree:
             hicache_write_policy="write_through",
             hicache_storage_backend=backend,
             hicache_storage_backend_extra_config=json.dumps({"prefetch_threshold": page_tokens, **extra}),
-            hicache_storage_prefetch_policy="wait_complete",
+            hicache_storage_prefetch_policy=policy,
             context_length=512,
             hicache_ratio=2.0,
         )
@@ -108,10 +111,20 @@ class Tree:
         self.tree.init_hicache(args, self.tree.cache_init_params)
         self.controller = self.tree.cache_controller
         self.backend = self.controller.storage_backend
+        self._note_reads()
         self._page_tokens = page_tokens
         self._stored: dict[str, bytes] = {}
         self.read: list[tuple[list[str], list[int], list[int]]] = []
         """Keys, addresses and sizes of every read that SGLang makes."""
+
+    def _note_reads(self) -> None:
+        impl = self.backend._get_batch_zero_copy_impl
+
+        def noted(keys: list[str], addresses: list[int], sizes: list[int]) -> list[int]:
+            self.read.append((keys, addresses, sizes))
+            return impl(keys, addresses, sizes)
+
+        self.backend._get_batch_zero_copy_impl = noted
 
     def store_holds(self, tokens: list[int]) -> None:
         """Pages of random bytes, as the backend itself writes them."""
@@ -156,25 +169,32 @@ class Tree:
 
     def prefetch(self, tokens: list[int]) -> int:
         """SGLang loads the prompt into its host pools; tokens that it says it has loaded."""
-        impl = self.backend._get_batch_zero_copy_impl
+        handle = self.begin(tokens)
+        self.ends(handle)
+        return self.tree.prefetch_loaded_tokens_by_reqid.get(handle)
 
-        def noted(keys: list[str], addresses: list[int], sizes: list[int]) -> list[int]:
-            self.read.append((keys, addresses, sizes))
-            return impl(keys, addresses, sizes)
-
-        self.backend._get_batch_zero_copy_impl = noted
-        handle = CacheRequestHandle("request", 0)
+    def begin(self, tokens: list[int], name: str = "request") -> CacheRequestHandle:
+        """SGLang's prefetch of the prompt, as a request of that name."""
+        handle = CacheRequestHandle(name, 0)
         root = self.tree.root_node_handle()
         more = {"matched_prefix_tokens": [], "extra_key": None, "cache_salt": None}
         self.tree.prefetch_from_storage(handle, root, array("q", [*tokens, 1]), None, None, **more)
         assert self.tree.has_ongoing_prefetch(handle)
+        return handle
+
+    def ends(self, *handles: CacheRequestHandle) -> None:
+        """SGLang's scheduler loop, until all of them are over."""
+        self.goes_on(lambda: not any(self.tree.has_ongoing_prefetch(handle) for handle in handles), *handles)
+
+    def goes_on(self, until: Callable[[], object], *handles: CacheRequestHandle) -> None:
+        """SGLang's scheduler loop; `handles`: requests that it would schedule if their prefetch were over."""
         until_s = time.monotonic() + WAIT_S
-        while self.tree.has_ongoing_prefetch(handle):
+        while not until():
             self.tree.check_hicache_events()
-            self.tree.check_prefetch_progress(handle)
+            for handle in handles:
+                self.tree.check_prefetch_progress(handle)
             assert time.monotonic() < until_s
             time.sleep(0.002)
-        return self.tree.prefetch_loaded_tokens_by_reqid.get(handle)
 
     def wrong(self) -> list[str]:
         """Keys that were read and whose bytes are not those that were stored."""

@@ -26,7 +26,7 @@ DYNAMIC = {
     ],
 )
 def test_sglang_loads_a_prompt_through_relays(
-    own_process, scene, monkeypatch, kind, page_tokens, tokens, backend
+    own_fresh_process, scene, monkeypatch, kind, page_tokens, tokens, backend
 ):
     for name, value in {
         "MASTER": scene.store.master,

@@ -1,4 +1,4 @@
-"""Puts the backend in the place of SGLang's own, under its name.
+"""Puts the backend in the place of SGLang's own, under its name, and its hooks around SGLang's prefetch.
 
 SGLang treats some backends by name: it lets `mooncake` store shards of decode context parallelism and the
 draft model's KV of every rank, for instance, and not a `dynamic` one.
@@ -7,6 +7,8 @@ draft model's KV of every rank, for instance, and not a `dynamic` one.
 from __future__ import annotations
 
 from dualpath_sgl.lanes.forward import bound_mooncakes_patience
+from dualpath_sgl.relay.client.prefetch import hooks
+from dualpath_sgl.start.config import settings
 
 NAME = "mooncake"
 
@@ -17,3 +19,4 @@ def register() -> None:
 
     bound_mooncakes_patience()
     StorageBackendFactory.register_backend(NAME, "dualpath_sgl.relay.client.store", "RelayStore")
+    hooks.register(traced=settings().otlp_endpoint is not None)

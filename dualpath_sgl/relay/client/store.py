@@ -29,6 +29,7 @@ from dualpath_sgl.relay.client.memory.transports import Transports
 from dualpath_sgl.relay.client.options import options
 from dualpath_sgl.relay.client.relays import Relays
 from dualpath_sgl.relay.wire import Hello
+from dualpath_sgl.spans import stages
 from dualpath_sgl.start.config import settings
 from scheduler_svc.telemetry.tracing import init_tracing
 
@@ -56,6 +57,9 @@ class RelayStore(MooncakeStore):  # type: ignore[misc]
         super().__init__(storage_config, None if isinstance(pool_or_kwargs, dict) else pool_or_kwargs)
         self._destinations = Destinations()
         self.relays = Relays(chosen.helpers)
+        tracer = init_tracing(own.engine_id or "prefill", own.otlp_endpoint) if own.otlp_endpoint else None
+        if tracer is not None:
+            stages.follow(tracer)
         keys = PeerKeys(own.key_file, own.peer_keys) if own.key_file and own.peer_keys else None
         self.loader = Loader(
             self._read_by_own_client,
@@ -71,7 +75,7 @@ class RelayStore(MooncakeStore):  # type: ignore[misc]
             if storage_config.is_mla_model and storage_config.tp_size > 1
             else None,
             secure=keys.towards if keys else None,
-            tracer=init_tracing(own.engine_id or "prefill", own.otlp_endpoint) if own.otlp_endpoint else None,
+            tracer=tracer,
         )
         logger.info(
             "DualPath: relays %s", ", ".join(helper.name for helper in self.relays.helpers) or "none yet"
