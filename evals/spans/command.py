@@ -75,9 +75,10 @@ def show(
     --json prints one object; null is unknown. Of a request:
 
     - trace, request (false: a probe), mode, room (text), session, turn
-    - path: none, prefill, decode or split
+    - path: none, prefill, decode, split or relay
     - prompt_tokens, cached_tokens, output_tokens, ttft_s, duration_s
-    - store_read_bytes, forwarded_bytes, fallbacks (list), spans, services
+    - store_read_bytes, forwarded_bytes, relayed_bytes, fallbacks (list),
+      spans, services
     - tree: list of id, parent, name, service, start_s, duration_s,
       attributes
 

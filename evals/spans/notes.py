@@ -12,6 +12,8 @@ from dualpath_sgl.terminal.columns import plain
 from dualpath_sgl.terminal.units import duration, rate, size
 
 ALARM = "red"
+RELAY, OWN_BYTES = "relay.bytes.", "own.bytes"
+OWN = "own"
 
 
 def notes(span: Span) -> list[Text]:
@@ -21,7 +23,8 @@ def notes(span: Span) -> list[Text]:
     lost = [_alarm(str(told["warning"]))] if "warning" in told else []
     fallback = [_alarm(f"fallback {own['fallback.reason']}")] if "fallback.reason" in own else []
     rest = [plain(text) for text in (*_of_path(own), *_of_request(own))]
-    return [*error, *lost, *(plain(text) for text in _of_transfer(own)), *fallback, *rest]
+    moved = [plain(text) for text in (*_of_transfer(own), *_of_lanes(own))]
+    return [*error, *lost, *moved, *fallback, *rest]
 
 
 def _alarm(text: str) -> Text:
@@ -39,6 +42,16 @@ _TRANSFER: dict[str, Callable[[Any], str]] = {
     "pages": lambda count: f"{count} page{'' if count == 1 else 's'}",
     "tokens": lambda count: f"{count} token{'' if count == 1 else 's'}",
 }
+
+
+def _of_lanes(own: dict[str, Any]) -> list[str]:
+    """Who brought how much of a load, where relays took part."""
+    brought = {key.removeprefix(RELAY): count for key, count in own.items() if key.startswith(RELAY)}
+    return (
+        [f"{name} {size(count)}" for name, count in sorted({OWN: own.get(OWN_BYTES, 0), **brought}.items())]
+        if brought
+        else []
+    )
 
 
 def _of_path(own: dict[str, Any]) -> list[str]:

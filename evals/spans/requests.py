@@ -13,7 +13,7 @@ from dualpath_sgl.evals.spans.traces import Span, Trace
 from dualpath_sgl.terminal.columns import Column, print_columns
 from dualpath_sgl.terminal.units import duration
 
-CLIENT_SPAN, ROUTER_SPAN, PLAN_SPAN = "dualpath.request", "route", "plan"
+CLIENT_SPAN, ROUTER_SPAN, PLAN_SPAN, LOAD_SPAN = "dualpath.request", "route", "plan", "relay.load"
 SHORTEST_ID = 8
 """Digits of a trace id in the list, at the least."""
 ROOMY_CONSOLE = 100
@@ -30,7 +30,7 @@ class RequestFacts(BaseModel):
     mode: str | None
     """Mode of the evaluation that it belongs to."""
     path: str | None
-    """As planned: none, prefill, decode or split."""
+    """As planned: none, prefill, decode or split; relay where the prefill engine's client loaded."""
     room: str | None
     """In decimal digits; more of them than a number in JSON is sure to keep."""
     session: str | None
@@ -43,6 +43,8 @@ class RequestFacts(BaseModel):
     duration_s: float
     store_read_bytes: int
     forwarded_bytes: int
+    relayed_bytes: int
+    """Of what was read from the store, what came through relays."""
     fallbacks: list[str]
     """Why it did not go as planned."""
     spans: int
@@ -59,6 +61,7 @@ class RequestFacts(BaseModel):
         for span in trace.spans:
             if span.operationName in reads:
                 reads[span.operationName] += _number(span.own.get("bytes")) or 0
+        loads = [span.own for span in trace.spans if span.operationName == LOAD_SPAN]
         fallbacks = [
             str(span.own["fallback.reason"]) for span in trace.spans if "fallback.reason" in span.own
         ]
@@ -72,7 +75,7 @@ class RequestFacts(BaseModel):
             trace=trace.traceID,
             request=first is not None or plan is not None,
             mode=_text(trace.resource("dualpath.mode")),
-            path=_text(plan.own.get("path")) if plan else None,
+            path="relay" if loads else _text(plan.own.get("path")) if plan else None,
             room=_room(trace.spans),
             session=_text(own.get("session")),
             turn=_number(own.get("turn")),
@@ -81,8 +84,9 @@ class RequestFacts(BaseModel):
             output_tokens=counted("output.tokens", "completion"),
             ttft_s=own["ttft_s"] if isinstance(own.get("ttft_s"), float) else None,
             duration_s=(first.duration if first else trace.duration) / 1e6,
-            store_read_bytes=reads["storage.read"],
+            store_read_bytes=reads["storage.read"] + sum(_number(own.get("bytes")) or 0 for own in loads),
             forwarded_bytes=reads["forward"],
+            relayed_bytes=sum(_number(own.get("relay.bytes")) or 0 for own in loads),
             fallbacks=list(dict.fromkeys(fallbacks)),
             spans=len(trace.spans),
             services=len({trace.service(span) for span in trace.spans}),

@@ -21,6 +21,8 @@ from dualpath_sgl.terminal.units import duration, size
 
 SHORT = 1 / 200
 """Share of the trace's length; a shorter span of SGLang's is left out."""
+DETAILS = ("relay.fetch",)
+"""Many to a load, whose own line says what they brought."""
 MOST_INDENTED = 12
 """Levels; deeper ones stand below each other."""
 MOST_SERVICE = 12
@@ -115,7 +117,7 @@ def show(trace: Trace, console: Console, verbose: bool = False) -> None:
             for key, value in sorted(line.span.attributes.items()):
                 console.print(plain(f"    {key} = {value}"), style="dim", overflow="fold")
     if hidden := len(everything) - sum(line.count for line in lines):
-        console.print(f"{hidden} spans too short to see, and all attributes: --verbose", style="dim")
+        console.print(f"{hidden} spans that matter little, and all attributes: --verbose", style="dim")
 
 
 def _headlines(facts: RequestFacts) -> Iterator[str]:
@@ -132,6 +134,7 @@ def _headlines(facts: RequestFacts) -> Iterator[str]:
     moved = [
         facts.store_read_bytes and f"{size(facts.store_read_bytes)} read from the store",
         facts.forwarded_bytes and f"{size(facts.forwarded_bytes)} forwarded",
+        facts.relayed_bytes and f"{size(facts.relayed_bytes)} by relays",
         *(f"fallback {reason}" for reason in facts.fallbacks),
         facts.room and f"room {facts.room}",
     ]
@@ -140,13 +143,15 @@ def _headlines(facts: RequestFacts) -> Iterator[str]:
 
 
 def _visible(lines: list[_Line], total: int) -> list[_Line]:
-    """Without SGLang's spans that are too short to see; a parent stays with its children."""
+    """Without details, and SGLang's spans that are too short to see; a parent stays with its children."""
     kept: list[_Line] = []
     wanted: set[int] = set()
     """Depths of which a parent is wanted."""
     for line in reversed(lines):
         span = line.span
         matters = span.own or "error" in span.attributes or line.end - line.begin >= total * SHORT
+        if span.operationName in DETAILS:
+            matters = "error" in span.attributes
         if matters or line.depth in wanted:
             kept.append(line)
             wanted.add(line.depth - 1)

@@ -6,7 +6,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
-from otlp_samples import REQUESTS, TRACE, otlp, span
+from otlp_samples import CHILD, REQUESTS, ROOT, TRACE, otlp, span
 from rich.console import Console
 from typer.testing import CliRunner
 
@@ -106,6 +106,63 @@ def test_siblings_branch_off_the_span_that_they_belong_to(demo):
 def test_names_have_no_process_numbers_and_no_request_ids(demo):
     text = "\n".join(printed(waterfall.show, the_split_one(demo), width=200))
     assert "pid" not in text and "host" not in text and "[TP 0]" not in text
+
+
+def load(span_id: str, begin_us: int, end_us: int, **attributes: int | str | float) -> dict:
+    kinds = {int: "intValue", str: "stringValue", float: "doubleValue"}
+    made = span(span_id, "relay.load", begin_us, end_us, parentSpanId=ROOT)
+    values = {f"dualpath.{key.replace('__', '.')}": value for key, value in attributes.items()}
+    made["attributes"] = [{"key": key, "value": {kinds[type(value)]: value}} for key, value in values.items()]
+    return made
+
+
+@pytest.fixture
+def relayed():
+    """Two calls of one request: three lanes bring the first one, nobody helps with the second."""
+    first = load(
+        CHILD,
+        1_000_010,
+        1_200_000,
+        bytes=24_000_000,
+        own__bytes=8_000_000,
+        relay__bytes=16_000_000,
+        **{"relay__bytes__relay-0": 12_000_000, "relay__bytes__relay-1": 4_000_000},
+        bandwidth_bytes_per_s=120e6,
+    )
+    second = load(
+        "b7ad6b7169203332",
+        1_200_000,
+        1_600_000,
+        bytes=16_000_000,
+        own__bytes=16_000_000,
+        relay__bytes=0,
+        bandwidth_bytes_per_s=40e6,
+        fallback__reason="no relay answers",
+    )
+    fetch = span("b7ad6b7169203333", "relay.fetch", 1_000_020, 1_100_000, parentSpanId=CHILD)
+    client = span(ROOT, "dualpath.request", 1_000_000, 2_000_000)
+    return find(
+        parse(
+            jaeger.traces([otlp("client", client), otlp("prefill-0", first, second), otlp("relay-0", fetch)])
+        ),
+        TRACE,
+    )
+
+
+@pytest.mark.parametrize("width", WIDTHS)
+def test_a_request_whose_loads_relays_took_part_in_is_readable_at_any_width(relayed, width):
+    lines = printed(waterfall.show, relayed, width=width)
+    assert max(map(len, lines)) <= width
+    assert "path relay" in lines[1]
+    assert "40.0 MB read from the store  16.0 MB by relays" in lines[2]
+    assert "fallback no relay answers" in lines[2]
+    first, second = (line for line in lines if "relay.load" in line)
+    assert "24.0 MB" in first and "120 MB/s" in first and "40.0 MB/s" in second
+    if width > 80:
+        assert "own 8.00 MB  relay-0 12.0 MB  relay-1 4." in first
+        assert "fallback no relay" in second
+    assert not any("relay.fetch" in line for line in lines)
+    assert any("relay.fetch" in line for line in printed(waterfall.show, relayed, width=width, verbose=True))
 
 
 @pytest.mark.parametrize("width", WIDTHS)

@@ -3,12 +3,20 @@
 from __future__ import annotations
 
 import ctypes
+import signal
+import time
 
 import pytest
+from opentelemetry.sdk.trace import TracerProvider
+from opentelemetry.sdk.trace.export import SimpleSpanProcessor
+from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
 from relay_world import MIB, PROMPT, SLOW, Loading
 
 from dualpath_sgl.evals.relay.world import eventually
 from dualpath_sgl.relay.client import loader
+from dualpath_sgl.relay.client.prefetch.call import Call, making
+
+TRACEPARENT = "00-0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331-01"
 
 
 def test_relays_bring_all_but_what_the_own_client_has_claimed(scene):
@@ -50,6 +58,76 @@ def test_memory_that_is_not_the_engines_host_memory_is_left_to_the_own_client(sc
     prefill = scene.prefill(relay)
     assert prefill.loader.load(objects.keys, objects.pointers, objects.sizes) == objects.sizes
     assert objects.wrong() == [] and relay.reads() == []
+
+
+@pytest.fixture
+def spans(scene):
+    """Of every load, as an exporter gets them; the first argument is a prefill engine."""
+    exporter = InMemorySpanExporter()
+    provider = TracerProvider()
+    provider.add_span_processor(SimpleSpanProcessor(exporter))
+
+    def told(prefill, objects) -> dict[str, object]:
+        prefill.loader._tracer = provider.get_tracer("test")
+        exporter.clear()
+        assert prefill.load(objects) == objects.sizes
+        (span,) = exporter.get_finished_spans()
+        assert span.name == "relay.load"
+        assert span.attributes["dualpath.bytes"] == objects.byte_count
+        assert span.attributes["dualpath.bandwidth_bytes_per_s"] > 0
+        told.span = span
+        return {key.removeprefix("dualpath."): value for key, value in span.attributes.items()}
+
+    return told
+
+
+def test_a_load_s_span_says_who_brought_what_and_stands_in_its_request_s_trace(scene, spans):
+    relays = scene.relay(rate=SLOW), scene.relay(rate=SLOW)
+    objects = scene.objects()
+    prefill = scene.prefill(*relays, rate=SLOW)
+    with making(Call("request-7", TRACEPARENT)):
+        told = spans(prefill, objects)
+    assert f"{spans.span.context.trace_id:032x}" in TRACEPARENT and told["rid"] == "request-7"
+    counts = prefill.counts
+    assert told["own.bytes"] == counts.own_bytes > 0
+    assert told["relay.bytes"] == counts.relay_bytes > 0
+    assert all(told[f"relay.bytes.{relay.name}"] == counts.relays[relay.name].bytes for relay in relays)
+    assert "fallback.reason" not in told and "reason" not in told
+
+
+def test_a_load_s_span_says_why_nobody_helped(scene, spans):
+    relay = scene.relay()
+    prefill = scene.prefill(relay)
+    assert spans(prefill, scene.objects([64 * 1024]))["reason"] == "not worth asking relays"
+    relay.send(signal.SIGKILL)
+    eventually(lambda: not prefill.loader.lanes_up(), "it may not be asked any more")
+    assert spans(prefill, scene.objects())["fallback.reason"] == "no relay answers"
+    prefill.relays.replace([])
+    assert spans(prefill, scene.objects())["reason"] == "no relay helps"
+
+
+def test_a_load_that_is_given_up_ends_early(scene):
+    relay = scene.relay(rate=SLOW)
+    objects = scene.objects()
+    prefill = scene.prefill(relay)
+    prefill.may_read.clear()
+    call = Call()
+
+    def load() -> list[int]:
+        with making(call):
+            return prefill.load(objects)
+
+    loading = Loading(load)
+    eventually(lambda: prefill.counts.relays[relay.name].bytes, "the relay brings a part")
+    call.given_up = True
+    prefill.may_read.set()
+    results = loading.ends()
+    assert results.count(-1) > 0
+    came = [index for index, got in enumerate(results) if got > 0]
+    assert came and not set(came) & set(objects.wrong())
+    objects.forget()
+    time.sleep(0.3)
+    assert len(objects.wrong()) == len(objects.sizes)  # nothing is written afterwards
 
 
 def test_without_a_relay_the_own_client_does_everything(scene):

@@ -118,7 +118,7 @@ class Loader:
         if not self._is_worth_asking(blocks):
             told.reason = "not worth asking relays"
         elif self._lanes:
-            told.fallback = "no relay may be asked"
+            told.fallback = "no relay answers"
         else:
             told.reason = "no relay helps"
         results = self._read(keys, pointers, sizes, blocks)

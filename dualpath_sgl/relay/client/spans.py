@@ -54,7 +54,6 @@ def _write(span: Span, call: Call, told: Told, took_s: float) -> None:
     own = told.brought.get(OWN, 0)
     span.set_attributes(
         {
-            "dualpath.path": "relay",
             "dualpath.objects": told.objects,
             "dualpath.bytes": total,
             "dualpath.own.bytes": own,
