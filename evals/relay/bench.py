@@ -15,8 +15,7 @@ import sys
 import threading
 import time
 import urllib.request
-from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Annotated, Any
 
@@ -25,16 +24,19 @@ import typer
 
 from dualpath_sgl.evals.relay.world import HOST, MIB, Objects, Prefill, RelayProcess, Store
 from dualpath_sgl.launch.processes.ports import FreePorts
+from dualpath_sgl.relay.client.prefetch.ahead import CALLS
 from dualpath_sgl.relay.wire import Hello
 
 PAGE = (512 * 1024, 512 * 1024, 64 * 1024)
 """Bytes of a page's k, v and indexer."""
 STATES = (2 * MIB,) * 8
+SMALL_PAGE = (64 * 1024, 64 * 1024)
+"""Of a page's k and v: 128 pages, of which SGLang makes a call, are 16 MiB."""
 
 
 class Bench:
     def __init__(self, store: Store, rate: float, mib: int, runs: int) -> None:
-        self._store, self._rate, self._runs = store, rate, runs
+        self._store, self._rate, self._mib, self._runs = store, rate, mib, runs
         self._cpu_s = 0.0
         """Of this process, in loads."""
         pages = (mib * MIB - sum(STATES)) // sum(PAGE)
@@ -164,31 +166,40 @@ class Bench:
                 "read_to_least": round((read + own) / objects.byte_count, 3),
             }
 
-    def calls(self, call_mib: int, at_a_time: int) -> dict[str, Any]:
-        """A load in calls of so many MiB, as SGLang makes them, with two relays."""
-        with self._relays(2) as relays, self._prefill(relays) as (prefill, objects):
+    def calls(self, looks_ahead: bool) -> dict[str, Any]:
+        """A load in calls of 16 MiB, with two relays, by SGLang's own prefetch thread with and without our hooks."""
+        from sglang.srt.plugins.hook_registry import HookRegistry
+
+        from dualpath_sgl.evals.relay.prefetch import Prefetch
+        from dualpath_sgl.relay.client.prefetch import hooks
+
+        if looks_ahead:
+            hooks.register(traced=False)
+            HookRegistry.apply_hooks()
+        sizes = list(SMALL_PAGE) * (self._mib * MIB // sum(SMALL_PAGE))
+        pages = len(sizes) // len(SMALL_PAGE)
+        with self._relays(2) as relays, self._prefill(relays, sizes) as (prefill, objects):
+
+            def read(some: Sequence[int]) -> int:
+                part = slice(some[0] * len(SMALL_PAGE), (some[-1] + 1) * len(SMALL_PAGE))
+                wanted = objects.sizes[part]
+                got = prefill.loader.load(objects.keys[part], objects.pointers[part], wanted)
+                return len(some) if got == wanted else 0
+
             prefill.load(objects)
-            objects.forget()
-            objects_a_call = 3 * max(1, call_mib * MIB // sum(PAGE))
-            firsts = range(0, len(objects.sizes), objects_a_call)
-
-            def call(first: int) -> list[int]:
-                end = first + objects_a_call
-                return prefill.loader.load(
-                    objects.keys[first:end], objects.pointers[first:end], objects.sizes[first:end]
-                )
-
-            begun_s = time.monotonic()
-            with ThreadPoolExecutor(at_a_time) as pool:
-                results = list(pool.map(call, firsts))
-            took_s = time.monotonic() - begun_s
-            if [got for some in results for got in some] != objects.sizes or objects.wrong():
-                raise RuntimeError("wrong bytes")
+            took: list[float] = []
+            for _ in range(self._runs):
+                objects.forget()
+                begun_s = time.monotonic()
+                came = Prefetch(read).load(pages)
+                took.append(time.monotonic() - begun_s)
+                if came != pages or objects.wrong():
+                    raise RuntimeError("wrong bytes")
+            limit_s = objects.byte_count / self._rate / 3
             return {
-                "call_mib": call_mib,
-                "at_a_time": at_a_time,
-                "seconds": round(took_s, 3),
-                "share_of_limit": round(objects.byte_count / self._rate / 3 / took_s, 3),
+                "calls_at_a_time": CALLS if looks_ahead else 1,
+                "seconds": _rounded(took),
+                "share_of_limit": round(limit_s / statistics.median(took), 3),
             }
 
     @contextmanager
@@ -266,6 +277,7 @@ def main(
     rate_mbit: Annotated[float, typer.Option(min=1, help="Of every storage link.")] = 320,
     mib: Annotated[int, typer.Option(min=32, help="Of a load.")] = 192,
     runs: Annotated[int, typer.Option(min=1, help="Of each lone load.")] = 3,
+    only: Annotated[list[str] | None, typer.Option(help="Cases; all without it.")] = None,
 ) -> None:
     """Measure relays on imagined links and print what part of the limit they reach."""
     logging.basicConfig(level=logging.WARNING, format="%(asctime)s %(message)s")
@@ -276,8 +288,8 @@ def main(
             "one_link": lambda: bench.lone(0),
             "two_links": lambda: bench.lone(1),
             "three_links": lambda: bench.lone(2),
-            "calls_16_mib": lambda: bench.calls(16, 1),
-            "calls_16_mib_two_at_a_time": lambda: bench.calls(16, 2),
+            "sglangs_calls": lambda: bench.calls(looks_ahead=False),
+            "sglangs_calls_ahead": lambda: bench.calls(looks_ahead=True),
             "ranks_4_of_one_kv": lambda: bench.ranks(4),
             "relay_killed": lambda: bench.killed(signal.SIGKILL),
             "relay_stopped": lambda: bench.killed(signal.SIGSTOP),
@@ -288,6 +300,8 @@ def main(
         }
         measured: dict[str, Any] = {"rate_mbit": rate_mbit, "mib": mib}
         for name, case in cases.items():
+            if only and name not in only:
+                continue
             measured[name] = {**case(), "load_average": round(os.getloadavg()[0], 1)}
             print(name, measured[name], file=sys.stderr, flush=True)
         print(json.dumps(measured, indent=2))
