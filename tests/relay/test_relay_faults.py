@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import signal
+import threading
 import time
 
+import psutil
 import pytest
 from relay_world import MIB, PROMPT, SLOW, Loading
 
@@ -90,7 +92,70 @@ def test_a_relay_that_hangs_during_a_pull(scene):
     helped(prefill, relay, objects)
 
 
-@pytest.mark.parametrize("rate", [SLOW / 2, SLOW / 20])
+def test_a_pull_that_hangs_holds_up_no_other_load(scene):
+    victim, other = scene.relay(rate=SLOW), scene.relay(rate=SLOW)
+    first, second = scene.objects(LONG), scene.objects()
+    prefill = scene.prefill(victim, other, rate=SLOW)
+    read = prefill.transport(victim).read
+
+    def stop_in_the_pull(*arguments):
+        victim.send(signal.SIGSTOP)
+        return read(*arguments)
+
+    prefill.transport(victim).read = stop_in_the_pull
+    loading = Loading(lambda: prefill.load(first))
+    eventually(lambda: prefill.counts.relays[other.name].bytes, "the load is under way")
+    loads = [loading, *(Loading(lambda: prefill.load(second)) for _ in range(2))]
+    for load, objects in zip(loads, (first, second, second), strict=True):
+        assert load.ends() == objects.sizes
+        assert objects.wrong() == []
+    eventually(lambda: prefill.loader.kept_back == 1, "the pull is given up")
+    assert prefill.counts.relays[other.name].lost == 0
+    helped(prefill, other, second)
+    assert prefill.loader.kept_back == 1
+    victim.send(signal.SIGCONT)
+
+
+def test_a_relay_that_freezes_at_the_first_contact_holds_up_no_other(scene):
+    frozen, other = scene.relay(), scene.relay()
+    objects = scene.objects(LONG)
+    prefill = scene.prefill(other, rate=SLOW)
+    take = prefill.loader._transports.take
+
+    def take_one_that_meets_a_frozen_relay():
+        transport = take()
+        answers = transport.answers
+
+        def answers_and_freezes(mooncake_address):
+            transport.answers = answers
+            answered = answers(mooncake_address)
+            frozen.send(signal.SIGSTOP)
+            return answered
+
+        transport.answers = answers_and_freezes
+        return transport
+
+    prefill.loader._transports.take = take_one_that_meets_a_frozen_relay
+    prefill.relays.replace([other.helper, frozen.helper])
+
+    def meets() -> bool:
+        return any(thread.name.startswith("dualpath-greeting") for thread in threading.enumerate())
+
+    eventually(lambda: meets() and stopped(frozen), "the relay is met and freezes")
+    for _ in range(2):
+        helped(prefill, other, objects)
+        assert meets()  # Mooncake waits for it still
+    assert prefill.counts.relays[other.name].lost == 0
+    assert [lane.helper.name for lane in prefill.loader.lanes_up()] == [other.name]
+    frozen.send(signal.SIGCONT)
+    helped(prefill, frozen, objects)
+
+
+def stopped(relay) -> bool:
+    return psutil.Process(relay.process.pid).status() == psutil.STATUS_STOPPED
+
+
+@pytest.mark.parametrize("rate", [SLOW / 2, SLOW / 20, SLOW / 100])
 def test_a_relay_that_slows_down(scene, rate):
     relay = scene.relay(rate=SLOW)
     objects = scene.objects(LONG)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 import threading
 from collections.abc import Callable
 
@@ -37,8 +38,13 @@ _transfers: list[Forwarder] = []
 class StrangeRelay(threading.Thread):
     """Its memory can be read, and holds nobody's objects."""
 
-    def __init__(self, answer: Callable[[StrangeRelay, Fetch | Release], list[Wire | bytes]]) -> None:
+    def __init__(
+        self,
+        answer: Callable[[StrangeRelay, Fetch | Release], list[Wire | bytes]],
+        *first_welcomes: Welcome,
+    ) -> None:
         super().__init__(daemon=True)
+        self._first_welcomes = first_welcomes
         self.memory = Memory(4 * MIB)
         self.transfers = Forwarder(HOST, "tcp", "", [])
         self.transfers.register(self.memory.address, self.memory.byte_count)
@@ -67,7 +73,7 @@ class StrangeRelay(threading.Thread):
     def _answers(self, message: wire.ToRelay) -> list[Wire | bytes]:
         match message:
             case Hello():
-                return [self.welcome()]
+                return [*self._first_welcomes, self.welcome()]
             case Fetch():
                 self.asked += 1
                 return self._answer(self, message)
@@ -151,3 +157,18 @@ def test_what_no_relay_should_say(scene, saying):
     finally:
         relay.ends.set()
         relay.join()
+
+
+def test_a_relay_is_met_while_the_memory_that_it_had_does_not_answer(scene):
+    before = scene.relay()
+    welcome = scene.prefill(before).lane(before)._standing.welcome
+    before.send(signal.SIGSTOP)
+    relay = StrangeRelay(_each(lambda relay, fetch: []), welcome)
+    try:
+        prefill = scene.prefill(relay)
+        assert [thread.name for thread in threading.enumerate() if "greeting" in thread.name]
+        assert prefill.transport(relay) is not None
+    finally:
+        relay.ends.set()
+        relay.join()
+        before.send(signal.SIGCONT)
