@@ -40,7 +40,8 @@ def activate() -> None:
     from sglang.srt.layers.attention import hybrid_linear_attn_backend
     from sglang.srt.layers.attention.torch_native_backend import TorchNativeAttnBackend
     from sglang.srt.managers.scheduler import Scheduler
-    from sglang.srt.mem_cache.pool_host import mha, mla
+    from sglang.srt.mem_cache.pool_host import common, mha, mla
+    from sglang.srt.mem_cache.pool_host import mamba as mamba_pool
     from sglang.srt.mem_cache.pool_host.base import HostKVCache
     from sglang.srt.models.deepseek_common.attention_backend_handler import AttentionBackendRegistry
     from sglang.srt.models.deepseek_common.attention_forward_methods.forward_methods import (
@@ -50,9 +51,10 @@ def activate() -> None:
     # The alternative copies page indices through pinned memory behind a CUDA event.
     MooncakeKVSender.supports_host_tensor_indices = False
     HostKVCache.__init__ = _without_pinning(HostKVCache.__init__)
+    common._cuda_host_register = lambda *_args, **_kwargs: None
     Scheduler.on_idle = _polling(Scheduler.on_idle)
     # These modules import the copies only on GPUs, then call them by their own globals.
-    for module in (mha, mla):
+    for module in (mha, mla, mamba_pool):
         for name in _COPIES:
             setattr(module, name, getattr(kvcacheio, name))
     # An MLA model computes the first part of a prompt as plain multi-head attention elsewhere; the

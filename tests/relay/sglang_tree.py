@@ -18,7 +18,6 @@ os.environ.setdefault("SGLANG_USE_CPU_ENGINE", "1")
 import torch
 from sglang.srt.mem_cache.base_prefix_cache import CacheRequestHandle
 from sglang.srt.mem_cache.hicache_storage import PoolName, PoolTransfer
-from sglang.srt.mem_cache.pool_host import common as pool_common
 from sglang.srt.mem_cache.radix_cache import RadixKey
 from sglang.srt.mem_cache.unified_cache.components.base import ComponentType
 from sglang.srt.mem_cache.utils import get_storage_hash_str
@@ -58,7 +57,6 @@ class Tree:
         from sglang.test.kits.unified_radix_cache import fixtures
         from sglang.test.kits.unified_radix_cache.config import CacheConfig
 
-        pool_common._cuda_host_register = lambda *_args, **_kwargs: None
         shape: dict[str, object] = {}
         if kind == "full":
             shape["num_layers"] = 4
