@@ -10,6 +10,8 @@ import functools
 import os
 import time
 
+from dualpath_sgl.cpu_profile import hybrid
+
 activated = False
 """True once `activate` has changed this process."""
 
@@ -31,17 +33,11 @@ def activate() -> None:
     global activated
     if activated or os.getenv("SGLANG_USE_CPU_ENGINE") != "1":
         return
-    import torch
-    from sgl_kernel import kvcacheio, mamba
-    from sglang.kernels.ops.attention.fla import fused_norm_gate
-    from sglang.kernels.ops.elementwise import elementwise
-    from sglang.srt.arg_groups import mamba_hook
+    from sgl_kernel import kvcacheio
     from sglang.srt.disaggregation.mooncake.conn import MooncakeKVSender
-    from sglang.srt.layers.attention import hybrid_linear_attn_backend
     from sglang.srt.layers.attention.torch_native_backend import TorchNativeAttnBackend
     from sglang.srt.managers.scheduler import Scheduler
-    from sglang.srt.mem_cache.pool_host import common, mha, mla
-    from sglang.srt.mem_cache.pool_host import mamba as mamba_pool
+    from sglang.srt.mem_cache.pool_host import common, mamba, mha, mla
     from sglang.srt.mem_cache.pool_host.base import HostKVCache
     from sglang.srt.models.deepseek_common.attention_backend_handler import AttentionBackendRegistry
     from sglang.srt.models.deepseek_common.attention_forward_methods.forward_methods import (
@@ -54,7 +50,7 @@ def activate() -> None:
     common._cuda_host_register = lambda *_args, **_kwargs: None
     Scheduler.on_idle = _polling(Scheduler.on_idle)
     # These modules import the copies only on GPUs, then call them by their own globals.
-    for module in (mha, mla, mamba_pool):
+    for module in (mha, mla, mamba):
         for name in _COPIES:
             setattr(module, name, getattr(kvcacheio, name))
     # An MLA model computes the first part of a prompt as plain multi-head attention elsewhere; the
@@ -62,33 +58,8 @@ def activate() -> None:
     AttentionBackendRegistry.register("torch_native", lambda attention, batch: AttnForwardMethod.MLA)
     # With DP attention batches are padded to one length; a padding request has one token, as elsewhere.
     TorchNativeAttnBackend.get_cpu_graph_seq_len_fill_value = lambda backend: 1
-    for name in ("_run_sdpa_forward_extend", "_run_sdpa_forward_decode"):
-        setattr(TorchNativeAttnBackend, name, _in_its_pool(getattr(TorchNativeAttnBackend, name)))
-    # Copies of states, which the prefix cache keeps, are kernels of Triton: so the platform is said to have none.
-    mamba_hook._platform_supports_mamba_cache_extra_buffer = lambda: True
-    hybrid_linear_attn_backend.track_mamba_states_if_needed = mamba.track_mamba_states_if_needed
-    fused_norm_gate._use_cpu = True  # otherwise only with AMX
-    torch.Tensor.pin_memory = lambda tensor: tensor
-    elementwise._launch_fused_gate_sigmoid_mul = mamba.gate_sigmoid_mul
-    hybrid_linear_attn_backend.MambaAttnBackendBase._track_pools = lambda backend: None
+    hybrid.enable()
     activated = True
-
-
-def _in_its_pool(original):
-    """Layers with a sliding window have a pool of their own, and slots of their own in it: the backend
-    writes there, but reads the slots of the other pool."""
-
-    @functools.wraps(original)
-    def run(self, query, output, k_cache, v_cache, req_to_token, req_pool_indices, *args, **kwargs):
-        if self.use_sliding_window_kv_pool and kwargs["sliding_window_size"] is not None:
-            slots = req_to_token[req_pool_indices]
-            req_to_token = self.token_to_kv_pool.translate_loc_from_full_to_swa(slots)
-            req_pool_indices = range(len(slots))
-        return original(
-            self, query, output, k_cache, v_cache, req_to_token, req_pool_indices, *args, **kwargs
-        )
-
-    return run
 
 
 def _without_pinning(original):

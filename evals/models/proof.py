@@ -7,6 +7,7 @@ the rest.
 
 from __future__ import annotations
 
+import re
 import urllib.request
 from collections.abc import Callable
 from pathlib import Path
@@ -19,6 +20,7 @@ from dualpath_sgl.evals.models.record import Record
 from dualpath_sgl.launch.config.cluster import Mode
 from dualpath_sgl.launch.supervision.cluster import Cluster
 from dualpath_sgl.launch.supervision.single_server import SingleServer
+from scheduler_svc.wire.protocol import Role
 
 SESSIONS = ("ada", "bob", "eve")
 Answers = dict[str, list[list[int]]]
@@ -62,7 +64,7 @@ def answers_of_one(case: Case, url: str) -> Answers:
 
 
 def compare(case: Case, cluster: Cluster, reference: Answers, say: Callable[[str], None]) -> Record:
-    """Plays the sessions on the running cluster."""
+    """Plays the sessions on the running cluster.  Raises RuntimeError when it took nothing from the store."""
     sessions = sessions_of(case)
     for turn in range(TURNS):
         forget_caches(cluster)
@@ -87,7 +89,10 @@ def compare(case: Case, cluster: Cluster, reference: Answers, say: Callable[[str
         forwarded_bytes=counted.forwarded_bytes if counted else 0,
         fallbacks=counted.fallbacks if counted else relay_faults(cluster),
     )
-    say(f"{record}" + (f"; unequal: {', '.join(unequal)}" if unequal else ""))
+    loaded = loaded_tokens(cluster)
+    if not loaded:
+        raise RuntimeError(f"{case.name}: every prompt was computed, nothing was loaded")
+    say(f"{record}; {loaded} tokens loaded" + (f"; unequal: {', '.join(unequal)}" if unequal else ""))
     return record
 
 
@@ -97,6 +102,12 @@ def sessions_of(case: Case) -> list[Session]:
 
 def answers_of(sessions: list[Session]) -> Answers:
     return {session.name: session.answers for session in sessions}
+
+
+def loaded_tokens(cluster: Cluster) -> int:
+    """That prefill engines did not compute, by their logs: as they held nothing, the store had them."""
+    logs = [cluster.processes[e.name].log_path for e in cluster.engines if e.role is Role.PREFILL]
+    return sum(int(found) for log in logs for found in re.findall(r"#cached-token: (\d+)", log.read_text()))
 
 
 def relay_faults(cluster: Cluster) -> int:
