@@ -51,6 +51,7 @@ _LATENT: dict[str, Any] = {
     "n_routed_experts": 8,
     "n_shared_experts": 1,
     "num_experts_per_tok": 2,
+    "moe_layer_freq": 1,
     "n_group": 1,
     "topk_group": 1,
     "moe_intermediate_size": 512,
@@ -68,13 +69,10 @@ MLA = _architecture("deepseek_v3", **_LATENT)
 MTP = _architecture("deepseek_v3", next_token_layer=True, **_LATENT)
 DSA = _architecture("deepseek_v32", **{**_LATENT, **_INDEXER})
 SWA = _architecture(
-    "gpt_oss",
-    head_dim=64,
+    "laguna",
     layer_types=["sliding_attention", "full_attention"] * 4,
-    sliding_window=128,
-    num_local_experts=8,
-    num_experts_per_tok=2,
-    intermediate_size=1024,
+    sliding_window=256,
+    mlp_layer_types=["dense"] * 8,
 )
 GDN = _architecture(
     "qwen3_next",
@@ -141,7 +139,7 @@ CASES = (
         "gated linear attention beside full attention: Qwen3-Next, Qwen3.5",
         (*USUAL, "--max-mamba-cache-size=64"),
     ),
-    _case("swa", SWA, "sliding windows with sinks: gpt-oss"),
+    _case("swa", SWA, "sliding windows beside full attention: Laguna, Gemma, gpt-oss"),
     _case(
         "dsa",
         DSA,

@@ -14,7 +14,7 @@ from pathlib import Path
 
 from prometheus_client.parser import text_string_to_metric_families
 
-from dualpath_sgl.evals.agents.sessions import TURNS, Session, forget_caches, play_all, reads
+from dualpath_sgl.evals.agents.sessions import TURNS, Session, flush, forget_caches, play_all, reads
 from dualpath_sgl.evals.models.cases import Case, described, single
 from dualpath_sgl.evals.models.record import Record
 from dualpath_sgl.launch.config.cluster import Mode
@@ -55,10 +55,15 @@ def prove(
 
 
 def answers_of_one(case: Case, url: str) -> Answers:
-    """One session after the other, with the server's prefix cache."""
+    """One session after the other, every prompt computed from its first token.
+
+    With a prefix cache an answer's KV would be what decoding left; a prefill engine computes it again, and on a
+    GPU both kernels round differently.
+    """
     sessions = sessions_of(case)
     for session in sessions:
         for turn in range(TURNS):
+            flush(url)
             session.play(url, turn)
     return answers_of(sessions)
 
