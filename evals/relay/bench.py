@@ -59,8 +59,8 @@ class Bench:
                 "relay_cpu_s_per_gib": round(cpu_s / gib, 2),
                 "engine_cpu_s_per_gib": round(self._cpu_s / (self._runs * objects.byte_count / 2**30), 2),
                 "pull_s_per_gib": round(sum(lane.pull_s for lane in lanes) / gib, 3),
-                "lost": sum(lane.lost for lane in lanes),
-                "given_back": sum(lane.given_back for lane in lanes),
+                "lost": prefill.counts.lost,
+                "given_back": prefill.counts.given_back,
                 "copy_s_per_gib": round(sum(lane.copy_s for lane in lanes) / gib, 3),
             }
 
@@ -96,11 +96,10 @@ class Bench:
             took_s = self._timed(prefill, objects)
             left = objects.byte_count - 2 * (stopped_s[0] - begun_s) * self._rate
             added_s = took_s - (stopped_s[0] - begun_s) - left / self._rate
-            counts = prefill.counts.relays[relays[0].name]
             return {
                 "seconds": round(took_s, 3),
                 "added_s": round(added_s, 3),
-                "hung_pulls": counts.hung_pulls,
+                "hung_pulls": prefill.counts.hung_pulls,
                 "bounce_kept_back": prefill.loader.kept_back,
             }
 

@@ -44,24 +44,40 @@ def test_the_relay_reads_and_the_tokens_are_those_of_one_server(cluster, session
     assert relay_metric(cluster, "dualpath_relay_refused_connections_total") == 0
 
 
+def test_a_request_s_trace_says_who_loaded(cluster):
+    listed = traces(cluster)
+    helped = [facts for facts in listed if facts["relayed_bytes"]]
+    assert helped and all(facts["path"] == "relay" for facts in helped)
+    # Loads stand in the trace of SGLang's request, beside the stages that SGLang runs.
+    assert all(facts["prompt_tokens"] and facts["services"] > 1 for facts in helped)
+    shown = dualpath(cluster, "trace", "show", helped[0]["trace"])
+    assert "by relays" in shown and "own " in shown and "relay-0 " in shown
+    assert "load_back" in shown and "kv_send" in shown
+
+
+def traces(cluster: Cluster) -> list[dict]:
+    listed = dualpath(cluster, "trace", "show", "--list", "--all", "--json")
+    return json.loads(listed)["traces"]
+
+
+def dualpath(cluster: Cluster, *words: str) -> str:
+    """What the command prints about the cluster."""
+    asked = subprocess.run(
+        [sys.executable, "-m", "dualpath_sgl.cli", *words, "--run-dir", str(cluster.run_dir)],
+        capture_output=True,
+        text=True,
+    )
+    assert asked.returncode == 0, asked.stderr
+    return asked.stdout
+
+
 def test_the_decode_engine_is_a_stock_one(cluster):
     logs = {name: cluster.processes[name].log_path.read_text() for name in ("prefill-0", "decode-0")}
     assert [name for name, log in logs.items() if "DualPath" in log] == ["prefill-0"]
 
 
 def test_status_shows_the_relay_and_where_it_is_asked(cluster):
-    command = [
-        sys.executable,
-        "-m",
-        "dualpath_sgl.cli",
-        "status",
-        "--json",
-        "--run-dir",
-        str(cluster.run_dir),
-    ]
-    asked = subprocess.run(command, capture_output=True, text=True)
-    assert asked.returncode == 0, asked.stderr
-    relay = json.loads(asked.stdout)["processes"]["relay-0"]
+    relay = json.loads(dualpath(cluster, "status", "--json"))["processes"]["relay-0"]
     assert (relay["state"], relay["address"]) == ("running", cluster.relays[0].endpoint)
 
 

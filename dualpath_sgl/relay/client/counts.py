@@ -43,3 +43,15 @@ class Counts:
     @property
     def relay_bytes(self) -> int:
         return sum(lane.bytes for lane in list(self.relays.values()))
+
+    @property
+    def given_back(self) -> int:
+        return sum(lane.given_back for lane in list(self.relays.values()))
+
+    @property
+    def lost(self) -> int:
+        return sum(lane.lost for lane in list(self.relays.values()))
+
+    @property
+    def hung_pulls(self) -> int:
+        return sum(lane.hung_pulls for lane in list(self.relays.values()))

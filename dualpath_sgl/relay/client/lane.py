@@ -199,9 +199,12 @@ class RelayLane(threading.Thread):
             time.sleep(POLL_MS / 1000)
 
     def _follow(self, monitor: zmq.Socket[bytes]) -> None:
-        while monitor.poll(0):
-            connected = recv_monitor_message(monitor)["event"] == zmq.EVENT_HANDSHAKE_SUCCEEDED
-            if self._standing.connects(connected):
+        while True:
+            try:
+                event = recv_monitor_message(monitor, zmq.NOBLOCK)["event"]
+            except zmq.Again:
+                return
+            if self._standing.connects(event == zmq.EVENT_HANDSHAKE_SUCCEEDED):
                 self._lose("is gone", 0.0)
 
     def _take_orders(self) -> None:
@@ -302,9 +305,10 @@ class RelayLane(threading.Thread):
 
     def _listen(self) -> None:
         for _ in range(MESSAGES_AT_A_TIME):
-            if not self._socket.poll(0):
+            try:
+                frame = b"".join(self._socket.recv_multipart(zmq.NOBLOCK))
+            except zmq.Again:
                 return
-            frame = b"".join(self._socket.recv_multipart())
             try:
                 message = wire.decode_to_client(frame)
             except ValueError as error:
