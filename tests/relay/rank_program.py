@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import json
 import os
+import random
 import sys
 import time
 
 import torch
+from sglang.srt.plugins.hook_registry import HookRegistry
 from sglang_tree import Tree
 
 from dualpath_sgl import plugin
@@ -20,16 +22,36 @@ def load(task: dict, case: dict) -> dict:
     loader = tree.backend.loader
     while len(loader.lanes_up()) < len(task["options"]["relays"]):
         time.sleep(0.01)
-    prompt = list(range(case["first_token"], case["first_token"] + case["tokens"]))
-    tree.store_holds(prompt)
+    firsts = [case["first_token"] + 10_000 * number for number in range(case["prompts"])]
+    prompts = [list(range(first, first + case["tokens"])) for first in firsts]
+    for prompt in prompts:
+        tree.store_holds(prompt)
     tree.relays_come_first()
-    if case["loses_page"] is not None and task["rank"] == 1:
-        # On this rank alone nothing comes from some page on.
-        lose_from(loader, tree.hashes(prompt)[case["loses_page"]])
+    if task["rank"] == 1:
+        dawdle(loader)
+        if case["loses_page"] is not None:
+            # On this rank alone nothing comes from some page on.
+            lose_from(loader, tree.hashes(prompts[0])[case["loses_page"]])
     torch.distributed.barrier()
-    loaded = tree.prefetch(prompt)
+    handles = [tree.begin(prompt, f"request-{number}") for number, prompt in enumerate(prompts)]
+    tree.ends(*handles)
     torch.distributed.barrier()
-    return {"loaded": loaded, "wrong": len(tree.wrong()), "relay_bytes": loader.counts.relay_bytes}
+    return {
+        "loaded": [tree.tree.prefetch_loaded_tokens_by_reqid.get(handle) for handle in handles],
+        "wrong": len(tree.wrong()),
+        "relay_bytes": loader.counts.relay_bytes,
+    }
+
+
+def dawdle(loader) -> None:
+    """Calls of this rank take longer, now the present one and now the one ahead."""
+    load, rng = loader.load, random.Random(7)
+
+    def load_later(*places):
+        time.sleep(rng.choice([0, 0.05, 0.2]))
+        return load(*places)
+
+    loader.load = load_later
 
 
 def lose_from(loader, page_hash: str) -> None:
@@ -48,6 +70,7 @@ torch.distributed.init_process_group(
     "gloo", init_method=f"tcp://127.0.0.1:{task['port']}", rank=task["rank"], world_size=task["ranks"]
 )
 plugin.activate()
+HookRegistry.apply_hooks()
 for case in task["cases"]:
     print(json.dumps(load(task, case)), flush=True)
 os._exit(0)

@@ -112,15 +112,21 @@ class Tree:
         self._note_reads()
         self._page_tokens = page_tokens
         self._stored: dict[str, bytes] = {}
-        self.read: list[tuple[list[str], list[int], list[int]]] = []
-        """Keys, addresses and sizes of every read that SGLang makes."""
+        self.read: list[list[tuple[str, int, int]]] = []
+        """Key, address and size of what came by every read that SGLang made."""
 
     def _note_reads(self) -> None:
         impl = self.backend._get_batch_zero_copy_impl
 
         def noted(keys: list[str], addresses: list[int], sizes: list[int]) -> list[int]:
-            self.read.append((keys, addresses, sizes))
-            return impl(keys, addresses, sizes)
+            got = impl(keys, addresses, sizes)
+            came = [
+                place
+                for place, count in zip(zip(keys, addresses, sizes, strict=True), got, strict=True)
+                if count > 0
+            ]
+            self.read.append(came)
+            return got
 
         self.backend._get_batch_zero_copy_impl = noted
 
@@ -195,11 +201,13 @@ class Tree:
             time.sleep(0.002)
 
     def wrong(self) -> list[str]:
-        """Keys that were read and whose bytes are not those that were stored."""
+        """Keys that were read and whose bytes are not those that were stored; where memory was read into more
+        than once, of the last time.
+        """
+        there = {address: (key, size) for came in self.read for key, address, size in came}
         return [
             key
-            for keys, addresses, sizes in self.read
-            for key, address, size in zip(keys, addresses, sizes, strict=True)
+            for address, (key, size) in there.items()
             if ctypes.string_at(address, size) != self._stored[key]
         ]
 

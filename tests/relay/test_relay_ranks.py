@@ -22,17 +22,20 @@ class Case(NamedTuple):
     tokens: int
     loses_page: int | None
     """Of the second rank, on which nothing comes from there on."""
-    loaded: int
-    """Tokens, on both."""
+    loaded: list[int]
+    """Tokens of each prompt, on both."""
     first_token: int
     """Prompts of their own: kinds differ in size, and keys do not say so."""
+    prompts: int = 1
+    """At a time."""
 
 
 CASES = (
-    Case("full", 16, 2560, None, 2560, 1000),
-    Case("full", 16, 2560, 140, 140 * 16, 2000),
-    Case("mamba", 64, 2048, None, 2048, 3000),
-    Case("swa", 16, 2048, None, 2048, 4000),
+    Case("full", 16, 2560, 140, [140 * 16], 1000),
+    Case("full", 4, 1300, None, [1300] * 3, 2000, prompts=3),  # three calls each
+    Case("full", 4, 1300, 200, [200 * 4, 1300, 1300], 3000, prompts=3),
+    Case("mamba", 64, 2048, None, [2048], 4000),
+    Case("swa", 16, 2048, None, [2048], 5000),
 )
 
 
