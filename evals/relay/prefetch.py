@@ -6,6 +6,7 @@ import os
 import threading
 from collections.abc import Callable, Sequence
 from queue import Queue
+from types import SimpleNamespace
 from typing import Any
 
 os.environ.setdefault("SGLANG_USE_CPU_ENGINE", "1")
@@ -25,6 +26,7 @@ class Prefetch(HiCacheController):  # type: ignore[misc]
         """`read`: bring these pages; how many came, from the first one on."""
         self._read = read
         self.page_size = 1
+        self.storage_backend = SimpleNamespace(calls_may_overlap=True)
         self.storage_stop_event = threading.Event()
         self.prefetch_buffer: Queue[Any] = Queue()
         self.prefetch_sync_queue: Queue[Any] = Queue()

@@ -18,6 +18,7 @@ os.environ.setdefault("SGLANG_USE_CPU_ENGINE", "1")
 import torch
 from sglang.srt.mem_cache.base_prefix_cache import CacheRequestHandle
 from sglang.srt.mem_cache.hicache_storage import PoolName, PoolTransfer
+from sglang.srt.mem_cache.pool_host.base import host_memory_budget_scope
 from sglang.srt.mem_cache.radix_cache import RadixKey
 from sglang.srt.mem_cache.unified_cache.components.base import ComponentType
 from sglang.srt.mem_cache.utils import get_storage_hash_str
@@ -32,6 +33,8 @@ COMPONENTS = {
     "swa": (ComponentType.FULL, ComponentType.SWA),
 }
 WAIT_S = 30.0
+POOLS_BYTES = 2**30
+"""Of host memory, at the most."""
 
 
 class Tree:
@@ -106,7 +109,8 @@ class Tree:
         ]
         for override in self._overrides:
             override.__enter__()
-        self.tree.init_hicache(args, self.tree.cache_init_params)
+        with host_memory_budget_scope(POOLS_BYTES):  # else SGLang wants 10 GiB to stay free
+            self.tree.init_hicache(args, self.tree.cache_init_params)
         self.controller = self.tree.cache_controller
         self.backend = self.controller.storage_backend
         self._note_reads()

@@ -15,6 +15,7 @@ from dualpath_sgl import plugin
 from dualpath_sgl.evals.relay.world import HOST, eventually
 from dualpath_sgl.relay.client.prefetch import hooks
 from dualpath_sgl.relay.client.prefetch.call import present
+from dualpath_sgl.relay.client.store import RelayStore
 
 PAGE_TOKENS = 4
 CALL_TOKENS = 128 * PAGE_TOKENS
@@ -32,6 +33,8 @@ class Calls:
         self.over: list[str] = []
         self.known: list[object] = []
         """What is known of each."""
+        self.most = 0
+        """At a time."""
         self._go: dict[int, threading.Event] = {}
         self._lock = threading.Lock()
         self._read = backend._get_batch_zero_copy_impl
@@ -48,6 +51,7 @@ class Calls:
             number = len(self.begun)
             self.begun.append(keys[0])
             self.known.append(present())
+            self.most = max(self.most, len(self.begun) - len(self.over))
         if number in self._go:
             assert self._go[number].wait(WAIT_S), "a call was never released"
         got = self._read(keys, addresses, sizes)
@@ -69,8 +73,8 @@ def new_tree(own_fresh_process, scene, monkeypatch):
 
     def new_tree(looks_ahead: bool = True, policy: str = "wait_complete", kind: str = "full") -> Tree:
         plugin.activate()
-        if looks_ahead:
-            HookRegistry.apply_hooks()
+        HookRegistry.apply_hooks()
+        monkeypatch.setattr(RelayStore, "calls_may_overlap", looks_ahead)
         tree = Tree(kind, PAGE_TOKENS if kind == "full" else 64, "mooncake", {}, policy=policy)
         acks = tree.controller.prefetch_sync_queue
         tree.acks, put = [], acks.put
@@ -115,6 +119,7 @@ def test_sglang_is_told_the_same_with_one_call_at_a_time_and_with_two(new_tree, 
     tree.ends(*handles)
     assert loaded(tree, *handles) == list(lengths)
     assert tree.wrong() == []
+    assert looks_ahead or tree.calls.most == 1
     assert tree.acks == [
         *(("request-0", tokens, None, None) for tokens in (512, 1024, 1536, lengths[0])),
         ("request-0", None, None, True),

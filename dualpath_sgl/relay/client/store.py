@@ -43,6 +43,9 @@ def _transports(host: str, protocol: str, device: str, bounce_bytes: int) -> Tra
 
 
 class RelayStore(MooncakeStore):  # type: ignore[misc]
+    calls_may_overlap = True
+    """SGLang's prefetch may have several under way (`prefetch/hooks.py`)."""
+
     def __init__(self, storage_config: HiCacheStorageConfig, pool_or_kwargs: Any = None) -> None:
         """Connect to the store and begin to connect to the relays.
 

@@ -50,11 +50,15 @@ def _call_of(operation: PrefetchOperation) -> Call:
 
 def around_prefetch_io(original: Callable[..., Any], controller: HiCacheController) -> None:
     """The body of SGLang's prefetch I/O thread."""
+    if not getattr(controller.storage_backend, "calls_may_overlap", False):
+        original(controller)  # another backend, which is called as upstream calls it
+        return
     calls = _io_thread.calls = CallsAhead(controller, _call_of)
     try:
         original(controller)
     finally:
         calls.close()
+        del _io_thread.calls
 
 
 def around_page_transfer(
