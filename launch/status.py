@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,7 @@ from rich.text import Text
 from dualpath_sgl.launch.processes.run_dir import ClusterState, ProcessState
 from dualpath_sgl.terminal.columns import Column, plain, print_columns
 from dualpath_sgl.terminal.units import duration, rate, size
-from scheduler_svc.wire.protocol import EngineStatus, Status
+from scheduler_svc.wire.protocol import EngineStatus, RelayStatus, Status
 
 RUNNING, SILENT, ENDED = "running", "silent", "ended"
 TOLD = {RUNNING: "running", SILENT: "DOES NOT ANSWER", ENDED: "ended"}
@@ -61,6 +62,9 @@ def show_processes(state: ClusterState, run_dir: Path, console: Console) -> None
 def show_scheduler(found: Status, console: Console) -> None:
     columns = [Column("engine"), *(Column(title, right=True) for title in _FIGURES), Column("")]
     print_columns(console, columns, [_row(rank) for rank in found.engines])
+    if found.relays:
+        columns = [Column("relay"), *(Column(title, right=True) for title in _RELAY_FIGURES), Column("state")]
+        print_columns(console, columns, [_relay_row(relay) for relay in found.relays])
     for line in _sums(found):
         console.print(plain(line))
 
@@ -84,9 +88,28 @@ def _row(rank: EngineStatus) -> list[str]:
     ]
 
 
+_RELAY_FIGURES = ("seen", "engines", "queued", "read rate", "read", "ring free")
+
+
+def _relay_row(relay: RelayStatus) -> list[str]:
+    load = relay.load
+    return [
+        relay.relay.name,
+        f"{duration(relay.age_s)} ago",
+        str(load.clients),
+        size(load.queue_bytes),
+        rate(load.read_rate_bytes_per_s) if load.read_rate_bytes_per_s else "-",
+        size(load.read_bytes),
+        size(load.ring_free_bytes),
+        "draining" if load.draining else "serving",
+    ]
+
+
 def _sums(found: Status) -> Iterator[str]:
     rooms = f"rooms open {found.rooms_open}, closed {found.rooms_closed}, forgotten {found.rooms_forgotten}"
     yield f"policy {found.policy}  up {duration(found.uptime_s)}  {rooms}"
+    modes = Counter(rank.engine.mode for rank in found.engines)
+    yield "modes: " + (", ".join(f"{mode} {count}" for mode, count in sorted(modes.items())) or "none yet")
     yield "paths: " + (", ".join(f"{path} {count}" for path, count in found.paths.items()) or "none yet")
     fallbacks = ", ".join(f"{reason} {count}" for reason, count in found.fallbacks.items())
     yield f"fallbacks: {fallbacks or 'none'}"
@@ -131,6 +154,7 @@ def scheduler_document(found: Status) -> dict[str, Any]:
                 "engine": rank.engine.engine_id,
                 "role": rank.engine.role.value,
                 "rank": rank.engine.rank,
+                "mode": rank.engine.mode.value,
                 "url": rank.engine.url,
                 "age_s": rank.age_s,
                 "sequences": rank.load.sequences,
@@ -141,6 +165,21 @@ def scheduler_document(found: Status) -> dict[str, Any]:
                 "forwarded_bytes": rank.forwarded_bytes,
             }
             for rank in found.engines
+        ],
+        "relays": [
+            {
+                "relay": relay.relay.name,
+                "endpoint": relay.relay.endpoint,
+                "age_s": relay.age_s,
+                "draining": relay.load.draining,
+                "clients": relay.load.clients,
+                "queue_bytes": relay.load.queue_bytes,
+                "read_rate_bytes_per_s": relay.load.read_rate_bytes_per_s,
+                "read_bytes": relay.load.read_bytes,
+                "ring_bytes": relay.relay.ring_bytes,
+                "ring_free_bytes": relay.load.ring_free_bytes,
+            }
+            for relay in found.relays
         ],
     }
 

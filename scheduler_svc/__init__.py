@@ -4,9 +4,10 @@ A message visits:
 
     server.py    the only socket: frames in, frames out, who may speak for whom
     state.py     `Cluster.handle`: one message in, replies, plans and events out
-    ledger/      what is known: engines, rooms, what is promised
+    ledger/      what is known: engines, relays, rooms, what is promised
     planning.py  from the reports of both sides to a plan
-    policies/    the choice itself, pure: path policies, placement policies
+    helping.py   who may help a prefill engine, told when it changes
+    policies/    the choice itself, pure: paths, placement, help
     events.py    what happened, for metrics.py and decision_spans.py
 
 Beside it: __main__.py (`python -m scheduler_svc`), wire/ (messages, addresses, keys), telemetry/ (logs,

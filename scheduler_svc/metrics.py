@@ -59,6 +59,23 @@ class Metrics:
             "Rooms that never ended, given up for their age or for want of room.",
             registry=registry,
         )
+        self.relays = Gauge(
+            "dualpath_scheduler_relays",
+            "Relays that heartbeat, by state: serving, draining.",
+            ["state"],
+            registry=registry,
+        )
+        self.prefill_engines_by_help = Gauge(
+            "dualpath_scheduler_prefill_engines",
+            "Prefill engines in relay mode, by help: helped, hidden (loading hides behind computing), alone.",
+            ["help"],
+            registry=registry,
+        )
+        self.helpers_told = Counter(
+            "dualpath_scheduler_helpers_told",
+            "Messages that told a prefill engine rank who may help.",
+            registry=registry,
+        )
         self._placements = CounterTally(
             registry,
             "dualpath_placements",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 from scheduler_svc.events import LaneInputs
@@ -15,7 +16,7 @@ from scheduler_svc.policies.path_policies import (
     choose_path,
 )
 from scheduler_svc.policies.path_request import PathRequest, StoreQueue
-from scheduler_svc.wire.protocol import PLAN_TIMEOUT_S, Path, Plan, common_version
+from scheduler_svc.wire.protocol import PLAN_TIMEOUT_S, Mode, Path, Plan, common_version
 
 PLAN_DEADLINE_S = 0.8 * PLAN_TIMEOUT_S
 """A report older than this may have timed out at its sender by the time a plan arrives."""
@@ -27,6 +28,8 @@ class Obstacle(NamedTuple):
     name: str
     """Short, to count by."""
     sentence: str
+    is_fallback: bool = True
+    """No: nothing was ever to be forwarded."""
 
 
 class Decision(NamedTuple):
@@ -92,6 +95,20 @@ def _lane_inputs(request: PathRequest, choice: PathChoice) -> LaneInputs:
         (lanes.prefill_end(split_page) or None) if known else None,
         (lanes.decode_end(split_page) or None) if known else None,
     )
+
+
+def relay_obstacle(
+    prefill: EngineState, decode: EngineState, relays_of: Callable[[str], str]
+) -> Obstacle | None:
+    """An engine in relay mode: the PE reads, with its own client and its relays.  None: both load by plans.
+
+    `relays_of` an engine says in words what it was told of relays.
+    """
+    engine = prefill if prefill.mode is Mode.RELAY else decode
+    if engine.mode is not Mode.RELAY:
+        return None
+    relays = f"; {relays_of(prefill.engine_id)}" if engine is prefill else ""
+    return Obstacle("relay", f"{engine.engine_id} is in mode relay{relays}", is_fallback=False)
 
 
 def prompt_obstacle(prefill: Claim, decode: Claim) -> Obstacle | None:

@@ -1,9 +1,9 @@
 """The ROUTER loop: frames in, `Cluster.handle`, frames out.  One thread owns socket and state.
 
-Requests come from engine ranks, routers and tools (`scheduler_svc.wire.protocol`).  A rank belongs to the
-connection that speaks for it, and plans go there: nobody else may speak for it until that
+Requests come from engine ranks, relays, routers and tools (`scheduler_svc.wire.protocol`).  A rank belongs to
+the connection that speaks for it, and plans go there: nobody else may speak for it until that
 connection is closed or its heartbeats have stopped.  A restarted rank's old connection is closed, so
-the new one is taken at once.
+the new one is taken at once.  So it is with relays.
 
 Nothing that happens in one step ends the loop: it is logged, counted and costs that step.
 """
@@ -14,7 +14,7 @@ import logging
 import threading
 import time
 from collections import OrderedDict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import NamedTuple
@@ -37,8 +37,11 @@ from scheduler_svc.wire.protocol import (
     Error,
     ErrorCode,
     Heartbeat,
+    Helpers,
     Malformed,
+    Plan,
     Pong,
+    RelayHeartbeat,
     Report,
     Request,
     decode_request,
@@ -99,6 +102,14 @@ def check_bind(address: str, *, secured: bool = False, insecure: bool = False) -
         )
 
 
+class RelayKey(NamedTuple):
+    name: str
+
+
+Speaker = RankKey | RelayKey
+"""Who belongs to one connection."""
+
+
 class Peer(NamedTuple):
     """Who is at the other end of a connection."""
 
@@ -140,8 +151,8 @@ class Server:
         self._log = LimitedLog(logger)
         self._peers: OrderedDict[bytes, Peer] = OrderedDict()
         """By socket identity, which is that of one connection."""
-        self._owners: dict[RankKey, bytes] = {}
-        """Socket identity of each live rank."""
+        self._owners: dict[Speaker, bytes] = {}
+        """Socket identity of each live rank and relay."""
         self._outbox: list[tuple[bytes, bytes]] = []
         """Receivers and frames of the burst under way."""
         self._events: list[Event] = []
@@ -215,8 +226,22 @@ class Server:
         self._looked_s = now_s
         self._guarded(self._expire, "expiry")
         self._guarded(self._count_rooms, "metrics")
+        self._guarded(self._count_relays, "metrics")
         self._guarded(self._log.tick, "logging")
         self._guarded(self._faults.tick, "logging")
+
+    def _tell_helpers(self) -> None:
+        pushes = self._cluster.helpers_due(self._now_s())
+        self._metrics.helpers_told.inc(len(pushes))
+        self._push(pushes)
+
+    def _count_relays(self) -> None:
+        told, relays = self._cluster.helping.told, self._cluster.relays
+        serving = len(relays.serving())
+        for state, count in (("serving", serving), ("draining", len(relays) - serving)):
+            self._metrics.relays.labels(state).set(count)
+        for help_, count in told._asdict().items():
+            self._metrics.prefill_engines_by_help.labels(help_).set(count)
 
     def _count_rooms(self) -> None:
         rooms = self._cluster.rooms
@@ -234,6 +259,9 @@ class Server:
         for key in self._cluster.expire(self._now_s()):
             self._owners.pop(key, None)
             self._log.log(logging.WARNING, "engine %s rank %d is gone: no heartbeat", *key)
+        for name in self._cluster.expired_relays():
+            self._owners.pop(RelayKey(name), None)
+            self._log.log(logging.WARNING, "relay %s is gone: no heartbeat", name)
 
     # In
 
@@ -248,6 +276,7 @@ class Server:
                 now_s = time.monotonic()
         except zmq.Again:
             pass
+        self._guarded(self._tell_helpers, "telling who may help")
         for identity, frame in self._outbox:
             try:
                 self._send(identity, frame)
@@ -315,8 +344,7 @@ class Server:
                 identity,
                 peer,
                 ErrorCode.CONFLICT,
-                f"engine {key.engine_id} rank {key.rank} has another live connection; give every engine an "
-                "engine_id of its own, or stop the other one",
+                _is_another(key),
                 getattr(message, "room", None),
             )
             return
@@ -341,8 +369,8 @@ class Server:
         self._post(identity, result)
         self._events += result.events
 
-    def _may_speak(self, key: RankKey, message: Request) -> bool:
-        """Whether another connection than the last one may speak for the rank: that one is closed.
+    def _may_speak(self, key: Speaker, message: Request) -> bool:
+        """Whether another connection than the last one may speak for the rank or relay: that one is closed.
 
         Ranks from before versions do not repeat what was refused: there, whoever says the same counts.
         """
@@ -352,7 +380,7 @@ class Server:
         if isinstance(message, Heartbeat):
             # Its process may be another one by now, and then those of the engine's other ranks are gone too.
             engines = self._cluster.engines
-            gone = [one for one in engines.keys_of(key.engine_id) if not self._has_owner(one)]
+            gone = [one for one in engines.keys_of(message.engine.engine_id) if not self._has_owner(one)]
             engines.restarted(message.engine, gone)
         return True
 
@@ -374,10 +402,13 @@ class Server:
     def _post(self, identity: bytes, result: Result) -> None:
         if result.reply is not None:
             self._outbox.append((identity, encode(result.reply)))
-        plan, frame = None, b""
-        for key, pushed in result.pushes:
-            if pushed is not plan:  # every rank gets the same plan
-                plan, frame = pushed, encode(pushed)
+        self._push(result.pushes)
+
+    def _push(self, pushes: Iterable[tuple[RankKey, Plan | Helpers]]) -> None:
+        last, frame = None, b""
+        for key, pushed in pushes:
+            if pushed is not last:  # every rank gets the same plan
+                last, frame = pushed, encode(pushed)
             receiver = self._owners.get(key)
             if receiver is not None:
                 self._outbox.append((receiver, frame))
@@ -427,8 +458,22 @@ class Server:
         self._events.clear()
 
 
-def _speaks_for(message: Request) -> RankKey | None:
-    """The rank in whose name a message is said."""
+def _is_another(key: Speaker) -> str:
+    if isinstance(key, RelayKey):
+        return (
+            f"relay {key.name} has another live connection; give every relay a name of its own, or stop the "
+            "other one"
+        )
+    return (
+        f"engine {key.engine_id} rank {key.rank} has another live connection; give every engine an "
+        "engine_id of its own, or stop the other one"
+    )
+
+
+def _speaks_for(message: Request) -> Speaker | None:
+    """The rank or relay in whose name a message is said."""
+    if isinstance(message, RelayHeartbeat):
+        return RelayKey(message.relay.name)
     if isinstance(message, Heartbeat):
         return RankKey(message.engine.engine_id, message.engine.rank)
     if isinstance(message, Report | Done):

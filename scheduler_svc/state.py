@@ -23,10 +23,19 @@ from scheduler_svc.events import (
     RankFaults,
     ReadEnded,
 )
+from scheduler_svc.helping import Helping
 from scheduler_svc.ledger.engines import LEADER_RANK, EngineConflict, EngineState, EngineTable, RankKey
 from scheduler_svc.ledger.intervals import pages
+from scheduler_svc.ledger.relays import RelayConflict, RelayTable
 from scheduler_svc.ledger.rooms import Claim, Moved, Room, RoomTable, Side
-from scheduler_svc.planning import Decision, decide, forward_obstacle, late_obstacle, prompt_obstacle
+from scheduler_svc.planning import (
+    Decision,
+    decide,
+    forward_obstacle,
+    late_obstacle,
+    prompt_obstacle,
+    relay_obstacle,
+)
 from scheduler_svc.policies.path_policies import PathPolicy
 from scheduler_svc.policies.placement_policies import NoEngine, PlacementPolicy
 from scheduler_svc.policies.placement_rules import expected_wait_s
@@ -37,9 +46,12 @@ from scheduler_svc.wire.protocol import (
     PROTOCOL_VERSION,
     Accepted,
     Done,
+    EngineStatus,
     Error,
     ErrorCode,
     Heartbeat,
+    Helpers,
+    Mode,
     Outcome,
     Path,
     Ping,
@@ -48,6 +60,7 @@ from scheduler_svc.wire.protocol import (
     Plan,
     Pong,
     RankInfo,
+    RelayHeartbeat,
     Report,
     Request,
     Role,
@@ -97,9 +110,10 @@ class Cluster:
         started_s: float,
         engines: EngineTable | None = None,
         rooms: RoomTable | None = None,
+        relays: RelayTable | None = None,
         rng: random.Random | None = None,
     ) -> None:
-        """`engines`, when given, must be empty.  `rng` draws rooms: whoever knows a room may ask a decode
+        """`engines` and `relays`, when given, must be empty.  `rng` draws rooms: whoever knows a room may ask a decode
         engine for its pages, so nobody may be able to guess the next one."""
         self._path_policy = path_policy
         self._placement_policy = placement_policy
@@ -109,15 +123,19 @@ class Cluster:
         self.faults = Faults()
         self.engines.watch(placement_policy, self.faults)
         self.rooms = rooms or RoomTable()
+        self.relays = relays or RelayTable()
+        self.helping = Helping(self.engines, self.relays)
         self.paths: Counter[Path] = Counter()
         self.fallbacks: Counter[str] = Counter()
         self.duplicate_store_pages = 0
         self.errors = 0
         self._next_expiry_s = started_s
         self._expired: list[RankKey] = []
+        self._expired_relays: list[str] = []
         self._sender = b""
         self._handlers: dict[type[Request], Callable[[Any, float], Result]] = {
             Heartbeat: self._heartbeat,
+            RelayHeartbeat: self._relay_heartbeat,
             Place: self._place,
             Report: self._report,
             Done: self._done,
@@ -150,6 +168,15 @@ class Cluster:
         expired, self._expired = self._expired, []
         return expired
 
+    def expired_relays(self) -> list[str]:
+        """Names of relays that `expire` and others have forgotten since the last call."""
+        expired, self._expired_relays = self._expired_relays, []
+        return expired
+
+    def helpers_due(self, now_s: float) -> list[tuple[RankKey, Helpers]]:
+        """What prefill engines in relay mode are to be told now; ask for it after each burst of messages."""
+        return self.helping.due(now_s)
+
     def _expire(self, now_s: float) -> None:
         self._next_expiry_s = now_s + EXPIRY_PERIOD_S
         try:
@@ -157,9 +184,16 @@ class Cluster:
         except Exception:
             self.faults.record("expiry of rooms", "rooms stay until the next look")
         try:
-            self._expired += self.engines.expire(now_s)
+            gone = self.engines.expire(now_s)
+            self._expired += gone
+            for key in gone:
+                self.helping.gone(key)
         except Exception:
             self.faults.record("expiry of engines", "engines stay until the next look")
+        try:
+            self._expired_relays += self.relays.expire(now_s)
+        except Exception:
+            self.faults.record("expiry of relays", "relays stay until the next look")
 
     # Heartbeat and status
 
@@ -173,8 +207,18 @@ class Cluster:
             )
         except EngineConflict as conflict:
             raise Refused(ErrorCode.CONFLICT, str(conflict)) from None
+        if message.hello and engine.mode is Mode.RELAY and engine.role is Role.PREFILL:
+            self.helping.connected(RankKey(engine.engine_id, engine.rank))
         events = (RankFaults(engine.engine_id, faults),) if faults else ()
         return Result(Accepted(version) if message.hello else None, events=events)
+
+    def _relay_heartbeat(self, message: RelayHeartbeat, now_s: float) -> Result:
+        version = self._check_version(message)
+        try:
+            self.relays.heartbeat(message.relay, message.load, now_s, self._sender)
+        except RelayConflict as conflict:
+            raise Refused(ErrorCode.CONFLICT, str(conflict)) from None
+        return Result(Accepted(version) if message.hello else None)
 
     def _new_faults(self, info: RankInfo, load: Workload) -> int:
         """Since the rank's last heartbeat; all of them when it is new here."""
@@ -185,7 +229,7 @@ class Cluster:
         return load.faults if rank is None else max(0, load.faults - rank.load.faults)
 
     @staticmethod
-    def _check_version(peer: Heartbeat | Place) -> int:
+    def _check_version(peer: Heartbeat | RelayHeartbeat | Place) -> int:
         """The newest version that both sides speak."""
         version = common_version(peer.version, peer.oldest_version, of=(PROTOCOL_VERSION, OLDEST_VERSION))
         if version is None:
@@ -198,11 +242,17 @@ class Cluster:
         return version
 
     def _status(self, message: StatusRequest, now_s: float) -> Result:
+        if message.relays:
+            relays, next_page = self.relays.status(now_s, message.after)
+            engines: tuple[EngineStatus, ...] = ()
+        else:
+            relays, next_page = (), self.engines.next_page(message.after)
+            engines = self.engines.status(now_s, message.after)
         return Result(
             Status(
                 policy=self._path_policy.name,
                 uptime_s=max(0.0, now_s - self._started_s),
-                engines=self.engines.status(now_s, message.after),
+                engines=engines,
                 rooms_open=self.rooms.open_count,
                 rooms_closed=self.rooms.closed_count,
                 rooms_forgotten=self.rooms.forgotten_count,
@@ -210,7 +260,9 @@ class Cluster:
                 fallbacks=dict(self.fallbacks),
                 duplicate_store_pages=min(self.duplicate_store_pages, MAX_COUNT),
                 errors=self.errors,
-                next=self.engines.next_page(message.after),
+                next=next_page,
+                relays=relays,
+                relay_count=len(self.relays),
             )
         )
 
@@ -350,7 +402,8 @@ class Cluster:
         prefill, decode = (ours, theirs) if report.role is Role.PREFILL else (theirs, ours)
         waited_s = now_s - min(reported_s, other.reported_s)
         obstacle = (
-            prompt_obstacle(prefill[1], decode[1])
+            relay_obstacle(prefill[0], decode[0], self.helping.in_words)
+            or prompt_obstacle(prefill[1], decode[1])
             or forward_obstacle(prefill[0], decode[0])
             or late_obstacle(waited_s, bool(mine.done or other.done))
         )
@@ -374,7 +427,7 @@ class Cluster:
             lanes,
         )
         events: tuple[Event, ...] = (event,)
-        if obstacle and plan.path is not Path.NONE:
+        if obstacle and obstacle.is_fallback and plan.path is not Path.NONE:
             events += self._count_fallback(room, obstacle.name)
         pushes = []
         for side in (prefill, decode):

@@ -19,7 +19,7 @@ from scheduler_svc.ledger.kept_pages import KeptPages
 from scheduler_svc.ledger.placed_work import PlacedWork
 from scheduler_svc.ledger.token_rate import TokenRate
 from scheduler_svc.telemetry.faults import Faults
-from scheduler_svc.wire.protocol import MAX_COUNT, MAX_RATE, EngineStatus, RankInfo, Role, Workload
+from scheduler_svc.wire.protocol import MAX_COUNT, MAX_RATE, EngineStatus, Mode, RankInfo, Role, Workload
 
 ENGINE_EXPIRY_S = 5.0
 """Five missed heartbeats."""
@@ -129,6 +129,7 @@ class EngineState:
     """Bytes of one page over all ranks."""
     page_endpoints: tuple[str, ...] = ()
     """Page servers in rank order; shorter than tp_size when a rank has none."""
+    mode: Mode = Mode.DECODE_SIDE
 
     def reshape(self) -> None:
         """To be called when a rank came, went or described itself anew."""
@@ -140,6 +141,7 @@ class EngineState:
             min(state.versions[0] for _, state in ranks),
             max(state.versions[1] for _, state in ranks),
         )
+        self.mode = ranks[0][1].info.mode
         self.page_size = ranks[0][1].info.page_size
         self.page_bytes = sum(state.info.page_bytes for _, state in ranks)
         endpoints = (state.info.page_endpoint for _, state in ranks)
@@ -204,6 +206,8 @@ class EngineState:
             pool_checks=min(load.pool_checks for load in loads),
             kept_pages=_sum(load.kept_pages for load in loads),
             faults=_sum(load.faults for load in loads),
+            ready_tokens=max(load.ready_tokens for load in loads),
+            compute_rate_tokens_per_s=max(load.compute_rate_tokens_per_s for load in loads),
         )
 
 
@@ -347,7 +351,7 @@ class EngineTable:
                 f"engine {info.engine_id}: rank {info.rank} is not below tp_size {info.tp_size}"
             )
         for other in others:
-            names: tuple[str, ...] = ("role", "tp_size", "page_size")
+            names: tuple[str, ...] = ("role", "tp_size", "page_size", "mode")
             if other.info.rank == info.rank:  # ranks on other hosts have other addresses
                 names += ("url",)
             for name in names:
@@ -446,6 +450,12 @@ class EngineTable:
                 self._watcher.lowered(engine)
             except Exception:
                 self._unannounced(engine)
+
+    def asking_relays(self) -> list[EngineState]:
+        """Prefill engines in relay mode."""
+        return [
+            state for state in self._live.values() if state.mode is Mode.RELAY and state.role is Role.PREFILL
+        ]
 
     def status(self, now_s: float, after: int = 0) -> tuple[EngineStatus, ...]:
         """A page of live engines: of each its lowest rank with the load over all ranks."""

@@ -1,7 +1,7 @@
 """The directory of authorized keys as it is now, and in whose name each key may speak.
 
 A file NAME.key admits the holder of its key and lets it speak for the server NAME and its DP ranks
-(`scheduler_svc.wire.engine_names`); a key that lies there under several names speaks for all of them.
+(`scheduler_svc.wire.engine_names`), or for the relay NAME; a key that lies there under several names speaks for all of them.
 What any admitted peer may do (ask for a placement or the status, ping) is nobody's name.
 
 One thread calls `read` again and again, others ask; what they see is replaced, never changed.
@@ -15,7 +15,7 @@ from pathlib import Path
 
 from scheduler_svc.wire.engine_names import server_id
 from scheduler_svc.wire.keys import PUBLIC, KeyFileError, load_public
-from scheduler_svc.wire.protocol import Heartbeat, Wire
+from scheduler_svc.wire.protocol import Heartbeat, RelayHeartbeat, Wire
 
 logger = logging.getLogger(__name__)
 
@@ -71,13 +71,20 @@ class AuthorizedKeys:
 
 def refusal(names: frozenset[str], message: Wire) -> str | None:
     """Why a peer of these names may not say `message`; None: it may."""
+    if isinstance(message, RelayHeartbeat):
+        name = message.relay.name
+        return None if name in names else _not_its_name("name", name, names, name)
     spoken_for = message.engine if isinstance(message, Heartbeat) else message
     engine_id = getattr(spoken_for, "engine_id", None)
     if engine_id is None or (server := server_id(engine_id)) in names:
         return None
+    return _not_its_name("engine_id", engine_id, names, server)
+
+
+def _not_its_name(field: str, said: str, names: frozenset[str], owner: str) -> str:
     return (
-        f"engine_id {engine_id} is not this key's: it speaks for {', '.join(sorted(names))}; use the key of "
-        f"{server}, or put this one into the directory of authorized keys as {server}{PUBLIC} too"
+        f"{field} {said} is not this key's: it speaks for {', '.join(sorted(names))}; use the key of "
+        f"{owner}, or put this one into the directory of authorized keys as {owner}{PUBLIC} too"
     )
 
 

@@ -69,19 +69,27 @@ class SchedulerClient:
         self._socket.close()
 
     def status(self, timeout_s: float = 2.0) -> Status:
-        """With all engines, however many pages that takes.
+        """With all engines and relays, however many pages that takes.
 
         Raises TimeoutError when they are not answered in time, SchedulerError when the scheduler refuses or
         its answer cannot be read.
         """
         deadline_s = time.monotonic() + timeout_s
         page = self._ask(StatusRequest(), Status, timeout_s)
-        engines = page.engines
-        while page.next is not None:
-            left_s = max(0.0, deadline_s - time.monotonic())
-            page = self._ask(StatusRequest(after=page.next), Status, left_s)
-            engines += page.engines
-        return replace(page, engines=engines)
+        engines, relays = page.engines, page.relays
+        request = self._next_request(StatusRequest(), page)
+        while request is not None:
+            page = self._ask(request, Status, max(0.0, deadline_s - time.monotonic()))
+            engines, relays = engines + page.engines, relays + page.relays
+            request = self._next_request(request, page)
+        return replace(page, engines=engines, relays=relays, next=None)
+
+    @staticmethod
+    def _next_request(request: StatusRequest, page: Status) -> StatusRequest | None:
+        """All engines, then all relays."""
+        if page.next is not None:
+            return replace(request, after=page.next)
+        return StatusRequest(relays=True) if page.relay_count and not request.relays else None
 
     def place(self, place: Place, timeout_s: float = 2.0) -> Placement:
         """Raises TimeoutError, or SchedulerError (no live engine, or the answer cannot be read)."""

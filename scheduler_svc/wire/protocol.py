@@ -9,6 +9,9 @@ any time.  The life of one request:
     DE rank -> Report
     both    -> Done                                           (no answer)
 
+Relays say in a `RelayHeartbeat` what they have to do, and prefill engine ranks in relay mode are told in
+`Helpers` which of them may help: on connecting, and whenever that changes.
+
 Before that each rank has said which versions it speaks, in a `Heartbeat` that asks for an answer:
 `Accepted`, or an `Error` that says why not and what to do.  A rank without `Accepted` on its present
 connection gets no plans and waits for none.
@@ -58,6 +61,8 @@ MAX_RANKS = 1024
 """Most ranks of one engine: their page servers fit into one message."""
 MAX_LANES = 16
 """Records of one load; three are usual."""
+MAX_HELPERS = 64
+"""Relays in one list."""
 
 TRACEPARENT = r"^[0-9a-f]{2}-[0-9a-f]{32}-[0-9a-f]{16}-[0-9a-f]{2}(-[!-~]*)?\Z"
 """W3C Trace Context; later versions may append."""
@@ -81,6 +86,15 @@ Version = Annotated[int, Meta(ge=1, le=2**31 - 1)]
 class Role(StrEnum):
     PREFILL = "prefill"
     DECODE = "decode"
+
+
+class Mode(StrEnum):
+    """How an engine's loads use more than one storage link."""
+
+    DECODE_SIDE = "decode-side"
+    """The DE of a room reads a part into its own host pool, by a plan."""
+    RELAY = "relay"
+    """The PE reads, and relays help it.  A room with such an engine forwards nothing."""
 
 
 class Path(StrEnum):
@@ -130,6 +144,7 @@ class RankInfo(Wire, frozen=True, kw_only=True):
     """Tokens in a page."""
     page_bytes: Annotated[int, Meta(ge=1, le=2**40)]
     """Bytes of one page on this rank, all layers, K and V."""
+    mode: Mode = Mode.DECODE_SIDE
 
     def __post_init__(self) -> None:
         check_http_url(self.url)
@@ -163,6 +178,10 @@ class Workload(Wire, frozen=True):
     """Pages that those checks found pinned or lost (must stay 0)."""
     faults: Count = 0
     """Exceptions in the rank's DualPath code since it started, each of them in its log."""
+    ready_tokens: Count = 0
+    """To be computed by a PE, of requests that wait for their turn and for no storage read."""
+    compute_rate_tokens_per_s: Annotated[float, Meta(ge=0, le=MAX_RATE)] = 0.0
+    """Tokens that a PE computes in a second in which it computes; 0 while unknown."""
 
 
 class Heartbeat(Wire, frozen=True, tag="heartbeat"):
@@ -178,8 +197,68 @@ class Heartbeat(Wire, frozen=True, tag="heartbeat"):
     """Asks for an answer, until `Accepted` has come on this connection."""
 
 
+class RelayInfo(Wire, frozen=True, kw_only=True):
+    """A relay, as it describes itself."""
+
+    name: Name
+    """With CURVE its public key is `NAME.key`."""
+    endpoint: Endpoint
+    """ZeroMQ address that prefill engines ask."""
+    ring_bytes: Count = 0
+
+    def __post_init__(self) -> None:
+        check_endpoint(self.endpoint)
+
+
+class RelayLoad(Wire, frozen=True):
+    """What a relay has to do right now."""
+
+    queue_bytes: Count = 0
+    """Asked for and not read yet."""
+    read_rate_bytes_per_s: Annotated[float, Meta(ge=0, le=MAX_RATE)] = 0.0
+    """Measured while it reads; 0 while unknown."""
+    ring_free_bytes: Count = 0
+    clients: Count = 0
+    """Engine ranks that may ask it."""
+    read_bytes: Count = 0
+    """Since it started."""
+    draining: bool = False
+    """It wants to be asked for nothing more."""
+    faults: Count = 0
+    """Exceptions in its own code since it started, each of them in its log."""
+
+
+class RelayHeartbeat(Wire, frozen=True, tag="relay_heartbeat", kw_only=True):
+    """Sent every second, on connect, and at once when it begins to drain."""
+
+    relay: RelayInfo
+    load: RelayLoad = RelayLoad()
+    version: Version = 1
+    oldest_version: Version = 1
+    hello: bool = False
+    """As in `Heartbeat`."""
+
+
+class Helper(Wire, frozen=True):
+    name: Name
+    endpoint: Endpoint
+    share: Annotated[float, Meta(ge=0, le=1)] = 1.0
+    """Of what the relay may be asked ahead, this engine's part; 0: stay connected and ask for nothing."""
+
+    def __post_init__(self) -> None:
+        check_endpoint(self.endpoint)
+
+
+class Helpers(Wire, frozen=True, tag="helpers"):
+    """To a prefill engine rank: these relays may help, and no others, until the next such message."""
+
+    relays: Annotated[tuple[Helper, ...], Meta(max_length=MAX_HELPERS)] = ()
+    reason: Text | None = None
+    """Why none of them is to be asked for anything now, for people."""
+
+
 class Accepted(Wire, frozen=True, tag="accepted"):
-    """The rank is registered; the heartbeats after this one are not answered."""
+    """The rank or relay is registered; the heartbeats after this one are not answered."""
 
     version: Version
     """The newest that both speak."""
@@ -292,10 +371,12 @@ class Pong(Wire, frozen=True, tag="pong"):
 
 
 class StatusRequest(Wire, frozen=True, tag="status_request"):
-    """A tool asks for one page of the engines, and all the rest."""
+    """A tool asks for one page of the engines, or of the relays, and all the rest."""
 
     after: Count = 0
     """`Status.next` of the page before."""
+    relays: bool = False
+    """The page is one of relays."""
 
 
 class EngineStatus(Wire, frozen=True):
@@ -308,6 +389,13 @@ class EngineStatus(Wire, frozen=True):
     forwarded_bytes: Count = 0
     """Read out of a peer's host pool (counted on the PE)."""
     loaded_pages: Count = 0
+
+
+class RelayStatus(Wire, frozen=True):
+    relay: RelayInfo
+    load: RelayLoad
+    age_s: Seconds
+    """Since the last heartbeat."""
 
 
 class Status(Wire, frozen=True, tag="status"):
@@ -326,22 +414,26 @@ class Status(Wire, frozen=True, tag="status"):
     errors: Count
     """Messages answered with an error."""
     next: Count | None = None
-    """There are more engines: ask for those after this one."""
+    """There are more engines, or relays: ask for those after this one."""
     rooms_forgotten: Count = 0
     """Rooms that never ended, given up for their age or for want of room."""
+    relays: tuple[RelayStatus, ...] = ()
+    """One page of them, where relays were asked for."""
+    relay_count: Count = 0
+    """All that are known."""
 
 
 class ErrorCode(StrEnum):
     MALFORMED = "malformed"
     """Not a known message, or a field is wrong."""
     CONFLICT = "conflict"
-    """Contradicts what was already decided for the room or said by the engine."""
+    """Contradicts what was already decided for the room, or said by the engine or relay."""
     UNKNOWN_ENGINE = "unknown_engine"
     """The engine has sent no heartbeat (or it expired): heartbeat, then repeat."""
     NO_ENGINE = "no_engine"
     """No live engine of the wanted role."""
     FORBIDDEN = "forbidden"
-    """The peer's key does not speak for this engine, or is not authorized any more."""
+    """The peer's key does not speak for this engine or relay, or is not authorized any more."""
     VERSION = "version"
     """Both sides' protocol versions have none in common."""
     INTERNAL = "internal"
@@ -358,8 +450,8 @@ class Error(Wire, frozen=True, tag="error"):
     """The same for a place.  An error about neither is about a heartbeat, or could not be told."""
 
 
-Request = Heartbeat | Place | Report | Done | StatusRequest | Ping
-Reply = Accepted | Placement | Plan | Status | Pong | Error
+Request = Heartbeat | RelayHeartbeat | Place | Report | Done | StatusRequest | Ping
+Reply = Accepted | Placement | Plan | Helpers | Status | Pong | Error
 Message = TypeVar("Message")
 
 _request: msgspec.json.Decoder[Request] = msgspec.json.Decoder(Request)

@@ -6,12 +6,21 @@ from pathlib import Path
 
 import psutil
 import pytest
+from msgspec.structs import replace
 from rich.console import Console
 
 from dualpath_sgl.launch.processes.run_dir import ClusterState, ProcessState
 from dualpath_sgl.launch.status import cluster_document, scheduler_document, show_processes, show_scheduler
 from scheduler_svc.wire import protocol
-from scheduler_svc.wire.protocol import EngineStatus, Role, Status, Workload
+from scheduler_svc.wire.protocol import (
+    EngineStatus,
+    RelayInfo,
+    RelayLoad,
+    RelayStatus,
+    Role,
+    Status,
+    Workload,
+)
 
 WIDTHS = (80, 120, 200)
 RUN_DIR = Path("/srv/dualpath/runs/current")
@@ -65,6 +74,16 @@ def seen(*ranks: EngineStatus) -> Status:
     )
 
 
+def relay(name: str, **load) -> RelayStatus:
+    return RelayStatus(
+        RelayInfo(name=name, endpoint="tcp://127.0.0.1:4700", ring_bytes=256_000_000),
+        RelayLoad(
+            clients=2, queue_bytes=12_582_912, read_rate_bytes_per_s=40e6, read_bytes=91_000_000, **load
+        ),
+        age_s=0.25,
+    )
+
+
 def printed(show, *arguments, width: int) -> list[str]:
     console = Console(width=width, record=True, file=io.StringIO())
     show(*arguments, console)
@@ -113,6 +132,23 @@ def test_each_engine_has_a_line_with_units_and_paths_and_fallbacks_follow(width)
 def test_ranks_of_one_engine_are_told_apart():
     lines = printed(show_scheduler, seen(*(rank("p", Role.PREFILL, n, 2) for n in (0, 1))), width=80)
     assert [line.split()[0] for line in lines[1:3]] == ["p.0", "p.1"]
+
+
+@pytest.mark.parametrize("width", WIDTHS)
+def test_each_relay_has_a_line_with_what_it_does(width):
+    found = replace(seen(), relays=(relay("relay-a", ring_free_bytes=9_000_000), relay("b", draining=True)))
+    lines = printed(show_scheduler, found, width=width)
+    assert max(map(len, lines)) <= width
+    first, second = (line for line in lines if line.startswith(("relay-a", "b ")))
+    for part in ("250 ms ago", " 2 ", "12.6 MB", "40.0 MB/s", "91.0 MB", "9.00 MB", "serving"):
+        assert part in first
+    assert "draining" in second
+    assert "modes: decode-side 2" in lines
+    document = scheduler_document(found)["relays"]
+    assert [(one["relay"], one["draining"], one["read_bytes"]) for one in document] == [
+        ("relay-a", False, 91_000_000),
+        ("b", True, 91_000_000),
+    ]
 
 
 def test_scripts_get_everything_that_people_see():

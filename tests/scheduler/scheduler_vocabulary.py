@@ -16,6 +16,9 @@ from scheduler_svc.wire.protocol import (
     Outcome,
     Plan,
     RankInfo,
+    RelayHeartbeat,
+    RelayInfo,
+    RelayLoad,
     Report,
     Role,
     Workload,
@@ -46,8 +49,15 @@ def engine(engine_id: str, *, rank: int = 0, tp_size: int = 1, **changes) -> Ran
     return RankInfo(**fields | changes)
 
 
-def heartbeat(engine_id: str, *, load: Workload = IDLE, **changes) -> Heartbeat:
-    return Heartbeat(engine=engine(engine_id, **changes), load=load)
+def heartbeat(
+    engine_id: str, *, load: Workload = IDLE, hello: bool = False, version: int = 1, **changes
+) -> Heartbeat:
+    return Heartbeat(engine=engine(engine_id, **changes), load=load, hello=hello, version=version)
+
+
+def relay_beat(name: str, *, port: int = 4700, hello: bool = False, **load) -> RelayHeartbeat:
+    info = RelayInfo(name=name, endpoint=f"tcp://{name}:{port}", ring_bytes=1000)
+    return RelayHeartbeat(relay=info, load=RelayLoad(**load), version=2, oldest_version=2, hello=hello)
 
 
 def prefill_report(room: int, local: int, hit: int, *, by: str = "p0", rank: int = 0, **more) -> Report:
@@ -123,6 +133,8 @@ def snapshot(state: Cluster) -> str:
         (
             state.engines._live,
             list(state.engines._by_age),
+            state.relays._live,
+            list(state.relays._by_age),
             state.rooms._open,
             state.rooms._closed,
             state.paths,

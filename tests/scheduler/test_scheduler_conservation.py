@@ -5,13 +5,25 @@ from __future__ import annotations
 from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
-from scheduler_vocabulary import PAGE_BYTES, cluster, decode_report, done, heartbeat, lane, prefill_report
+from scheduler_vocabulary import (
+    PAGE_BYTES,
+    cluster,
+    decode_report,
+    done,
+    heartbeat,
+    lane,
+    prefill_report,
+    relay_beat,
+)
 
-from scheduler_svc.ledger.engines import ENGINE_EXPIRY_S
+from scheduler_svc.helping import PERIOD_S
+from scheduler_svc.ledger.engines import ENGINE_EXPIRY_S, RankKey
 from scheduler_svc.ledger.rooms import CLOSED_LINGER_S, ROOM_TTL_S
-from scheduler_svc.wire.protocol import Error, Path
+from scheduler_svc.wire.protocol import Error, Mode, Path, Role
 
-ENGINES = [(name, rank) for name in ("p0", "p1", "d0", "d1") for rank in (0, 1)]
+ENGINES = [(name, rank) for name in ("p0", "p1", "p2", "d0", "d1") for rank in (0, 1)]
+IN_RELAY_MODE = "p2"
+RELAYS = ("a", "b", "c")
 MAX_ROOMS = 4
 room_ids = st.integers(0, 6)
 page_counts = st.integers(0, 8)
@@ -22,11 +34,16 @@ class Conservation(RuleBasedStateMachine):
         super().__init__()
         self.now_s = 0.0
         self.state = cluster("shorter_queue", *self._beats(), max_rooms=MAX_ROOMS)
-        self.plans: dict[int, object] = {}
+        self.told: dict[tuple[str, int], set[str]] = {}
 
     @staticmethod
-    def _beats():
-        return [heartbeat(name, rank=rank, tp_size=2) for name, rank in ENGINES]
+    def _beat(name, rank):
+        mode = Mode.RELAY if name == IN_RELAY_MODE else Mode.DECODE_SIDE
+        return heartbeat(name, rank=rank, tp_size=2, mode=mode)
+
+    @classmethod
+    def _beats(cls):
+        return [cls._beat(*which) for which in ENGINES]
 
     def _handle(self, message):
         result = self.state.handle(message, self.now_s)
@@ -36,16 +53,18 @@ class Conservation(RuleBasedStateMachine):
             assert (key.engine_id, key.rank) in ENGINES
             assert plan.split_page == 0 or min(plan.decode_local_pages, plan.hit_pages) <= plan.split_page
             assert plan.split_page <= plan.hit_pages
+            if plan.prefill_id == IN_RELAY_MODE:
+                assert plan.split_page == 0 and not room.sides[Role.DECODE].charges
             if plan.path is Path.NONE:
                 assert plan.hit_pages <= plan.prefill_local_pages
         if isinstance(result.reply, Error):
             assert not result.pushes and not result.events
 
-    @rule(room=room_ids, which=st.sampled_from(ENGINES[:4]), local=page_counts, more=page_counts)
+    @rule(room=room_ids, which=st.sampled_from(ENGINES[:6]), local=page_counts, more=page_counts)
     def prefill_reports(self, room, which, local, more):
         self._handle(prefill_report(room, local, local + more, by=which[0], rank=which[1]))
 
-    @rule(room=room_ids, which=st.sampled_from(ENGINES[4:]), local=page_counts)
+    @rule(room=room_ids, which=st.sampled_from(ENGINES[6:]), local=page_counts)
     def decode_reports(self, room, which, local):
         self._handle(decode_report(room, local, by=which[0], rank=which[1]))
 
@@ -59,7 +78,23 @@ class Conservation(RuleBasedStateMachine):
 
     @rule(which=st.sampled_from(ENGINES))
     def rank_beats(self, which):
-        self._handle(heartbeat(which[0], rank=which[1], tp_size=2))
+        self._handle(self._beat(*which))
+
+    @rule(name=st.sampled_from(RELAYS), draining=st.booleans())
+    def relay_beats(self, name, draining):
+        self._handle(relay_beat(name, draining=draining))
+
+    @rule()
+    def helpers_are_told(self):
+        self.now_s += PERIOD_S
+        self.state.expire(self.now_s)
+        for key, helpers in self.state.helpers_due(self.now_s):
+            self.told[key] = {one.name for one in helpers.relays}
+        serving = {relay.name for relay in self.state.relays.serving()}
+        for rank in (0, 1):
+            if self.state.engines._by_age.get(RankKey(IN_RELAY_MODE, rank)) is not None:
+                assert self.told[IN_RELAY_MODE, rank] == serving
+        assert {name for name, _ in self.told} <= {IN_RELAY_MODE}
 
     @rule()
     def all_beat(self):
@@ -78,6 +113,12 @@ class Conservation(RuleBasedStateMachine):
                         charged[id(rank)] = charged.get(id(rank), 0) + amount
         for rank in ranks:
             assert rank.planned_bytes == charged.get(id(rank), 0)
+
+    @invariant()
+    def relays_are_counted_by_who_speaks_for_them(self):
+        table = self.state.relays
+        assert sum(table._held.values()) == len(table) == len(table._by_age) <= len(RELAYS)
+        assert len(self.state.helping._told) <= 2
 
     @invariant()
     def rooms_are_bounded(self):

@@ -19,16 +19,19 @@ from scheduler_vocabulary import (
     is_a_message,
     lane,
     prefill_report,
+    relay_beat,
     snapshot,
 )
 from test_scheduler_server import WAIT_S, pair, running
 
-from scheduler_svc.wire.protocol import Error, ErrorCode, Ping, Place, StatusRequest, encode
+from scheduler_svc.wire.protocol import Error, ErrorCode, Mode, Ping, Place, StatusRequest, encode
 
 VALID = [
     encode(message)
     for message in (
         heartbeat("p0"),
+        heartbeat("p1", mode=Mode.RELAY, hello=True, version=2),
+        relay_beat("relay-a", hello=True, queue_bytes=1, read_rate_bytes_per_s=2.5, draining=True),
         Place(request_id="r", session_id="s", prompt_tokens=1000),
         prefill_report(1, 0, 10),
         decode_report(1, 0),

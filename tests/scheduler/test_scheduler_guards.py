@@ -498,7 +498,7 @@ def test_a_peer_that_cannot_even_shake_hands_is_counted_and_named_in_the_log(cap
 
 def full_load(rate: float) -> Workload:
     counts = dict.fromkeys(Workload.__struct_fields__, MAX_COUNT)
-    return Workload(**counts | {"read_rate_bytes_per_s": rate})
+    return Workload(**counts | dict.fromkeys(("read_rate_bytes_per_s", "compute_rate_tokens_per_s"), rate))
 
 
 @pytest.mark.case("status_breaks")

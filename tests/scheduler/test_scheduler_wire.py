@@ -25,11 +25,16 @@ versions = st.integers(1, 2**31 - 1)
 engines = st.builds(
     protocol.RankInfo, engine_id=names, role=st.sampled_from(Role), rank=ranks, tp_size=small,
     url=urls, bootstrap_port=st.none() | st.integers(1, 65535), page_endpoint=st.none() | endpoints,
-    fingerprint=names, page_size=small, page_bytes=small,
+    fingerprint=names, page_size=small, page_bytes=small, mode=st.sampled_from(protocol.Mode),
 )  # fmt: skip
 loads = st.builds(
     protocol.Workload, sequences=counts, tokens=counts, read_queue_bytes=counts, read_rate_bytes_per_s=floats,
-    host_free_pages=counts, device_free_tokens=counts,
+    host_free_pages=counts, device_free_tokens=counts, ready_tokens=counts, compute_rate_tokens_per_s=floats,
+)  # fmt: skip
+relays = st.builds(protocol.RelayInfo, name=names, endpoint=endpoints, ring_bytes=counts)
+relay_loads = st.builds(
+    protocol.RelayLoad, queue_bytes=counts, read_rate_bytes_per_s=floats, ring_free_bytes=counts,
+    clients=counts, read_bytes=counts, draining=st.booleans(), faults=counts,
 )  # fmt: skip
 lanes = st.builds(
     lambda ends, **rest: protocol.LaneRecord(first_page=min(ends), end_page=max(ends), **rest),
@@ -57,6 +62,10 @@ requests = st.one_of(
         hello=st.booleans(),
     ),
     st.builds(
+        protocol.RelayHeartbeat, relay=relays, load=relay_loads, version=versions, oldest_version=versions,
+        hello=st.booleans(),
+    ),
+    st.builds(
         protocol.Place, request_id=names, session_id=st.none() | names, prompt_tokens=counts,
         traceparent=traceparents, version=versions, oldest_version=versions,
     ),
@@ -66,7 +75,7 @@ requests = st.one_of(
         outcome=st.sampled_from(protocol.Outcome), fallback_reason=st.none() | names, loaded_pages=counts,
         lanes=st.lists(lanes, max_size=3).map(tuple),
     ),
-    st.builds(protocol.StatusRequest, after=counts),
+    st.builds(protocol.StatusRequest, after=counts, relays=st.booleans()),
     st.just(protocol.Ping()),
 )  # fmt: skip
 replies = st.one_of(
@@ -85,7 +94,16 @@ replies = st.one_of(
         rooms_open=counts, rooms_closed=counts, rooms_forgotten=counts,
         paths=st.dictionaries(st.sampled_from(protocol.Path), counts, max_size=4),
         fallbacks=st.dictionaries(names, counts, max_size=3), duplicate_store_pages=counts, errors=counts,
-        next=st.none() | counts,
+        next=st.none() | counts, relay_count=counts,
+        relays=st.lists(
+            st.builds(protocol.RelayStatus, relay=relays, load=relay_loads, age_s=floats), max_size=2
+        ).map(tuple),
+    ),
+    st.builds(
+        protocol.Helpers, reason=st.none() | names,
+        relays=st.lists(
+            st.builds(protocol.Helper, name=names, endpoint=endpoints, share=st.floats(0, 1)), max_size=3
+        ).map(tuple),
     ),
     st.just(protocol.Pong()),
     st.builds(
@@ -109,10 +127,10 @@ def test_the_round_trips_cover_every_message_type():
     asked = get_args(protocol.Request)
     answered = get_args(protocol.Reply)
     assert {kind.__name__ for kind in asked} == {
-        "Heartbeat", "Place", "Report", "Done", "StatusRequest", "Ping",
+        "Heartbeat", "RelayHeartbeat", "Place", "Report", "Done", "StatusRequest", "Ping",
     }  # fmt: skip
     assert {kind.__name__ for kind in answered} == {
-        "Accepted", "Placement", "Plan", "Status", "Pong", "Error",
+        "Accepted", "Placement", "Plan", "Helpers", "Status", "Pong", "Error",
     }  # fmt: skip
 
 
