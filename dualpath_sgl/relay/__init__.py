@@ -15,6 +15,7 @@ keys and sizes, nothing of tokens, requests or models, and imports neither SGLan
 server.py     the loop that owns all of it
 settings.py   `DUALPATH_RELAY_*`
 metrics.py    Prometheus
+../control/   its heartbeats to the scheduler (relay_channel.py)
 __main__.py   `python -m dualpath_sgl.relay`
 client/       the prefill engine's side
 """

@@ -8,6 +8,7 @@ import signal
 import sys
 from collections.abc import Callable
 
+from dualpath_sgl.control.relay_channel import RelayChannel
 from dualpath_sgl.lanes.forward import Forwarder, bound_mooncakes_patience
 from dualpath_sgl.lanes.peer_keys import PeerKeys
 from dualpath_sgl.limits.read_limit import ReadLimit
@@ -19,6 +20,7 @@ from dualpath_sgl.relay.settings import Settings, load
 from dualpath_sgl.relay.store import LimitedReads, MooncakeReads, Store, StoreRefused
 from scheduler_svc.telemetry.tracing import init_tracing, shutdown
 from scheduler_svc.wire.keys import KeyFileError
+from scheduler_svc.wire.protocol import RelayInfo
 from scheduler_svc.wire.reach import is_loopback
 
 logger = logging.getLogger(__name__)
@@ -55,13 +57,32 @@ def serve(settings: Settings, on_store: Callable[[Store], Store] = lambda store:
     if settings.metrics_port is not None:
         host = "127.0.0.1" if is_loopback(settings.host) else "0.0.0.0"
         logger.info("metrics on port %d", metrics.serve(settings.metrics_port, host))
+    channel = _channel(settings, server)
+
+    def drain(*_: object) -> None:
+        server.stop()
+        if channel is not None:
+            channel.tell()
+
     for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, lambda *_: server.stop())
+        signal.signal(number, drain)
+    if channel is not None:
+        channel.start()
     print(f"{READY} {server.endpoint}", flush=True)
     try:
         server.run()
     finally:
         shutdown()
+
+
+def _channel(settings: Settings, server: Server) -> RelayChannel | None:
+    if settings.scheduler is None:
+        return None
+    key_files = None
+    if settings.key_file is not None and settings.scheduler_key_file is not None:
+        key_files = settings.key_file, settings.scheduler_key_file
+    relay = RelayInfo(name=settings.name, endpoint=server.endpoint, ring_bytes=settings.ring_bytes)
+    return RelayChannel(settings.scheduler, relay, server.load, key_files)
 
 
 def main() -> None:

@@ -14,6 +14,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from queue import SimpleQueue
 
+from dualpath_sgl.control.drain_rate import DrainRate
 from dualpath_sgl.relay.ring import Extent
 from dualpath_sgl.relay.store import Store
 
@@ -62,6 +63,8 @@ class Readers:
         self._reads: SimpleQueue[Read | None] = SimpleQueue()
         self._under_way: set[Read] = set()
         self._hanging = 0
+        self.rate = DrainRate()
+        self.read_bytes = 0
         self.idle = count
         for _ in range(count):
             self._start_thread()
@@ -77,6 +80,10 @@ class Readers:
         return self._hanging >= MOST_HANGING
 
     @property
+    def bytes_under_way(self) -> int:
+        return sum(read.byte_count for read in self._under_way)
+
+    @property
     def under_way(self) -> int:
         """Reads that have begun and are neither over nor given up."""
         return len(self._under_way)
@@ -85,14 +92,18 @@ class Readers:
         """Call it when `idle`."""
         self.idle -= 1
         read.begun_s, read.begun_ns = time.monotonic(), time.time_ns()
+        self.rate.begin()
         self._under_way.add(read)
         self._reads.put(read)
 
     def ended(self, read: Read) -> None:
         """A read that `on_end` was told of."""
         self._under_way.discard(read)
+        self.read_bytes += read.got_bytes
         if read.given_up:
             self._hanging -= 1
+        else:
+            self.rate.end(read.got_bytes)
         if read.replaced:
             self._reads.put(None)
         else:
@@ -108,6 +119,7 @@ class Readers:
         for read in overdue:
             self._under_way.discard(read)
             read.given_up = True
+            self.rate.end(0)
             self._hanging += 1
             if not self.store_hangs:
                 read.replaced = True

@@ -15,6 +15,7 @@ from dataclasses import dataclass, field
 from functools import partial
 
 import zmq
+from msgspec.structs import replace
 from opentelemetry.trace import Tracer
 
 from dualpath_sgl.lanes.peer_keys import PeerKeys
@@ -48,7 +49,7 @@ from scheduler_svc.telemetry.tracing import context_from
 from scheduler_svc.wire.addresses import in_url, is_ipv6
 from scheduler_svc.wire.connections import Connections, fd_of
 from scheduler_svc.wire.liveness import notice_dead_peers
-from scheduler_svc.wire.protocol import Wire, common_version, encode
+from scheduler_svc.wire.protocol import MAX_COUNT, MAX_RATE, RelayLoad, Wire, common_version, encode
 
 logger = logging.getLogger(__name__)
 
@@ -112,7 +113,8 @@ class Server:
         self._leave_until_s = 0.0
         self._told_leaving = False
         self._faults = Faults()
-        self._faults.on_fault = lambda step: metrics.faults.labels(step).inc()
+        self._faults.on_fault = self._count_fault
+        self._fault_count = 0
         self._log = LimitedLog(logger)
         self._ended: Mailbox[Read] = Mailbox()
         self._readers = Readers(store, settings.readers, settings.hang_s, self._ended.put)
@@ -137,6 +139,8 @@ class Server:
                 "relay there?"
             ) from None
         self.endpoint: str = self._socket.getsockopt_string(zmq.LAST_ENDPOINT)
+        self._load = RelayLoad(ring_free_bytes=ring.free_bytes)
+        """As of the last tick."""
 
     def stop(self) -> None:
         """Ask for nothing more, let clients pull what they asked for, then return from `run`.
@@ -144,6 +148,10 @@ class Server:
         Callable from a signal handler or another thread.
         """
         self._leaving.set()
+
+    def load(self) -> RelayLoad:
+        """What the scheduler is told.  Callable from another thread."""
+        return replace(self._load, draining=self._leaving.is_set())
 
     def run(self) -> None:
         """Serve until nothing is left after `stop`, then close the socket."""
@@ -181,6 +189,10 @@ class Server:
             return False
         return True
 
+    def _count_fault(self, step: str) -> None:
+        self._fault_count += 1
+        self._metrics.faults.labels(step).inc()
+
     def _tick(self) -> None:
         now_s = time.monotonic()
         self._guarded(self._connections.tick, "looking at connections")
@@ -193,6 +205,14 @@ class Server:
             self._alive_s = now_s
             for identity in self._queue.clients() | self._fetches.clients():
                 self._send(identity, Alive())
+        self._load = RelayLoad(
+            queue_bytes=self._queue.bytes + self._readers.bytes_under_way,
+            read_rate_bytes_per_s=min(self._readers.rate.bytes_per_s, MAX_RATE),
+            ring_free_bytes=self._ring.free_bytes,
+            clients=len(self._clients),
+            read_bytes=min(self._readers.read_bytes, MAX_COUNT),
+            faults=self._fault_count,
+        )
         self._metrics.queue_bytes.set(self._queue.bytes)
         self._metrics.free_bytes.set(self._ring.free_bytes)
         self._metrics.leases_open.set(len(self._leases))

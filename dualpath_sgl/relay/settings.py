@@ -6,9 +6,10 @@ import socket
 from pathlib import Path
 from typing import Annotated, Literal
 
-from pydantic import Field, ValidationError, model_validator
+from pydantic import Field, ValidationError, field_validator, model_validator
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
+from scheduler_svc.wire.addresses import check_endpoint
 from scheduler_svc.wire.reach import is_loopback
 
 PREFIX = "DUALPATH_RELAY_"
@@ -37,6 +38,11 @@ class Settings(BaseSettings):
     """Directory with the public keys of the engines that may ask, `ENGINE_ID.key`."""
     trusted_network: bool = False
     """Whoever reaches the host may have any object read: needs no keys."""
+
+    scheduler: str | None = None
+    """ZeroMQ address of the global scheduler, which tells prefill engines of this relay; none: their flags name it."""
+    scheduler_key_file: Path | None = None
+    """The scheduler's public CURVE key, when it listens with CURVE."""
 
     master: str = "127.0.0.1:50051"
     """Mooncake master of the store, HOST:PORT."""
@@ -83,6 +89,13 @@ class Settings(BaseSettings):
         """Of one fetch: several must find room at a time."""
         return max(self.slot_bytes, self.ring_bytes // 4 // self.slot_bytes * self.slot_bytes)
 
+    @field_validator("scheduler")
+    @classmethod
+    def _is_address(cls, scheduler: str | None) -> str | None:
+        if scheduler is not None:
+            check_endpoint(scheduler)
+        return scheduler
+
     @model_validator(mode="after")
     def _fits_together(self) -> Settings:
         if self.ring_bytes < 2 * self.slot_bytes:
@@ -93,6 +106,10 @@ class Settings(BaseSettings):
         if (self.key_file is None) != (self.peer_keys is None):
             raise ValueError(
                 "give both key_file and peer_keys: one proves who the relay is, the other says who may ask"
+            )
+        if self.scheduler_key_file is not None and (self.scheduler is None or self.key_file is None):
+            raise ValueError(
+                "scheduler_key_file is given without scheduler and key_file: give all three, or only scheduler"
             )
         if self.peer_keys is None and not self.trusted_network and not is_loopback(self.host):
             raise ValueError(
