@@ -15,6 +15,9 @@ A forwarded request meets, in this order:
     lanes/peer_lane.py      PE: DE's host pool -> own host pool
     restore.py              DE: promised pages stay until they are back on the device
 
+In relay mode there is no such way: relay_hooks.py only looks at requests, relay_engine.py tells the scheduler of
+them and learns which relays may help.
+
 Beside it: plugin.py (SGLang's door), storage.py (the storage backend; it starts runtime.py, which builds and
 wires what one engine rank is made of), and the folders
 

@@ -19,7 +19,9 @@ def activate() -> None:
         facts.register_checks()
         hooks.register(traced=settings().otlp_endpoint is not None)
     if settings().relay:
+        from dualpath_sgl import relay_hooks
         from dualpath_sgl.relay.client.register import register
 
         register()
+        relay_hooks.register()
     activated = True

@@ -1,4 +1,4 @@
-"""How fast a storage link brings what is asked of it."""
+"""How fast a storage link brings what is asked of it, and how fast an engine computes."""
 
 from __future__ import annotations
 
@@ -6,7 +6,25 @@ import threading
 import time
 
 HALF_S = 2.0
-"""Time spent reading after which what was measured before counts half."""
+"""Time at work after which what was measured before counts half."""
+
+
+class RecentRate:
+    """Amounts over the time that they took, the latest most.  For one thread."""
+
+    def __init__(self) -> None:
+        self._amount = 0.0
+        self._seconds = 0.0
+
+    def add(self, amount: float, seconds: float) -> None:
+        kept = 0.5 ** (seconds / HALF_S)
+        self._amount = kept * self._amount + amount
+        self._seconds = kept * self._seconds + seconds
+
+    @property
+    def per_s(self) -> float:
+        """0 until something was added."""
+        return self._amount / self._seconds if self._seconds > 0 else 0.0
 
 
 class DrainRate:
@@ -17,8 +35,7 @@ class DrainRate:
         self._under_way = 0
         self._counted_s = 0.0
         """Until when time is counted, while a read is under way."""
-        self._recent_bytes = 0.0
-        self._recent_s = 0.0
+        self._recent = RecentRate()
 
     def begin(self) -> None:
         """A read begins; `end` must follow."""
@@ -31,14 +48,12 @@ class DrainRate:
         """A read is over and brought so much."""
         with self._lock:
             now_s = time.monotonic()
-            elapsed_s, self._counted_s = now_s - self._counted_s, now_s
+            self._recent.add(byte_count, now_s - self._counted_s)
+            self._counted_s = now_s
             self._under_way -= 1
-            kept = 0.5 ** (elapsed_s / HALF_S)
-            self._recent_bytes = kept * self._recent_bytes + byte_count
-            self._recent_s = kept * self._recent_s + elapsed_s
 
     @property
     def bytes_per_s(self) -> float:
         """0 until something has been read."""
         with self._lock:
-            return self._recent_bytes / self._recent_s if self._recent_s > 0 else 0.0
+            return self._recent.per_s

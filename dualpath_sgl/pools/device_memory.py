@@ -1,8 +1,8 @@
-"""How much KV this rank's device could still take."""
+"""How much KV this rank's device could still take, and how large a page of it is."""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from sglang.srt.mem_cache.unified_radix_cache import UnifiedRadixCache
@@ -16,3 +16,9 @@ def free_tokens(tree: UnifiedRadixCache) -> int:
     counters; to be asked on SGLang's scheduler thread, which alone may touch the tree.
     """
     return tree.token_to_kv_pool_allocator.available_size() + tree.evictable_size()
+
+
+def page_bytes(allocator: Any, page_size: int) -> int:
+    """Of `page_size` tokens on this rank, all layers; on the average, where layers keep different amounts."""
+    pool_bytes = allocator.get_kvcache().mem_usage * 2**30  # SGLang counts in GiB
+    return max(1, int(pool_bytes * page_size / allocator.size))

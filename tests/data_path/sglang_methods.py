@@ -42,12 +42,13 @@ NOT_HOOKED = {
 
 def watched() -> dict[str, str]:
     """Every method, without `sglang.srt.` -> what of ours depends on it."""
-    from dualpath_sgl import hooks
+    from dualpath_sgl import hooks, relay_hooks
     from dualpath_sgl.relay.client.prefetch import hooks as of_relays
     from dualpath_sgl.spans import stages
 
     found: dict[str, list[str]] = {}
-    for target, hook, _ in hooks.HOOKS + of_relays.HOOKS + of_relays.TRACED + stages.HOOKS:
+    ours = hooks.HOOKS + relay_hooks.HOOKS + of_relays.HOOKS + of_relays.TRACED + stages.HOOKS
+    for target, hook, _ in ours:
         module = hook.__module__.removeprefix("dualpath_sgl.")
         found.setdefault(target.removeprefix(ROOT), []).append(f"{module}.{hook.__name__}")
     return {method: f"hooked by {', '.join(names)}" for method, names in found.items()} | NOT_HOOKED

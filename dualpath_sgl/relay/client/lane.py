@@ -112,7 +112,10 @@ class RelayLane(threading.Thread):
         self._confirming: dict[int, Batch] = {}
         self._standing = Standing()
         self._heard_s = 0.0
+        self.share = 1.0
+        """Of what the relay allows to be asked ahead; 0: nothing.  Whoever knows sets it, on any thread."""
         self._up = False
+        self._retiring = False
         self._stopping = False
         self._ended = False
         self._door = threading.Lock()
@@ -142,10 +145,23 @@ class RelayLane(threading.Thread):
         """The own client has nothing left to do for this load: it may have a batch that has not begun."""
         self._order(load)
 
+    def retire(self) -> None:
+        """Claim nothing more; the thread ends once nothing is owed to it."""
+        self._retiring = True
+        self._order(None)
+
     def stop(self) -> None:
         """What it has claimed goes back; the thread ends soon."""
         self._stopping = True
         self._order(None)
+
+    @property
+    def _share(self) -> float:
+        return 0.0 if self._retiring else self.share
+
+    @property
+    def _owed(self) -> bool:
+        return bool(self._asked or self._ready or self._confirming)
 
     def _order(self, order: Load | _Greeted | None) -> bool:
         """False when the lane has ended."""
@@ -163,7 +179,7 @@ class RelayLane(threading.Thread):
         for watched in (self._socket, self._orders.fd, monitor):
             poller.register(watched, zmq.POLLIN)
         self._socket.connect(self.helper.endpoint)
-        while not self._stopping:
+        while not self._stopping and not (self._retiring and not self._owed):
             self._try(partial(poller.poll, 0 if self._ready else POLL_MS))
             self._try(partial(self._follow, monitor))
             self._try(self._take_orders)
@@ -175,7 +191,7 @@ class RelayLane(threading.Thread):
             self._try(self._listen)
             self._try(self._give_up_silent)
             self._try(self._bounce.settle)
-            self._up = self._standing.may_ask
+            self._up = self._standing.may_ask and self._share > 0
             self._log.tick()
         self._up = False
         self._try(partial(self._lose, "is no helper any more", 0.0))
@@ -288,7 +304,8 @@ class RelayLane(threading.Thread):
 
     def _wants_more(self, welcome: Welcome) -> bool:
         held = len(self._asked) + len(self._ready) + len(self._confirming)
-        return len(self._asked) < welcome.ahead and held < welcome.most_fetches
+        ahead = math.ceil(welcome.ahead * self._share)
+        return len(self._asked) < ahead and held < welcome.most_fetches
 
     def _ask_for(self, load: Load, claim: Claim) -> bool:
         """False when there is no bounce memory for it at the moment."""

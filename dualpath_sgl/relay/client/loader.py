@@ -10,6 +10,7 @@ from functools import partial
 
 from opentelemetry.trace import Tracer
 
+from dualpath_sgl.control.drain_rate import DrainRate
 from dualpath_sgl.lanes.peer_keys import Secure
 from dualpath_sgl.relay.client.batch_size import BatchSize
 from dualpath_sgl.relay.client.claims import ANYBODY, Blocks, Limits, Load, Pointers, blocks_of
@@ -74,6 +75,9 @@ class Loader:
         self._open: dict[Load, str | None] = {}
         """Loads under way, oldest first, and the trace of each."""
         self.counts = Counts()
+        self.rate = DrainRate()
+        """Of the own client's link."""
+        self._relays = relays
         relays.follow(self._follow)
 
     @property
@@ -127,7 +131,11 @@ class Loader:
 
     def close(self) -> None:
         """End the lanes; loads under way go on with the own client."""
-        self._follow(())
+        self._relays.unfollow(self._follow)
+        with self._lock:
+            for lane in self._lanes.values():
+                lane.stop()
+            self._lanes.clear()
 
     def _relay_of(self, keys: Sequence[str], blocks: Sequence[Blocks], relays: list[str]) -> list[str]:
         assert self._is_shared is not None
@@ -194,7 +202,12 @@ class Loader:
         sizes: Sequence[Pointers],
         blocks: Sequence[Blocks],
     ) -> list[int]:
-        results = list(self._own_read(list(keys), list(pointers), list(sizes)))
+        results: list[int] = []
+        self.rate.begin()
+        try:
+            results = list(self._own_read(list(keys), list(pointers), list(sizes)))
+        finally:
+            self.rate.end(sum(got for got in results if got > 0))
         for index, (got, place) in enumerate(zip(results, blocks, strict=True)):
             if got > 0 and got != place.byte_count:
                 results[index] = WRONG_SIZE
@@ -213,10 +226,12 @@ class Loader:
         """These may help, and no others."""
         with self._lock:
             for helper in self._lanes.keys() - set(helpers):
-                self._lanes.pop(helper).stop()
+                self._lanes.pop(helper).retire()
             for helper in helpers:
                 if helper not in self._lanes:
                     self._begin_lane(helper)
+            for helper, lane in self._lanes.items():
+                lane.share = self._relays.share(helper.name)
 
     def _begin_lane(self, helper: Helper) -> None:
         try:

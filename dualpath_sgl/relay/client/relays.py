@@ -1,12 +1,14 @@
-"""Who may help: the relays that a prefill engine knows of."""
+"""Who may help: the relays that a prefill engine knows of, from its flags or from the scheduler."""
 
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
+from types import MappingProxyType
 from typing import NamedTuple
 
 from scheduler_svc.wire.addresses import check_endpoint
+from scheduler_svc.wire.protocol import Helpers
 
 
 class Helper(NamedTuple):
@@ -22,16 +24,28 @@ class Relays:
     def __init__(self, helpers: Iterable[Helper] = ()) -> None:
         self._lock = threading.Lock()
         self._helpers = tuple(helpers)
+        self._shares: Mapping[str, float] = MappingProxyType({})
         self._followers: list[Callable[[tuple[Helper, ...]], None]] = []
 
     @property
     def helpers(self) -> tuple[Helper, ...]:
         return self._helpers
 
-    def replace(self, helpers: Iterable[Helper]) -> None:
-        """From now on these may help and no others."""
+    def take(self, helpers: Helpers) -> None:
+        """What the scheduler says."""
+        self.replace(
+            [Helper(relay.name, relay.endpoint) for relay in helpers.relays],
+            {relay.name: relay.share for relay in helpers.relays},
+        )
+
+    def share(self, name: str) -> float:
+        """Of what the relay of that name may be asked ahead, this engine's part; 0: it is asked for nothing."""
+        return self._shares.get(name, 1.0)
+
+    def replace(self, helpers: Iterable[Helper], shares: Mapping[str, float] = MappingProxyType({})) -> None:
+        """From now on these may help and no others.  `shares` by name, 1 where there is none."""
         with self._lock:
-            self._helpers = tuple(helpers)
+            self._helpers, self._shares = tuple(helpers), shares
             for follower in self._followers:
                 follower(self._helpers)
 
@@ -40,6 +54,14 @@ class Relays:
         with self._lock:
             self._followers.append(follower)
             follower(self._helpers)
+
+    def unfollow(self, follower: Callable[[tuple[Helper, ...]], None]) -> None:
+        with self._lock:
+            self._followers.remove(follower)
+
+
+told = Relays()
+"""By the scheduler, to this process; whenever its storage is attached."""
 
 
 def parse_helper(text: str) -> Helper:

@@ -27,7 +27,7 @@ from dualpath_sgl.relay.client.loader import Loader
 from dualpath_sgl.relay.client.memory.destinations import Destinations
 from dualpath_sgl.relay.client.memory.transports import Transports
 from dualpath_sgl.relay.client.options import options
-from dualpath_sgl.relay.client.relays import Relays
+from dualpath_sgl.relay.client.relays import Relays, told
 from dualpath_sgl.relay.wire import Hello
 from dualpath_sgl.spans import stages
 from dualpath_sgl.start.config import settings
@@ -59,7 +59,7 @@ class RelayStore(MooncakeStore):  # type: ignore[misc]
         # SGLang gives the host pool to backends that it knows by name, and a dictionary to `dynamic` ones.
         super().__init__(storage_config, None if isinstance(pool_or_kwargs, dict) else pool_or_kwargs)
         self._destinations = Destinations()
-        self.relays = Relays(chosen.helpers)
+        self.relays = Relays(chosen.helpers) if chosen.helpers else told
         tracer = init_tracing(own.engine_id or "prefill", own.otlp_endpoint) if own.otlp_endpoint else None
         if tracer is not None:
             stages.follow(tracer)
