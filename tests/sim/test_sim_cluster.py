@@ -5,11 +5,13 @@ from __future__ import annotations
 import pytest
 from sim_world import FAST_COMPUTE, MODEL, load, setup, simulate, trajectory
 
+from dualpath_sgl.evals.sim.model.cluster import Simulation
 from dualpath_sgl.evals.sim.model.hardware import Hardware
 from dualpath_sgl.evals.sim.model.models import DS_27B
 from dualpath_sgl.evals.sim.model.setup import MODES, Mode, Setup
 from dualpath_sgl.evals.sim.model.workload import Lengths, table2_trajectories, workload
 from scheduler_svc.policies import path_policies
+from scheduler_svc.policies.help_policy import MOST_RELAYS
 from scheduler_svc.policies.path_policies import PathChoice
 
 READING_MODES = [name for name, mode in MODES.items() if not mode.oracle]
@@ -162,3 +164,47 @@ def test_policies_alone_and_the_whole_service_agree_within_a_tenth_where_load_is
         for scheduler in ("policies", "service")
     )
     assert service.jct_s == pytest.approx(alone.jct_s, rel=0.1)
+
+
+@pytest.mark.parametrize("decode_nodes", [1, 2, 3])
+def test_relays_read_a_lone_request_over_every_link_and_the_whole_prompt_is_sent(decode_nodes):
+    lengths = Lengths(64 * 120 + 40, 64 * 120, 25)
+    simulation, outcome = simulate(setup("relay", SLOW, (1, decode_nodes)), load([(lengths,)], 1, SLOW))
+    alone_s = by_hand(SLOW, lengths, on_decode=0.0, layerwise=True)
+    hit_bytes = lengths.hit * MODEL.kv_bytes_per_token
+    read_s = hit_bytes / SLOW.storage_bytes_per_s
+    links = 1 + decode_nodes
+    # They meet within a page of each other.
+    page_s = 64 * MODEL.kv_bytes_per_token / SLOW.storage_bytes_per_s
+    assert outcome.jct_s == pytest.approx(alone_s - read_s + read_s / links, abs=page_s)
+    shares = [link.read_bytes / hit_bytes for link in simulation.prefill_links + simulation.decode_links]
+    assert shares == pytest.approx([1 / links] * links, abs=0.02)
+
+
+def test_with_relays_the_number_of_links_counts_for_a_burst_too():
+    agents = load([trajectory(6)], 40)
+    basic = simulate(setup("layerwise"), agents)[1]
+    for decode_nodes in (1, 2):
+        relay = simulate(setup("relay", nodes=(1, decode_nodes)), agents)[1]
+        assert basic.jct_s / relay.jct_s == pytest.approx(1 + decode_nodes, rel=0.03)
+
+
+def test_loads_of_two_prefill_nodes_share_the_relays_and_end_together():
+    large, small = trajectory(1, context_pages=300), trajectory(1, context_pages=100)
+    simulation, outcome = simulate(setup("relay", nodes=(2, 2)), load([large, small], 2))
+    link_s = sum(link.read_bytes for link in simulation.prefill_links + simulation.decode_links) / 1e8
+    assert outcome.jct_s == pytest.approx(link_s / 4, rel=0.1)
+
+
+def test_an_engine_loads_one_request_after_another():
+    ends = []
+    simulation = Simulation(setup("relay"), load([trajectory(1), trajectory(1)], 2))
+    simulation.on_turn = lambda turn: ends.append(turn.ttft_s)
+    simulation.run_offline()
+    assert ends[1] == pytest.approx(2 * ends[0], rel=0.02)
+
+
+def test_with_many_relays_an_engine_is_helped_by_those_on_its_list():
+    simulation, _ = simulate(setup("relay", nodes=(1, 40)), load([trajectory(2)], 1))
+    helped = sum(1 for link in simulation.decode_links if link.read_bytes)
+    assert helped == MOST_RELAYS

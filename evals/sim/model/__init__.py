@@ -8,6 +8,7 @@ engines.py     what policies read of an engine
 prefill.py     prefill engines
 decode.py      decode engines
 storage.py     storage links
+relays.py      loads that relays help with
 hardware.py    nodes and GPUs
 models.py      bytes and FLOPs of the models
 loop.py        simulated time

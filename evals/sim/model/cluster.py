@@ -14,6 +14,7 @@ from dualpath_sgl.evals.sim.model.decode import DecodeCosts, DecodeGroup
 from dualpath_sgl.evals.sim.model.engines import Request, SimEngine
 from dualpath_sgl.evals.sim.model.loop import EventLoop
 from dualpath_sgl.evals.sim.model.prefill import PrefillCosts, PrefillGroup
+from dualpath_sgl.evals.sim.model.relays import RelayLoads
 from dualpath_sgl.evals.sim.model.scheduling import (
     PolicyScheduler,
     Scheduler,
@@ -24,6 +25,7 @@ from dualpath_sgl.evals.sim.model.scheduling import (
 from dualpath_sgl.evals.sim.model.setup import Setup
 from dualpath_sgl.evals.sim.model.storage import Balance, StorageLink
 from dualpath_sgl.evals.sim.model.workload import PAGE_TOKENS, Workload
+from scheduler_svc.wire.protocol import Mode as EngineMode
 from scheduler_svc.wire.protocol import RankInfo, Role
 
 PROGRESS_TURNS = 2000
@@ -75,6 +77,14 @@ class Simulation:
         self._nic = math.inf if setup.mode.oracle else setup.hardware.compute_bytes_per_s
         self._build_engines()
         self._scheduler = self._build_scheduler()
+        self._relays = RelayLoads(
+            self.loop,
+            self.prefill_engines,
+            self.decode_links if setup.mode.relay else (),
+            workload.page_bytes,
+            self._scheduler.read_ended,
+            self._loaded,
+        )
         self.on_turn: Callable[[TurnTimes], None] | None = None
         self.on_all_done: Callable[[], None] | None = None
         """When no agent that was started has a turn left."""
@@ -133,6 +143,7 @@ class Simulation:
                     fingerprint=self._setup.model.name,
                     page_size=PAGE_TOKENS,
                     page_bytes=page_bytes,
+                    mode=EngineMode.RELAY if self._setup.mode.relay else EngineMode.DECODE_SIDE,
                 )
                 engines.append(
                     SimEngine(
@@ -174,6 +185,9 @@ class Simulation:
             turn.attention_s,
             turn.experts_s,
         )
+        if self._setup.mode.relay and hit_pages:
+            self._relays.ask(request, hit_pages)
+            return
         self._ask(request, planned.prefill.storage, hit_pages - planned.split_page)
         self._ask(request, planned.decode.storage, planned.split_page)
         if not request.reads:

@@ -21,6 +21,8 @@ class Mode(NamedTuple):
     layerwise: bool = True
     oracle: bool = False
     """No storage reads, no copies, no transfers."""
+    relay: bool = False
+    """Relays on the decode nodes' links help prefill engines to read."""
 
 
 MODES = {
@@ -29,9 +31,11 @@ MODES = {
     "dual-path": Mode("round_robin", "round_robin"),
     "dualpath": Mode("paper", "shorter_queue"),
     "split": Mode("paper", "split"),
+    "relay": Mode("paper", "prefill", relay=True),
     "oracle": Mode("paper", "prefill", oracle=True),
 }
-"""The paper's Basic; its three ablation steps; this project's split; the paper's Oracle."""
+"""The paper's Basic; its three ablation steps; this project's split and its relays; the paper's
+Oracle."""
 
 
 @dataclass(frozen=True)
