@@ -201,7 +201,7 @@ class RouterKind(StrEnum):
     RUST = "rust"
     """SGLang's own: it chooses the engines, the scheduler only the load path."""
     PLACING = "placing"
-    """The patched Python router: the scheduler chooses the engines too (mode dualpath)."""
+    """The patched Python router: the scheduler chooses the engines too (not in upstream's modes)."""
 
 
 class Router(_Section):
@@ -249,7 +249,7 @@ class ClusterConfig(_Section):
     store: Store = Store()
     """The Mooncake store."""
     scheduler: Scheduler = Scheduler()
-    """The scheduler, in mode `dualpath`."""
+    """The scheduler, in modes `dualpath` and `relay`."""
     prefill: Group = Group()
     """The prefill engines."""
     decode: Group = Group()

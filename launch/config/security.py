@@ -99,6 +99,7 @@ def relay_environment(security: Security | None, addresses: Addresses, name: str
     if files is not None:
         return {
             "DUALPATH_RELAY_KEY_FILE": str(files[0]),
+            "DUALPATH_RELAY_SCHEDULER_KEY_FILE": str(files[1]),
             "DUALPATH_RELAY_PEER_KEYS": str(files[0].parent),
         }
     return {"DUALPATH_RELAY_TRUSTED_NETWORK": "1"} if _is_trusted(security, addresses) else {}

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,7 +16,6 @@ from dualpath_sgl.launch.config import security
 from dualpath_sgl.launch.config.addresses import Addresses, EngineAddresses
 from dualpath_sgl.launch.config.cluster import ClusterConfig, Group, Mode, RouterKind, bits_per_s
 from dualpath_sgl.launch.processes.environment import inherited
-from dualpath_sgl.launch.processes.relays import RelaySpec
 from dualpath_sgl.limits.read_limit import READ_RATE_KEY
 from dualpath_sgl.relay.client.options import OPTIONS_KEY
 from scheduler_svc.wire.addresses import authority, in_url, is_ipv6
@@ -59,6 +58,8 @@ CPU_FLAGS = (
 )
 CPU_BOUNCE_BYTES = 64 << 20
 CUDA_FLAGS = ("--device=cuda", "--dtype=bfloat16")
+SCHEDULED = (Mode.DUALPATH, Mode.RELAY)
+"""Modes with a scheduler."""
 DECODE_CACHES = (Mode.DUALPATH, Mode.BOTH)
 """Modes in which decode engines have HiCache, too."""
 DUALPATH_BACKEND: dict[str, str | int] = {
@@ -192,8 +193,8 @@ def router_command(
 
 
 def asks_for_placement(config: ClusterConfig) -> bool:
-    """Whether the scheduler chooses the engines.  There is none outside mode dualpath."""
-    return config.router.kind is RouterKind.PLACING and config.mode is Mode.DUALPATH
+    """Whether the scheduler chooses the engines.  There is none in upstream's modes."""
+    return config.router.kind is RouterKind.PLACING and config.mode in SCHEDULED
 
 
 def rust_flags(config: ClusterConfig, addresses: Addresses, ports: Ports) -> list[str]:
@@ -222,13 +223,8 @@ def placing_flags(config: ClusterConfig, addresses: Addresses, ports: Ports) -> 
 
 
 def engine_command(
-    config: ClusterConfig,
-    addresses: Addresses,
-    engine: EngineSpec,
-    ports: Ports,
-    relays: Sequence[RelaySpec] = (),
+    config: ClusterConfig, addresses: Addresses, engine: EngineSpec, ports: Ports
 ) -> list[str]:
-    """`relays`: those that a prefill engine is told of, in mode relay."""
     host = addresses.engine(engine.name).compute
     flags = [*common_flags(config, engine.group, host, engine.port), f"--disaggregation-mode={engine.role}"]
     flags.append("--disaggregation-transfer-backend=mooncake_tcp")
@@ -236,8 +232,7 @@ def engine_command(
         flags.append(f"--disaggregation-bootstrap-port={engine.bootstrap_port}")
     decode_caches = config.mode in DECODE_CACHES
     if engine.role is Role.PREFILL or decode_caches:
-        helpers = [f"{relay.name}={relay.endpoint(addresses)}" for relay in relays]
-        flags += _hicache_flags(config, engine.group, helpers)
+        flags += _hicache_flags(config, engine.group)
     else:
         # A decode engine backs retracted requests up in host memory even without HiCache; sized by
         # SGLang it would want 10 GiB free.
@@ -301,12 +296,12 @@ def engine_environment(
         environment |= {
             **_patience(config),
             "DUALPATH_ENABLED": "1",
-            "DUALPATH_SCHEDULER": scheduler_url(addresses, ports),
         }
-    elif config.mode is Mode.RELAY and engine.role is Role.PREFILL:
+    elif config.mode is Mode.RELAY:
         environment["DUALPATH_RELAY"] = "1"
-    if "DUALPATH_ENABLED" in environment or "DUALPATH_RELAY" in environment:
+    if config.mode in SCHEDULED:
         environment |= {
+            "DUALPATH_SCHEDULER": scheduler_url(addresses, ports),
             "DUALPATH_ENGINE_ID": engine.name,
             "DUALPATH_HOST": own.compute,
             **security.engine_environment(config.security, addresses, engine.name),
@@ -350,7 +345,7 @@ def _host_pool_flag(group: Group) -> str:
     return f"--hicache-ratio={pool.ratio:g}" if pool.ratio is not None else f"--hicache-size={pool.size_gb}"
 
 
-def _hicache_flags(config: ClusterConfig, group: Group, helpers: list[str]) -> list[str]:
+def _hicache_flags(config: ClusterConfig, group: Group) -> list[str]:
     # SGLang's default of 256 tokens would hide short prefixes.
     extra: dict[str, Any] = {"prefetch_threshold": config.page_size}
     rate = config.store.read_rate
@@ -359,9 +354,8 @@ def _hicache_flags(config: ClusterConfig, group: Group, helpers: list[str]) -> l
         backend = "dynamic"
         extra |= DUALPATH_BACKEND
     elif config.mode is Mode.RELAY:
-        extra[OPTIONS_KEY] = {"relays": helpers}
         if config.device == "cpu":
-            extra[OPTIONS_KEY]["bounce_bytes"] = CPU_BOUNCE_BYTES
+            extra[OPTIONS_KEY] = {"bounce_bytes": CPU_BOUNCE_BYTES}
     elif rate is not None:
         backend = "dynamic"
         extra |= LIMITED_BACKEND

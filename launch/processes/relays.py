@@ -59,9 +59,10 @@ def relay_environment(
     relay: RelaySpec,
     master: str,
     collector: str,
+    scheduler: str,
     base: Mapping[str, str],
 ) -> dict[str, str]:
-    """`master`: HOST:PORT of the store's; `collector`: URL of it; `base`: a part's environment."""
+    """`master`: HOST:PORT of the store's; `collector`, `scheduler`: URLs of them; `base`: a part's environment."""
     own = addresses.engine(relay.host)
     environment = {
         **base,
@@ -72,6 +73,7 @@ def relay_environment(
         "DUALPATH_RELAY_METRICS_PORT": str(relay.metrics_port),
         "DUALPATH_RELAY_STORAGE_HOST": own.storage,
         "DUALPATH_RELAY_MASTER": master,
+        "DUALPATH_RELAY_SCHEDULER": scheduler,
         **security.relay_environment(config.security, addresses, relay.name),
     }
     if config.store.read_rate is not None:

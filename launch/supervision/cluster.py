@@ -1,7 +1,7 @@
 """A whole cluster as child processes of this one.
 
     client -> router -> PEs and DEs -> store node (memory), master (index)
-                            |-> scheduler (mode dualpath), relays (mode relay), collector (tracing)
+                            |-> scheduler (modes dualpath and relay), relays (relay), collector (tracing)
 
 `run_dir/cluster.json` says what runs where.  A dead engine ends the cluster: it holds requests, takes
 a minute to come back, and mostly dies of what would kill it again.
@@ -26,7 +26,6 @@ import psutil
 from dualpath_sgl.launch.config.addresses import STORE_PROCESSES, Addresses, on_network, on_one_host
 from dualpath_sgl.launch.config.cluster import (
     ClusterConfig,
-    Mode,
     at_its_address,
     bits_per_s,
     kv_bytes_per_token,
@@ -100,7 +99,7 @@ class Cluster(Supervisor):
     stop_order = (("router",), ("prefill-", "decode-"), ("relay-",), ("scheduler", "store"))
     spared = MappingProxyType(
         {
-            "scheduler": "engines go on with the prefill path",
+            "scheduler": "engines go on with the prefill path and the relays that they know",
             "collector": "spans are lost meanwhile",
             "router": "clients are refused meanwhile",
             "master": "prompts are computed meanwhile, and what was stored is forgotten",
@@ -257,7 +256,7 @@ class Cluster(Supervisor):
         if config.tracing.enabled:
             argv = commands.collector_command(config, addresses, ports, self.spans_path)
             self._launch("collector", argv, base, self._listens(addresses.hub, ports.collector))
-        if config.mode is Mode.DUALPATH:
+        if config.mode in commands.SCHEDULED:
             argv = commands.scheduler_command(config, addresses, ports)
             self._launch("scheduler", argv, base, self._listens(addresses.hub, ports.scheduler))
         self._await_ready(["master"])
@@ -270,12 +269,13 @@ class Cluster(Supervisor):
                 relay,
                 master=authority(addresses.store, ports.master),
                 collector=self.collector_url,
+                scheduler=self.scheduler_address,
                 base=base,
             )
             self._launch(relay.name, relay_command(), environment, _serves(relay.metrics_url(addresses)))
         # An engine writes a test object into the store early, so the store comes before.
         for spec in self._specs:
-            argv = commands.engine_command(config, addresses, spec, ports, self._relay_specs)
+            argv = commands.engine_command(config, addresses, spec, ports)
             environment = commands.engine_environment(config, addresses, spec, ports, os.environ)
             self._launch(
                 spec.name, argv, environment, healthy(spec.url(addresses)), _engine_stop_signal(config)

@@ -1,21 +1,30 @@
-"""Mode relay: stock engines, whose prefill engine lets a relay beside the decode engine help it to read."""
+"""Mode relay: stock engines, whose prefill engine lets a relay beside the decode engine help it to read.
+
+The scheduler tells of the relay and places every request.
+"""
 
 from __future__ import annotations
 
 import json
 import subprocess
 import sys
+import time
 import urllib.request
 
 import pytest
 from conftest import CLUSTERS
 from prometheus_client.parser import text_string_to_metric_families
+from prometheus_client.samples import Sample
 
 from dualpath_sgl.evals.agents.sessions import TURNS, forget_caches, play_all
-from dualpath_sgl.launch.config.cluster import ClusterConfig, Mode, load
+from dualpath_sgl.launch.config.cluster import ClusterConfig, Mode, Router, RouterKind, load
 from dualpath_sgl.launch.config.security import Security
 from dualpath_sgl.launch.supervision.cluster import Cluster
 from scheduler_svc.wire.keys import generate
+from scheduler_svc.wire.protocol import Mode as EngineMode
+from scheduler_svc.wire.protocol import Path, Role, Status
+
+WAIT_S = 60.0
 
 
 @pytest.fixture(scope="module")
@@ -24,7 +33,12 @@ def relay_config(tmp_path_factory) -> ClusterConfig:
     keys = tmp_path_factory.mktemp("relay") / "keys"
     described = load(CLUSTERS / "gqa-1p1d.yaml")
     described = described.model_copy(
-        update={"name": "relay", "mode": Mode.RELAY, "security": Security(keys=keys)}
+        update={
+            "name": "relay",
+            "mode": Mode.RELAY,
+            "router": Router(kind=RouterKind.PLACING),
+            "security": Security(keys=keys),
+        }
     )
     generate(keys, described.key_names())
     return described
@@ -71,21 +85,52 @@ def dualpath(cluster: Cluster, *words: str) -> str:
     return asked.stdout
 
 
-def test_the_decode_engine_is_a_stock_one(cluster):
-    logs = {name: cluster.processes[name].log_path.read_text() for name in ("prefill-0", "decode-0")}
-    assert [name for name, log in logs.items() if "DualPath" in log] == ["prefill-0"]
+def test_every_request_is_placed_by_the_scheduler_and_every_room_closes(cluster, sessions, reference):
+    placed = samples(f"{cluster.url}/metrics", "dualpath_router_placements_total")
+    assert {one.labels["placed_by"] for one in placed if one.value} == {"scheduler"}
+    deadline_s = time.monotonic() + WAIT_S
+    while (status := seen(cluster)).rooms_open or any(one.load.sequences for one in status.engines):
+        assert time.monotonic() < deadline_s, status
+        time.sleep(0.2)
+    assert status.rooms_closed > 0 and status.rooms_forgotten == 0 and status.errors == 0
+    assert status.fallbacks == {} and set(status.paths) <= {Path.PREFILL, Path.NONE}
+    assert status.paths[Path.PREFILL] > 0, "the scheduler hears what is stored"
+    assert {one.engine.engine_id: one.engine.mode for one in status.engines} == {
+        "prefill-0": EngineMode.RELAY,
+        "decode-0": EngineMode.RELAY,
+    }
+    prefill = next(one.load for one in status.engines if one.engine.role is Role.PREFILL)
+    assert prefill.read_rate_bytes_per_s > 0 and prefill.compute_rate_tokens_per_s > 0
+    assert (prefill.held, prefill.read_queue_bytes, prefill.faults) == (0, 0, 0)
+
+
+def test_relays_come_back_to_a_scheduler_that_was_restarted(cluster):
+    cluster.restart("scheduler")
+    deadline_s = time.monotonic() + WAIT_S
+    while not (relays := seen(cluster).relays) or not relays[0].load.clients:
+        assert time.monotonic() < deadline_s
+        time.sleep(0.2)
+    assert relays[0].relay.endpoint == cluster.relays[0].endpoint
+
+
+def seen(cluster: Cluster) -> Status:
+    with cluster.ask_scheduler() as client:
+        return client.status(10)
 
 
 def test_status_shows_the_relay_and_where_it_is_asked(cluster):
-    relay = json.loads(dualpath(cluster, "status", "--json"))["processes"]["relay-0"]
+    found = json.loads(dualpath(cluster, "status", "--json"))
+    relay = found["processes"]["relay-0"]
     assert (relay["state"], relay["address"]) == ("running", cluster.relays[0].endpoint)
+    assert [one["relay"] for one in found["scheduler"]["relays"]] == ["relay-0"]
 
 
 def relay_metric(cluster: Cluster, name: str) -> float:
     """Sum over the relays and over labels."""
-    total = 0.0
-    for relay in cluster.relays:
-        with urllib.request.urlopen(relay.metrics_url, timeout=10) as answer:
-            families = text_string_to_metric_families(answer.read().decode())
-            total += sum(s.value for family in families for s in family.samples if s.name == name)
-    return total
+    return sum(one.value for relay in cluster.relays for one in samples(relay.metrics_url, name))
+
+
+def samples(url: str, name: str) -> list[Sample]:
+    with urllib.request.urlopen(url, timeout=10) as answer:
+        families = text_string_to_metric_families(answer.read().decode())
+        return [sample for family in families for sample in family.samples if sample.name == name]

@@ -15,6 +15,7 @@ from dualpath_sgl.launch.processes.commands import (
     master_command,
     router_command,
     scheduler_command,
+    scheduler_url,
     single_server_command,
 )
 from dualpath_sgl.launch.processes.relays import RelaySpec, relay_environment, relay_specs
@@ -211,7 +212,9 @@ def relays(config: ClusterConfig) -> list[RelaySpec]:
 
 
 def relay(config: ClusterConfig, number: int = 0, addresses: Addresses = HERE) -> dict[str, str]:
-    return relay_environment(config, addresses, relays(config)[number], "store:1", "http://hub:4", {})
+    return relay_environment(
+        config, addresses, relays(config)[number], "store:1", "http://hub:4", "tcp://127.0.0.1:3", {}
+    )
 
 
 def test_each_decode_engine_has_a_relay_in_mode_relay_and_none_in_the_others():
@@ -235,18 +238,26 @@ def test_relays_beyond_the_decode_engines_have_links_of_their_own():
         assert found["DUALPATH_RELAY_STORAGE_HOST"] == plan.link(host, "storage").address
 
 
-def test_only_prefill_engines_are_told_of_relays_and_decode_engines_are_upstreams():
+def test_engines_and_relays_know_the_scheduler_and_no_flag_names_a_relay():
     config = cluster(mode="relay", decode={"tp_size": 2})
     engines = {spec.name: spec for spec in engine_specs(config, lambda: 7)}
-    flag = "--hicache-storage-backend-extra-config="
-    command = engine_command(config, HERE, engines["prefill-0"], PORTS, relays(config))
-    extra = json.loads(next(part for part in command if part.startswith(flag)).removeprefix(flag))
-    assert extra["relay"]["relays"] == ["relay-0=tcp://127.0.0.1:200"]
+    command = engine_command(config, HERE, engines["prefill-0"], PORTS)
     assert "--hicache-storage-backend=mooncake" in command
+    assert not [part for part in command if "relay-0" in part]
     plain = engine_command(config, HERE, engines["decode-0"], PORTS)
     assert not [part for part in plain if "hicache-storage" in part or "hierarchical" in part]
-    assert environment(config, {})["DUALPATH_RELAY"] == "1"
-    assert not [name for name in environment(config, {}, "decode-0") if name.startswith("DUALPATH_")]
+    for name in ("prefill-0", "decode-0"):
+        found = environment(config, {}, name)
+        assert found["DUALPATH_RELAY"] == "1" and found["DUALPATH_ENGINE_ID"] == name
+        assert found["DUALPATH_SCHEDULER"] == scheduler_url(HERE, PORTS)
+    assert relay(config)["DUALPATH_RELAY_SCHEDULER"] == "tcp://127.0.0.1:3"
+
+
+def test_the_placing_router_asks_the_scheduler_in_mode_relay_too():
+    config = cluster(mode="relay", router={"kind": "placing"})
+    assert f"--dualpath-scheduler={scheduler_url(HERE, PORTS)}" in router_command(
+        config, HERE, PORTS, engine_specs(config, lambda: 7)
+    )
 
 
 def test_a_read_rate_limits_relays_as_it_does_engines():

@@ -134,6 +134,7 @@ def test_relays_have_keys_of_their_own(tmp_path, keys):
     found = relay_environment(config.security, on_one_host("10.1.2.3"), "relay-0")
     assert found == {
         "DUALPATH_RELAY_KEY_FILE": str(keys.resolve() / "peers/relay-0.key_secret"),
+        "DUALPATH_RELAY_SCHEDULER_KEY_FILE": str(keys.resolve() / "scheduler.key"),
         "DUALPATH_RELAY_PEER_KEYS": str(keys.resolve() / "peers"),
     }
 

@@ -121,8 +121,10 @@ class Loader:
         self.counts.direct_calls += 1
         if not self._is_worth_asking(blocks):
             told.reason = "not worth asking relays"
-        elif self._lanes:
+        elif any(lane.share for lane in list(self._lanes.values())):
             told.fallback = "no relay answers"
+        elif self._lanes:
+            told.reason = "the scheduler has no relay help"
         else:
             told.reason = "no relay helps"
         results = self._read(keys, pointers, sizes, blocks)
