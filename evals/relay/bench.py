@@ -26,6 +26,7 @@ from dualpath_sgl.evals.relay.world import HOST, MIB, Objects, Prefill, RelayPro
 from dualpath_sgl.launch.processes.ports import FreePorts
 from dualpath_sgl.relay.client.prefetch.ahead import CALLS
 from dualpath_sgl.relay.wire import Hello
+from scheduler_svc.policies.help_policy import Reader, help_for
 
 PAGE = (512 * 1024, 512 * 1024, 64 * 1024)
 """Bytes of a page's k, v and indexer."""
@@ -103,8 +104,11 @@ class Bench:
                 "bounce_kept_back": prefill.loader.kept_back,
             }
 
-    def two_engines(self, parts: int) -> dict[str, Any]:
-        """Two engines and two relays; the second engine has 1/`parts` of the first one's load."""
+    def two_engines(self, parts: int, shares: bool = False) -> dict[str, Any]:
+        """Two engines and two relays; the second engine has 1/`parts` of the first one's load.
+
+        `shares`: each has been told its share, as the scheduler would tell it.
+        """
         small = self._sizes[: len(self._sizes) // parts]
         with (
             self._relays(2) as relays,
@@ -112,6 +116,8 @@ class Bench:
             self._prefill(relays, small, "prefill-1") as (second, few),
         ):
             alone_s = self._timed(second, few)
+            if shares:
+                self._share((first, many), (second, few))
             ends: dict[str, float] = {}
 
             def run(name: str, prefill: Prefill, objects: Objects) -> None:
@@ -134,6 +140,17 @@ class Bench:
                 "small_to_alone": round(ends["small"] / alone_s, 2),
                 "share_of_limit": round(limit_s / max(ends.values()), 3),
             }
+
+    def _share(self, *engines: tuple[Prefill, Objects]) -> None:
+        readers = [
+            Reader(str(number), objects.byte_count, self._rate, 0, 0.0)
+            for number, (_, objects) in enumerate(engines)
+        ]
+        helps = help_for(readers)
+        for number, (prefill, _) in enumerate(engines):
+            relays = prefill.relays
+            share = helps[str(number)].share
+            relays.replace(relays.helpers, {helper.name: share for helper in relays.helpers})
 
     def ranks(self, count: int) -> dict[str, Any]:
         """So many ranks load the same objects at a time, as with MLA: what relays read beside one of each."""
@@ -296,6 +313,8 @@ def main(
             "two_engines_equal": lambda: bench.two_engines(1),
             "two_engines_3_to_1": lambda: bench.two_engines(3),
             "two_engines_20_to_1": lambda: bench.two_engines(20),
+            "two_engines_equal_shares": lambda: bench.two_engines(1, shares=True),
+            "two_engines_3_to_1_shares": lambda: bench.two_engines(3, shares=True),
         }
         measured: dict[str, Any] = {"rate_mbit": rate_mbit, "mib": mib}
         for name, case in cases.items():
