@@ -56,17 +56,21 @@ def demo() -> None:
 @app.command("bench-load")
 def bench_load(
     quick: Annotated[
-        bool, typer.Option("--quick", help="Only 1P1D, basic and split: for development.")
+        bool, typer.Option("--quick", help="Only 1P1D; basic, split and relay, each once: for development.")
     ] = False,
     repetitions: Annotated[int, typer.Option(min=1, help="Measurements of each burst.")] = 3,
     config: Annotated[
         Path | None, typer.Option("--config", "-c", help="Cluster description; default: bench-load.yaml.")
     ] = None,
     out: Annotated[
-        Path | None, typer.Option(help="Result folder; default: results/bench-load, which is replaced.")
+        Path | None,
+        typer.Option(
+            help="Result folder; default: results/bench-load. A run that has not ended goes on; one that has is "
+            "replaced in the default folder."
+        ),
     ] = None,
 ) -> None:
-    """Measure the load paths on shaped links against upstream (root; about 20 minutes)."""
+    """Measure loads through every path on shaped links against upstream (root; about 40 minutes)."""
     module = importlib.import_module("dualpath_sgl.evals.load.command")
     sys.exit(module.main(quick=quick, repetitions=repetitions, config=config, out=out))
 

@@ -21,6 +21,10 @@ _COPIES = (
     "transfer_kv_all_layer_direct_lf_pf",
 )
 
+HOST_RESERVE_BYTES = 1 << 30
+"""SGLang lets no host pool take the last 10 GiB of a host that serves; a cluster that is tried on a CPU has
+pools of one, and machines of 16."""
+
 POLL_S = 0.005
 """Between two looks of a scheduler that has no batch to run but requests under way.
 
@@ -37,7 +41,7 @@ def activate() -> None:
     from sglang.srt.disaggregation.mooncake.conn import MooncakeKVSender
     from sglang.srt.layers.attention.torch_native_backend import TorchNativeAttnBackend
     from sglang.srt.managers.scheduler import Scheduler
-    from sglang.srt.mem_cache.pool_host import common, mamba, mha, mla
+    from sglang.srt.mem_cache.pool_host import base, common, mamba, mha, mla
     from sglang.srt.mem_cache.pool_host.base import HostKVCache
     from sglang.srt.models.deepseek_common.attention_backend_handler import AttentionBackendRegistry
     from sglang.srt.models.deepseek_common.attention_forward_methods.forward_methods import (
@@ -48,6 +52,7 @@ def activate() -> None:
     MooncakeKVSender.supports_host_tensor_indices = False
     HostKVCache.__init__ = _without_pinning(HostKVCache.__init__)
     common._cuda_host_register = lambda *_args, **_kwargs: None
+    base.HICACHE_HOST_MEMORY_RESERVE_BYTES = HOST_RESERVE_BYTES
     Scheduler.on_idle = _polling(Scheduler.on_idle)
     # These modules import the copies only on GPUs, then call them by their own globals.
     for module in (mha, mla, mamba):

@@ -74,6 +74,8 @@ class EngineHandle:
     """`prefill-0`, `decode-1`, ..."""
     role: Role
     url: str
+    bootstrap_port: int | None
+    """Where decode engines ask a prefill engine; only that has one."""
     _process: ManagedProcess
 
     @property
@@ -192,7 +194,13 @@ class Cluster(Supervisor):
     @property
     def engines(self) -> list[EngineHandle]:
         return [
-            EngineHandle(spec.name, spec.role, spec.url(self.addresses), self._process(spec.name))
+            EngineHandle(
+                spec.name,
+                spec.role,
+                spec.url(self.addresses),
+                spec.bootstrap_port,
+                self._process(spec.name),
+            )
             for spec in self._specs
         ]
 

@@ -9,20 +9,13 @@ from pydantic import ValidationError
 from rich.console import Console
 
 from dualpath_sgl.evals.common.errors import EvalError
-from dualpath_sgl.evals.load import plot
-from dualpath_sgl.evals.load.bench import LoadOptions, print_summary, run, unmet
+from dualpath_sgl.evals.load.bench import LoadOptions, run
 from dualpath_sgl.evals.load.command import CLUSTER
-from dualpath_sgl.evals.load.summary import (
-    TARGETS,
-    Cell,
-    Details,
-    Found,
-    Goodput,
-    LoadSummary,
-    Sample,
-    figure_values,
-    figures,
-)
+from dualpath_sgl.evals.load.outcome import plot
+from dualpath_sgl.evals.load.outcome.cells import Cell, FaultSeen, Goodput, Sample
+from dualpath_sgl.evals.load.outcome.figures import MAIN, TARGETS, Figure, Found, cpu_s_per_gib, figures
+from dualpath_sgl.evals.load.outcome.report import print_summary
+from dualpath_sgl.evals.load.outcome.summary import LoadSummary, Setting, summarise, unmet
 from dualpath_sgl.launch.config.cluster import ClusterConfig, load
 
 PAGE_BYTES = 1 << 20
@@ -37,13 +30,28 @@ NAMES = [
     "jct_ratio_not_storage_bound",
     "forward_goodput_ratio",
     "store_bytes_ratio_both_over_split",
+    "jct_ratio_1p1d_relay",
+    "jct_ratio_1p2d_relay",
+    "load_ratio_lone_relay",
+    "load_ratio_lone_two_relays",
 ]
 
 
-def sample(job_s: float, ttft_s: float = 1.0, read_bytes: int = 0, planned: int | None = None) -> Sample:
+def sample(
+    job_s: float,
+    ttft_s: float = 1.0,
+    read_bytes: int = 0,
+    planned: int | None = None,
+    e2e_s: tuple[float, ...] = (1.0,),
+    cpu_s: dict[str, float] | None = None,
+    fault: FaultSeen | None = None,
+) -> Sample:
     return Sample(
         job_s=job_s,
         ttft_s=[ttft_s],
+        e2e_s=list(e2e_s),
+        cpu_s=cpu_s or {},
+        fault=fault,
         storage_bytes={"prefill-0": read_bytes, "decode-0": 0},
         storage_utilisation={"prefill-0": 0.97, "decode-0": 0.0},
         store_sent_bytes=read_bytes,
@@ -71,35 +79,32 @@ def cells(**samples: Sample | list[Sample]) -> dict[str, Cell]:
     return made
 
 
-def values(goodput: Goodput | None = None, **samples) -> dict:
-    return figure_values(Found(cells(**samples), goodput, PAGE_BYTES))
+def found(goodput: Goodput | None = None, **samples) -> dict[str, Figure]:
+    return figures(Found(cells(**samples), goodput, PAGE_BYTES))
+
+
+def values(goodput: Goodput | None = None, **samples) -> dict[str, float | None]:
+    return {name: figure.value for name, figure in found(goodput, **samples).items()}
 
 
 def summary(**samples) -> LoadSummary:
-    made = cells(**samples)
-    found = figure_values(Found(made, None, PAGE_BYTES))
-    details = Details(
-        figures=figures(found),
-        cells=made,
-        goodput=None,
+    setting = Setting(
         storage_bits_per_s=100_000_000,
         compute_bits_per_s=None,
         kv_bytes_per_token=65536,
         prompt_tokens=512,
+        lone_tokens=1024,
         requests=8,
-        basic_utilisation=0.97,
-        near_bound_utilisation=0.85,
-        near_bound_jct_ratio=1.7,
-        store_peak_bytes_per_s=25e6,
-        store_capacity_bytes_per_s=None,
+        repetitions=1,
     )
-    return LoadSummary(**found, tokens_equal=True, details=details)
+    measured = Found(cells(**samples), None, PAGE_BYTES)
+    return summarise(measured, setting, tokens_equal=True, sources=["abc"], store_capacity_bytes_per_s=None)
 
 
 def test_the_summary_has_every_figure_by_name_and_each_with_target_and_limit_in_its_details():
     document = json.loads(summary(basic__burst=sample(20), split__burst=sample(10)).model_dump_json())
     assert set(document) == {*NAMES, "tokens_equal", "details"}
-    assert set(document["details"]["figures"]) == set(NAMES) == set(TARGETS)
+    assert set(document["details"]["figures"]) == set(TARGETS) > set(MAIN) == set(NAMES)
     split = document["details"]["figures"]["jct_ratio_1p1d_split"]
     assert (split["value"], split["target"], split["limit"], split["met"]) == (2.0, 1.85, 2.0, True)
 
@@ -112,42 +117,79 @@ def test_a_summary_with_a_figure_left_out_is_refused():
 
 
 def test_a_figure_without_its_cells_is_not_measured_rather_than_zero():
-    found = values(basic__burst=sample(20))
-    assert found == dict.fromkeys(NAMES)
-    assert figures(found)["jct_ratio_1p1d_split"].met is None
+    figure = found(basic__burst=sample(20))["jct_ratio_1p1d_split"]
+    assert (figure.value, figure.met, figure.repetitions) == (None, None, 0)
+    assert set(values(basic__burst=sample(20)).values()) == {None}
 
 
 def test_a_jct_ratio_compares_medians_of_one_topology():
-    found = values(
+    ratios = found(
         basic__burst=[sample(20), sample(19), sample(90)],
         split__burst=sample(10),
         t1p2d__basic__burst=sample(21),
         t1p2d__split__burst=sample(7),
         t2p1d__basic__burst=sample(8),
     )
-    assert found["jct_ratio_1p1d_split"] == 2.0
-    assert found["jct_ratio_1p2d_split"] == 3.0
-    assert found["jct_split_1p1d_over_basic_2p1d"] == 1.25
-    assert figures(found)["jct_split_1p1d_over_basic_2p1d"].met is False
+    assert ratios["jct_ratio_1p1d_split"].value == 2.0
+    assert ratios["jct_ratio_1p2d_split"].value == 3.0
+    assert ratios["jct_split_1p1d_over_basic_2p1d"].value == 1.25
+    assert ratios["jct_split_1p1d_over_basic_2p1d"].met is False
+
+
+def test_a_ratio_has_its_extremes_and_its_repetitions_beside_it():
+    figure = found(basic__burst=[sample(20), sample(18), sample(21)], relay__burst=[sample(10), sample(12)])[
+        "jct_ratio_1p1d_relay"
+    ]
+    assert figure.value == pytest.approx(20 / 11)
+    assert (figure.low, figure.high, figure.repetitions) == (18 / 12, 21 / 10, 2)
 
 
 def test_load_time_is_what_loading_adds_to_the_first_token():
-    found = values(
+    ratios = values(
         basic__lone=sample(3, ttft_s=3.0),
         oracle_upstream__lone=sample(1, ttft_s=1.0),
         split__lone=sample(2, ttft_s=1.75),
         oracle__lone=sample(1, ttft_s=0.75),
+        relay__lone=sample(2, ttft_s=1.6),
+        t1p2d__relay__lone=sample(2, ttft_s=1.3),
+        oracle_relay__lone=sample(1, ttft_s=0.5),
     )
-    assert found["load_ratio_lone_split"] == 0.5
+    assert ratios["load_ratio_lone_split"] == 0.5
+    assert ratios["load_ratio_lone_relay"] == pytest.approx(0.55)
+    assert ratios["load_ratio_lone_two_relays"] == pytest.approx(0.4)
+
+
+def test_the_rest_of_a_faulty_burst_is_measured_by_what_its_links_can_still_do():
+    # 100 MB in all, 60 of them after the fault: 12 s at 5 MB/s, and it took 15.
+    fault = FaultSeen(after_s=4.0, received_bytes=40_000_000, rest_bits_per_s=40e6)
+    shares = values(
+        relay__burst=sample(9, read_bytes=100_000_000),
+        relay__killed=sample(19, read_bytes=110_000_000, fault=fault),
+    )
+    assert shares["rest_share_killed_relay"] == pytest.approx(0.8)
+
+
+def test_the_small_one_of_uneven_loads_ends_with_its_own_last_answer():
+    ends = (9.0, 9.0, 9.0, 3.0, 9.0, 9.0, 9.0, 4.0)
+    ratios = values(t2p2d__relay__3to1=sample(9, e2e_s=ends), t2p2d__relay__alone=sample(2))
+    assert ratios["small_load_relay_over_alone"] == 2.0
+
+
+def test_cpu_time_of_loading_is_that_of_a_burst_less_what_it_takes_with_nothing_to_load():
+    made = cells(
+        relay__burst=sample(9, read_bytes=2**31, cpu_s={"prefill-0": 7.0, "relay-0": 4.0}),
+        oracle_relay__burst=sample(1, cpu_s={"prefill-0": 1.0}),
+    )
+    assert cpu_s_per_gib(made) == {"relay": {"prefill-0": 3.0, "relay-0": 2.0}}
 
 
 def test_questions_to_the_master_are_no_pages_but_one_page_is():
     assert values(split__resident=sample(1, read_bytes=9000, planned=0))["store_bytes_when_resident"] == 0
-    found = values(
+    ratios = values(
         split__resident=sample(1, read_bytes=9000, planned=0),
         decode__resident=sample(1, read_bytes=PAGE_BYTES + 9000, planned=0),
     )
-    assert found["store_bytes_when_resident"] == PAGE_BYTES
+    assert ratios["store_bytes_when_resident"] == PAGE_BYTES
 
 
 def test_pages_that_only_the_scheduler_counted_are_not_overlooked():
@@ -185,11 +227,11 @@ def test_pools_too_small_for_the_burst_are_refused(tmp_path):
 
 
 def test_the_table_shows_every_figure_with_its_verdict_and_the_plot_is_a_picture(tmp_path):
-    found = summary(basic__burst=sample(20), split__burst=sample(10), split__lone=sample(2))
+    good = summary(basic__burst=sample(20), split__burst=sample(10), split__lone=sample(2))
     out = StringIO()
-    print_summary(found, Console(file=out, width=200))
+    print_summary(good, Console(file=out, width=250))
     for target in TARGETS.values():
         assert target.what in out.getvalue()
     assert "met" in out.getvalue() and "not measured" in out.getvalue()
-    plot.draw(found, tmp_path / "jct.png")
+    plot.draw(good, tmp_path / "jct.png")
     assert (tmp_path / "jct.png").read_bytes().startswith(b"\x89PNG")

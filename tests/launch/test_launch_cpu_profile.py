@@ -117,3 +117,17 @@ def test_an_engine_process_whose_plugin_fails_stops_and_says_so():
 def test_an_engine_process_needs_no_plugin_that_is_switched_off():
     result = run_engine(LOAD_FAILS, SGLANG_USE_CPU_ENGINE="0", DUALPATH_ENABLED="0")
     assert (result.returncode, result.stdout) == (0, "went on\n"), result.stderr
+
+
+POOL = """
+from dualpath_sgl.cpu_profile.plugin import HOST_RESERVE_BYTES, activate
+from sglang.srt.mem_cache.pool_host import base
+activate()
+free = base.available_host_memory_bytes()
+print(free - base.host_memory_budget_bytes() <= HOST_RESERVE_BYTES + (1 << 29) < 10 << 30)
+"""
+
+
+def test_host_pools_need_no_ten_gibibytes_beside_them_on_a_cpu():
+    result = run_engine(POOL, SGLANG_USE_CPU_ENGINE="1", DUALPATH_ENABLED="0")
+    assert result.stdout.splitlines()[-1:] == ["True"], result.stderr
