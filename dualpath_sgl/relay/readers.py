@@ -17,6 +17,7 @@ from queue import SimpleQueue
 from dualpath_sgl.control.drain_rate import DrainRate
 from dualpath_sgl.relay.ring import Extent
 from dualpath_sgl.relay.store import Store
+from dualpath_sgl.threads.priority import wait_politely
 
 logger = logging.getLogger(__name__)
 
@@ -131,6 +132,7 @@ class Readers:
         threading.Thread(target=self._run, name="dualpath-relay-reader", daemon=True).start()
 
     def _run(self) -> None:
+        wait_politely()
         while (read := self._reads.get()) is not None:
             try:
                 read.got = list(self._store.read(read.keys, read.addresses, read.sizes))

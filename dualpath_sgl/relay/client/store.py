@@ -11,6 +11,7 @@ import logging
 import os
 import re
 import socket
+import threading
 import time
 from collections.abc import Callable, Sequence
 from functools import cache, partial
@@ -31,6 +32,7 @@ from dualpath_sgl.relay.client.relays import Relays, told
 from dualpath_sgl.relay.wire import Hello
 from dualpath_sgl.spans import stages
 from dualpath_sgl.start.config import settings
+from dualpath_sgl.threads.priority import wait_politely
 from scheduler_svc.telemetry.tracing import init_tracing
 
 logger = logging.getLogger(__name__)
@@ -56,6 +58,8 @@ class RelayStore(MooncakeStore):  # type: ignore[misc]
         extra_config = storage_config.extra_config or {}
         chosen, own = options(extra_config), settings()
         self._read_limit = read_limit(extra_config)
+        self._polite: set[int] = set()
+        """Threads that wait for the store and have lowered their priority."""
         # SGLang gives the host pool to backends that it knows by name, and a dictionary to `dynamic` ones.
         super().__init__(storage_config, None if isinstance(pool_or_kwargs, dict) else pool_or_kwargs)
         self._destinations = Destinations()
@@ -114,8 +118,17 @@ class RelayStore(MooncakeStore):  # type: ignore[misc]
     def _read_by_own_client(
         self, keys: list[str], pointers: list[Pointers], sizes: list[Pointers]
     ) -> Sequence[int]:
+        self._wait_politely()
         begun_s = time.monotonic()
         results: list[int] = super()._get_batch_zero_copy_impl(keys, pointers, sizes)
         if self._read_limit is not None:
             self._read_limit.pace(sum(result for result in results if result > 0), begun_s)
         return results
+
+    def _wait_politely(self) -> None:
+        """SGLang's I/O thread waits for the store, and Mooncake waits by asking: on few cores it would take one from
+        the lanes and from the scheduler loop."""
+        thread = threading.get_ident()
+        if thread not in self._polite and threading.current_thread() is not threading.main_thread():
+            self._polite.add(thread)
+            wait_politely()
