@@ -17,7 +17,7 @@ from dualpath_sgl.relay.metrics import Metrics
 from dualpath_sgl.relay.ring import Ring
 from dualpath_sgl.relay.server import BindRefused, Server
 from dualpath_sgl.relay.settings import Settings, load
-from dualpath_sgl.relay.store import LimitedReads, MooncakeReads, Store, StoreRefused
+from dualpath_sgl.relay.store import LimitedReads, MooncakeReads, PolledReads, Store, StoreRefused
 from scheduler_svc.telemetry.tracing import init_tracing, shutdown
 from scheduler_svc.wire.keys import KeyFileError
 from scheduler_svc.wire.protocol import RelayInfo
@@ -37,7 +37,7 @@ def serve(settings: Settings, on_store: Callable[[Store], Store] = lambda store:
     if settings.numa_node is not None:
         stay_on_node(settings.numa_node)
     memory = Memory(settings.ring_bytes)
-    store: Store = MooncakeReads(settings, memory)
+    store = _reads(settings, memory)
     if settings.read_rate_bytes_per_s is not None:
         store = LimitedReads(store, ReadLimit(settings.read_rate_bytes_per_s))
     transfers = Forwarder(settings.host, settings.protocol, settings.device, [])
@@ -83,6 +83,14 @@ def _channel(settings: Settings, server: Server) -> RelayChannel | None:
         key_files = settings.key_file, settings.scheduler_key_file
     relay = RelayInfo(name=settings.name, endpoint=server.endpoint, ring_bytes=settings.ring_bytes)
     return RelayChannel(settings.scheduler, relay, server.load, key_files)
+
+
+def _reads(settings: Settings, memory: Memory) -> Store:
+    """Mooncake's own where its transports are fast, or found by other means than their addresses."""
+    store = MooncakeReads(settings, memory)
+    if settings.storage_protocol != "tcp" or settings.metadata_server != "P2PHANDSHAKE":
+        return store
+    return PolledReads(store, settings.storage_host or settings.host, memory)
 
 
 def main() -> None:
