@@ -3,7 +3,7 @@
 # make lint    format, lint and types (under a minute)
 # make test-slow    tests with a cluster of their own, and the steps of the Dockerfiles (ten minutes)
 # make test-models  tokens of every kind of model through a relay, beside one server's (ten minutes)
-# make bench-load    the load paths on shaped links against upstream (root, 24 GiB of memory, about half an hour)
+# make bench-load    loads through every path on shaped links against upstream (root, 16 GiB of memory, about 40 minutes)
 # make bench-scheduler    requests a second, plan latency and memory of the scheduler (two minutes)
 # make sim-paper    the paper's results beside simulated ones (about 15 minutes of one core)
 # make docs    docs/configuration.md and the README's picture, made anew

@@ -21,6 +21,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from dualpath_sgl.cpu_profile.plugin import HOST_RESERVE_BYTES
 from dualpath_sgl.launch.checks.flag_check import Judgement, judge
 from dualpath_sgl.launch.config.addresses import on_one_host
 from dualpath_sgl.launch.config.cluster import ClusterConfig, Mode
@@ -94,7 +95,9 @@ def examine(
         text = f"mode {config.mode} is upstream's: nothing of DualPath to check"
         found.append(Finding(f"engines of {config.name}", Level.OK, text))
     store_bytes = config.store.segment_bytes if config is not None else 0
-    return [*found, *_memory(judged, store_bytes)]
+    on_cpu = all(variables.get("SGLANG_USE_CPU_ENGINE") == "1" for *_, variables in groups)
+    reserve_bytes = HOST_RESERVE_BYTES if on_cpu else HICACHE_RESERVE_BYTES
+    return [*found, *_memory(judged, store_bytes, reserve_bytes)]
 
 
 def _groups(
@@ -214,7 +217,9 @@ def _of_engine(about: str, judgement: Judgement) -> list[Finding]:
     return found
 
 
-def _memory(judged: Sequence[tuple[int, Judgement]], store_bytes: int) -> Iterable[Finding]:
+def _memory(
+    judged: Sequence[tuple[int, Judgement]], store_bytes: int, reserve_bytes: int = HICACHE_RESERVE_BYTES
+) -> Iterable[Finding]:
     """Host pools of all ranks, and the store's segment, against what SGLang would find free."""
     sized = [
         (count * found.ranks, found.pool_bytes, found.available_bytes)
@@ -223,12 +228,12 @@ def _memory(judged: Sequence[tuple[int, Judgement]], store_bytes: int) -> Iterab
     ]
     if not sized:
         return
-    free_bytes = min(available_bytes for _, _, available_bytes in sized) - HICACHE_RESERVE_BYTES
+    free_bytes = min(available_bytes for _, _, available_bytes in sized) - reserve_bytes
     largest_bytes = max(pool_bytes for _, pool_bytes, _ in sized)
     pools_bytes = sum(pools * pool_bytes for pools, pool_bytes, _ in sized)
     text = (
         f"host pools {pools_bytes / GB:.1f} GB and store {store_bytes / GB:.1f} GB, free for them "
-        f"{max(0, free_bytes) / GB:.1f} GB (SGLang leaves 10 GiB alone)"
+        f"{max(0, free_bytes) / GB:.1f} GB (SGLang leaves {reserve_bytes >> 30} GiB alone)"
     )
     remedy = "make the pools smaller (--hicache-size, host_pool in a cluster file), or free memory"
     if largest_bytes > free_bytes:

@@ -128,6 +128,11 @@ def test_pools_are_held_against_free_memory_less_what_sglang_leaves_alone(judged
     assert finding.level is level
 
 
+def test_less_is_left_alone_on_a_cpu():
+    (finding,) = doctor._memory([(1, sized(21))], 0, doctor.HOST_RESERVE_BYTES)
+    assert finding.level is Level.OK and "leaves 1 GiB alone" in finding.text
+
+
 def test_pools_of_unknown_size_are_not_judged():
     assert list(doctor._memory([(1, Judgement([], {"role": "prefill"}))], 0)) == []
 
