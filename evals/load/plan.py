@@ -24,6 +24,8 @@ LONE_REPETITIONS = 2
 UNSHAPED_REPETITIONS = 10
 """For each one of a burst: without a link to wait for they vary most."""
 RELAY = "relay"
+DECODE_SIDE = Mode.DUALPATH
+CLUSTER_MODES = {"basic": Mode.BASIC, "both": Mode.BOTH, "split": DECODE_SIDE, RELAY: Mode.RELAY}
 
 
 class Fault(StrEnum):
@@ -163,9 +165,6 @@ def make_plan(repetitions: int, quick: bool) -> Plan:
     )
 
 
-CLUSTER_MODES = {"basic": Mode.BASIC, "both": Mode.BOTH, "split": Mode.DUALPATH, RELAY: Mode.RELAY}
-
-
 def _quick(mode: str) -> ClusterPlan:
     oracle = {"basic": "oracle_upstream", "split": "oracle", RELAY: "oracle_relay"}[mode]
     series = (
@@ -205,7 +204,7 @@ def _decode_side(repetitions: int) -> ClusterPlan:
         (CellPlan(ONE_ONE, "split", "near_bound", repetitions, links=Links.NEAR_BOUND),),
         (CellPlan(ONE_ONE, "split", "halved", repetitions, fault=Fault.HALVED),),
     )
-    return ClusterPlan("decode-side", Mode.DUALPATH, TWO_TWO, series, forwards=True)
+    return ClusterPlan("decode-side", DECODE_SIDE, TWO_TWO, series, forwards=True)
 
 
 def _relay(repetitions: int) -> ClusterPlan:
