@@ -58,8 +58,8 @@ class RelayStore(MooncakeStore):  # type: ignore[misc]
         extra_config = storage_config.extra_config or {}
         chosen, own = options(extra_config), settings()
         self._read_limit = read_limit(extra_config)
-        self._polite: set[int] = set()
-        """Threads that wait for the store and have lowered their priority."""
+        self._thread = threading.local()
+        """Whether a thread that waits for the store has lowered its priority."""
         # SGLang gives the host pool to backends that it knows by name, and a dictionary to `dynamic` ones.
         super().__init__(storage_config, None if isinstance(pool_or_kwargs, dict) else pool_or_kwargs)
         self._destinations = Destinations()
@@ -128,7 +128,6 @@ class RelayStore(MooncakeStore):  # type: ignore[misc]
     def _wait_politely(self) -> None:
         """SGLang's I/O thread waits for the store, and Mooncake waits by asking: on few cores it would take one from
         the lanes and from the scheduler loop."""
-        thread = threading.get_ident()
-        if thread not in self._polite and threading.current_thread() is not threading.main_thread():
-            self._polite.add(thread)
+        if threading.current_thread() is not threading.main_thread() and not vars(self._thread):
+            self._thread.is_polite = True
             wait_politely()
