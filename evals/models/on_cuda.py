@@ -54,6 +54,10 @@ _LATENT: dict[str, Any] = {
     "moe_layer_freq": 1,
     "n_group": 1,
     "topk_group": 1,
+    "topk_method": "noaux_tc",
+    "scoring_func": "sigmoid",
+    "norm_topk_prob": True,
+    "routed_scaling_factor": 1.0,
     "moe_intermediate_size": 512,
 }
 _INDEXER: dict[str, Any] = {
