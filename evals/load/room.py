@@ -16,7 +16,7 @@ from dualpath_sgl.launch.config.cluster import ClusterConfig, Group, kv_bytes_pe
 GIB = 2**30
 ENGINE_BYTES = round(1.2 * GIB)
 """Of one SGLang server of a tiny model on the CPU, pools apart."""
-RELAY_BYTES = round(0.5 * GIB)
+RELAY_BYTES = round(0.6 * GIB)
 OTHERS_BYTES = 1 * GIB
 """Master, scheduler, collector, router and the benchmark itself."""
 LEAST_CORES = 2
