@@ -369,6 +369,10 @@ class _Bench:
                 "mode": plan.mode,
                 "prefill": config.prefill.model_copy(update={"count": plan.topology.prefill}),
                 "decode": config.decode.model_copy(update={"count": plan.topology.decode}),
+                # The same prompts are loaded again and again: what lies in a ring must not be given twice.
+                "relays": config.relays.model_copy(
+                    update={"env": {**config.relays.env, "DUALPATH_RELAY_KEEP_S": "0"}}
+                ),
             }
         )
 
@@ -405,6 +409,7 @@ class _Bench:
             kv_bytes_per_token=kv_bytes_per_token(self._config),
             prompt_tokens=PROMPT_TOKENS,
             lone_tokens=LONE_TOKENS,
+            page_tokens=self._config.page_size,
             requests=REQUESTS,
             repetitions=self._options.repetitions,
         )

@@ -94,6 +94,7 @@ def summary(**samples) -> LoadSummary:
         kv_bytes_per_token=65536,
         prompt_tokens=512,
         lone_tokens=1024,
+        page_tokens=16,
         requests=8,
         repetitions=1,
     )
@@ -202,10 +203,19 @@ def test_goodput_is_compared_by_medians():
 
 
 def test_different_answers_or_bytes_read_again_are_a_failure_and_a_missed_target_is_not():
-    good = summary(basic__burst=sample(20), split__burst=sample(19))
+    whole = 8 * 512 * 65536
+    good = summary(basic__burst=sample(20, read_bytes=whole), split__burst=sample(19, read_bytes=whole))
     assert unmet(good) == []
     assert unmet(good.model_copy(update={"tokens_equal": False}))
     assert unmet(good.model_copy(update={"store_bytes_when_resident": PAGE_BYTES}))
+
+
+def test_a_cell_that_read_less_than_there_is_is_a_failure_unless_it_has_nothing_to_read():
+    lone = 8 * 1024 * 65536
+    good = summary(relay__lone=sample(2, read_bytes=lone), oracle__lone=sample(1), split__resident=sample(1))
+    assert unmet(good) == []
+    (problem,) = unmet(summary(relay__lone=[sample(2, read_bytes=lone), sample(2, read_bytes=lone // 2)]))
+    assert problem.startswith("1p1d/relay/lone: only 268.4 MB were read, of at least 526.1")
 
 
 def is_refused(config: ClusterConfig, out: Path, said: str) -> bool:

@@ -5,6 +5,9 @@ from __future__ import annotations
 from dualpath_sgl.evals.load.outcome.cells import Cell, Goodput, Record
 from dualpath_sgl.evals.load.outcome.figures import MAIN, Figure, Found, cpu_s_per_gib, figures
 
+LEAST_READ = 0.98
+"""Of what a cell has to read; links count headers, too."""
+
 
 class Setting(Record):
     """What was measured, and how."""
@@ -15,6 +18,7 @@ class Setting(Record):
     prompt_tokens: int
     """Of each prompt of a burst."""
     lone_tokens: int
+    page_tokens: int
     requests: int
     repetitions: int
 
@@ -109,4 +113,20 @@ def unmet(summary: LoadSummary) -> list[str]:
         problems.append("answers differ between cells: summary.json says in which")
     if summary.store_bytes_when_resident:
         problems.append(f"{summary.store_bytes_when_resident} bytes were read that the decode engine held")
+    for name, cell in summary.details.cells.items():
+        least = LEAST_READ * _stored_bytes(cell, summary.details.setting)
+        read = min(sum(sample.storage_bytes.values()) for sample in cell.samples)
+        if read < least:
+            problems.append(
+                f"{name}: only {read / 1e6:.1f} MB were read, of at least {least / 1e6:.1f}: something was not "
+                "emptied, or prompts were computed"
+            )
     return problems
+
+
+def _stored_bytes(cell: Cell, setting: Setting) -> int:
+    """What a measurement has to read."""
+    if cell.load == "resident" or cell.mode.startswith("oracle"):
+        return 0
+    tokens = setting.lone_tokens if cell.load == "lone" else setting.prompt_tokens
+    return cell.requests * (tokens // setting.page_tokens * setting.page_tokens) * setting.kv_bytes_per_token
