@@ -12,6 +12,7 @@ import pytest
 from sglang.srt.disaggregation.decode import DecodeRequest
 from sglang.srt.disaggregation.utils import FAKE_BOOTSTRAP_HOST
 from sglang.srt.managers.schedule_batch import FINISH_LENGTH, ScheduleBatch
+from sglang.srt.runtime_context import get_parallel
 from test_data_path_work import queue_of, request
 
 from dualpath_sgl import relay_engine, relay_hooks
@@ -216,3 +217,21 @@ def test_a_retracted_request_is_not_told_of_again(monkeypatch):
     queue.queue.append(DecodeRequest(req, kv_receiver=None))
     relay_hooks.after_prealloc_add(None, queue, req, is_retracted=True)
     assert decode.said == []
+
+
+@pytest.mark.parametrize(
+    ("place", "rank", "ranks"),
+    [
+        ({}, 0, 1),
+        ({"attn_tp_rank": 1, "attn_tp_size": 2}, 1, 2),
+        ({"attn_tp_rank": 1, "attn_tp_size": 2, "pp_rank": 1, "pp_size": 2}, 3, 4),
+        ({"attn_cp_rank": 1, "attn_cp_size": 2, "attn_tp_rank": 1, "attn_tp_size": 2}, 3, 4),
+        # With DP attention each DP rank is an engine of its own, with the tensor ranks that are left to it.
+        ({"attn_dp_rank": 1, "attn_dp_size": 2}, 0, 1),
+    ],
+)
+def test_every_process_of_an_engine_that_reads_has_a_rank_of_its_own(place, rank, ranks):
+    alone = dict.fromkeys(("attn_tp_rank", "attn_cp_rank", "attn_dp_rank", "pp_rank"), 0)
+    alone |= dict.fromkeys(("attn_tp_size", "attn_cp_size", "attn_dp_size", "pp_size"), 1)
+    with get_parallel().override(**alone | place):
+        assert relay_engine._rank() == (rank, ranks)
