@@ -20,6 +20,7 @@ from dualpath_sgl.control.decode_work import DecodeWork
 from dualpath_sgl.control.prefill_work import Arrived, LoadAtHand, PrefillWork
 from dualpath_sgl.pools.device_memory import free_tokens, page_bytes
 from dualpath_sgl.relay.client.relays import told
+from dualpath_sgl.spans.tracing import traceparent_of
 from dualpath_sgl.start.config import Settings
 from dualpath_sgl.start.dp_rank import dp_place
 from dualpath_sgl.threads import faults
@@ -105,7 +106,8 @@ class RelayEngine:
     def queued(self, req: Req) -> None:
         """A DE has taken a request."""
         self.decode.admitted(req)
-        self._arrived(Arrived(req.bootstrap_room, len(req.origin_input_ids), 0, 0))
+        traceparent = traceparent_of(req.time_stats)
+        self._arrived(Arrived(req.bootstrap_room, len(req.origin_input_ids), 0, 0, traceparent))
 
     def look_at_queue(self, queue: Any) -> None:
         """Once an iteration of a DE's loop."""
@@ -128,6 +130,7 @@ class RelayEngine:
                 prompt_tokens=arrived.prompt_tokens,
                 local_pages=arrived.local_tokens // page_size,
                 hit_pages=arrived.hit_tokens // page_size if is_prefill else None,
+                traceparent=arrived.traceparent,
             )
         )
         self.control.send(

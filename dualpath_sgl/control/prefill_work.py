@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from dualpath_sgl.control.drain_rate import RecentRate
+from dualpath_sgl.spans.tracing import traceparent_of
 
 if TYPE_CHECKING:
     from sglang.srt.managers.schedule_batch import Req
@@ -46,6 +47,7 @@ class Arrived(NamedTuple):
     """Held by SGLang's tree."""
     hit_tokens: int
     """Held or stored, from the prompt's start."""
+    traceparent: str | None = None
 
 
 @dataclass(eq=False)
@@ -136,6 +138,7 @@ class PrefillWork:
                 len(request.req.origin_input_ids),
                 request.local_tokens,
                 hit_tokens,
+                traceparent_of(request.req.time_stats),
             )
         )
 

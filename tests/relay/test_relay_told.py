@@ -91,7 +91,10 @@ def test_a_relay_that_the_scheduler_tells_of_helps_and_the_scheduler_hears_of_th
         monkeypatch.setenv(name, value)
     options = {"least_call_bytes": 0, "bounce_bytes": 16 * 2**20}
     plugin.activate()
-    activate()  # SGLang's scheduler is a module for a GPU otherwise
+    activate()
+    from sglang.srt.utils import common
+
+    common.is_cpu.cache_clear()  # other tests import SGLang as for a GPU
     from sglang.srt.managers.scheduler import Scheduler as SGLangScheduler
     from sglang.srt.plugins.hook_registry import HookRegistry
     from sglang.srt.runtime_context import get_parallel
