@@ -15,6 +15,11 @@ SOON_S = 0.05
 """Between two looks when relays came or went, or engines connected."""
 
 
+SETTLE_S = 3.0
+"""After its start the scheduler tells nobody anything for so long: relays come back to a restarted one within a
+second or two, and until it knows them all again the engines' last lists are better than its own."""
+
+
 class HelpTold(NamedTuple):
     """What prefill engines in relay mode have been told, counted."""
 
@@ -28,7 +33,8 @@ class HelpTold(NamedTuple):
 class Helping:
     """Single-threaded."""
 
-    def __init__(self, engines: EngineTable, relays: RelayTable) -> None:
+    def __init__(self, engines: EngineTable, relays: RelayTable, started_s: float) -> None:
+        self._settled_s = started_s + SETTLE_S
         self._engines = engines
         self._relays = relays
         self._ring = Ring(())
@@ -52,6 +58,8 @@ class Helping:
 
     def due(self, now_s: float) -> list[tuple[RankKey, Helpers]]:
         """What ranks are to be told now."""
+        if now_s < self._settled_s:
+            return []
         changed = self._relays.changes != self._ring_of
         if now_s - self._looked_s < (SOON_S if changed or self._is_news else PERIOD_S):
             return []

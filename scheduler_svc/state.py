@@ -124,7 +124,7 @@ class Cluster:
         self.engines.watch(placement_policy, self.faults)
         self.rooms = rooms or RoomTable()
         self.relays = relays or RelayTable()
-        self.helping = Helping(self.engines, self.relays)
+        self.helping = Helping(self.engines, self.relays, started_s)
         self.paths: Counter[Path] = Counter()
         self.fallbacks: Counter[str] = Counter()
         self.duplicate_store_pages = 0

@@ -83,6 +83,9 @@ class PrefillWork:
         """SGLang is about to look for its stored prefix; it may do so again."""
         if req.rid not in self._by_rid:
             self._by_rid[req.rid] = self._untold[req.rid] = _Request(req)
+            # At once: a heartbeat must count every request that was reported before it.
+            tokens = self._now.tokens + len(req.origin_input_ids)
+            self._now = self._now._replace(sequences=self._now.sequences + 1, tokens=tokens)
 
     def arrived(self, req: Req, tree: Any) -> None:
         """SGLang has asked the store, or has no reason to."""
@@ -94,7 +97,6 @@ class PrefillWork:
             request.local_tokens = req.storage_prefetch_last_match_len or 0
             if not request.is_loading:
                 self._tell_of(request)
-        self._count()
 
     def hits_known(self, rid: str, hit_tokens: int) -> None:
         """The store has `hit_tokens` beyond what the tree holds."""
@@ -142,21 +144,18 @@ class PrefillWork:
             )
         )
 
-    def _count(self, waiting: set[str] | None = None) -> None:
-        """`waiting`: requests in SGLang's queue; not given, what is ready stays as it was."""
+    def _count(self, waiting: set[str]) -> None:
+        """`waiting`: requests in SGLang's queue."""
         requests = list(self._by_rid.items())
-        ready_tokens = self._now.ready_tokens
-        if waiting is not None:
-            ready_tokens = sum(
-                request.to_compute_tokens
-                for rid, request in requests
-                if rid in waiting and not request.is_loading
-            )
         self._now = LoadAtHand(
             len(requests),
             sum(len(request.req.origin_input_ids) for _, request in requests),
             sum(request.hit_tokens or 0 for _, request in requests if request.is_loading),
-            ready_tokens,
+            sum(
+                request.to_compute_tokens
+                for rid, request in requests
+                if rid in waiting and not request.is_loading
+            ),
             self._rate.per_s,
         )
 

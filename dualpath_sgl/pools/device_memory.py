@@ -19,6 +19,9 @@ def free_tokens(tree: UnifiedRadixCache) -> int:
 
 
 def page_bytes(allocator: Any, page_size: int) -> int:
-    """Of `page_size` tokens on this rank, all layers; on the average, where layers keep different amounts."""
-    pool_bytes = allocator.get_kvcache().mem_usage * 2**30  # SGLang counts in GiB
-    return max(1, int(pool_bytes * page_size / allocator.size))
+    """Of `page_size` tokens on this rank, all layers; on the average, where layers keep different amounts.
+
+    1 where SGLang does not say.
+    """
+    pool_gib = getattr(allocator.get_kvcache(), "mem_usage", 0)
+    return max(1, int(pool_gib * 2**30 * page_size / max(1, allocator.size)))

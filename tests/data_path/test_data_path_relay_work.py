@@ -176,7 +176,6 @@ def test_the_compute_rate_counts_time_with_a_batch_under_way_only(prefill, overl
             for _ in range(4):
                 passes(0.5, launched=400)
         passes(30.0)
-    prefill.arrive(PAGE)
     assert prefill.load.compute_rate_tokens_per_s == pytest.approx(800)
 
 

@@ -181,9 +181,12 @@ def test_while_the_scheduler_is_away_the_last_list_counts_and_then_the_new_one(s
     assert engine.loads(objects)["a"] > 0
     relay_of(scene, scheduler, "b")  # it serves, and nobody knows
     assert engine.loads(objects)["a"] > 0 and engine.names() == {"a"}
+    lists: list[set[str]] = []
+    engine.prefill.relays.follow(lambda helpers: lists.append({helper.name for helper in helpers}))
     scheduler.start()
     engine.asks("a", "b")
     assert engine.loads(objects)["b"] > 0
+    assert all("a" in names for names in lists), "it is not forgotten while it comes back"
 
 
 def test_two_engines_share_a_relay_by_what_they_have_to_read(scene, scheduler, engine_of):

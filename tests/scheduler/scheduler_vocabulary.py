@@ -94,9 +94,9 @@ def done(room: int, by: str, *lanes: LaneRecord, rank: int = 0, reason: str | No
 
 
 def cluster(policy: str = "decode", *engines: Heartbeat, placement: str = "round_robin", **limits) -> Cluster:
-    """A cluster at time 0 with the given engines, or one PE `p0` and one DE `d0`."""
+    """A cluster at time 0, a minute after its start, with the given engines, or one PE `p0` and one DE `d0`."""
     made = Cluster(
-        path_policy(policy), placement_policy(placement), started_s=0,
+        path_policy(policy), placement_policy(placement), started_s=-60.0,
         engines=EngineTable(), rooms=RoomTable(**limits),
     )  # fmt: skip
     for beat in engines or (heartbeat("p0"), heartbeat("d0")):

@@ -18,9 +18,12 @@ from scheduler_vocabulary import (
 from test_scheduler_server import WAIT_S, cluster_without_engines, running, settled
 from test_scheduler_strangers import keys, refused, secured, until  # noqa: F401 - fixtures
 
-from scheduler_svc.helping import PERIOD_S, SOON_S
+from scheduler_svc.helping import PERIOD_S, SETTLE_S, SOON_S
 from scheduler_svc.ledger.relays import RELAY_EXPIRY_S, STATUS_RELAYS, RelayTable
 from scheduler_svc.policies.help_policy import HIDES, MOST_RELAYS, STALE_S, Reader, Ring, help_for
+from scheduler_svc.policies.path_policies import path_policy
+from scheduler_svc.policies.placement_policies import placement_policy
+from scheduler_svc.state import Cluster
 from scheduler_svc.wire.authorized_keys import refusal
 from scheduler_svc.wire.protocol import (
     MAX_MESSAGE_BYTES,
@@ -164,6 +167,15 @@ def test_a_share_that_changes_is_told_without_another_relay():
         state.handle(heartbeat(name, load=load, mode=Mode.RELAY, version=2), 0.5)
     shares = {key.engine_id: one.relays[0].share for key, one in state.helpers_due(0.5 + PERIOD_S)}
     assert shares == {"p0": 0.75, "p1": 0.25}
+
+
+def test_a_scheduler_that_has_just_started_tells_nobody_that_there_is_no_relay():
+    state = Cluster(path_policy("split"), placement_policy("round_robin"), started_s=0.0)
+    state.handle(heartbeat("p0", **RELAY_MODE), 0.5)
+    state.handle(relay_beat("a"), 0.6)
+    assert told(state, 1.0) == {}
+    state.handle(relay_beat("b"), SETTLE_S - 0.1)
+    assert {name: set(found) for name, found in told(state, SETTLE_S).items()} == {"p0": {"a", "b"}}
 
 
 def test_a_flood_of_hellos_does_not_make_the_scheduler_look_each_time():
