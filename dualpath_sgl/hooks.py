@@ -1,13 +1,16 @@
 """Where DualPath meets SGLang 0.5.23: one hook per method, registered only when it is enabled.
 
+In mode relay these are few (`NAMING`): bytes in the store have right names, and an engine does not run without
+its backend.  All others are of decode-side loads.
+
 A request's way is the order of the functions here.  PE: it arrives (`before_prefetch_kvcache`), its stored
 prefix is known (`after_sync_prefetch_hit_query`), it has host memory (`around_prefetch_io`), SGLang is through
 with it (`after_finish`).  DE: it is queued (`after_prealloc_add`), looked at once an iteration
 (`before_pop_preallocated`), has host memory (`around_prefetch_io`), SGLang takes its pages
 (`before_handle_prefetch_result`) and restores them.
 
-Each hook does nothing until the engine's runtime exists and leaves health checks and warm-up
-requests (fake bootstrap hosts) alone.
+Each of these does nothing until the engine's runtime exists, as it never does in mode relay, and leaves health
+checks and warm-up requests (fake bootstrap hosts) alone.
 """
 
 from __future__ import annotations
@@ -26,8 +29,9 @@ from dualpath_sgl.pools import key_tag, weights
 from dualpath_sgl.pools.device_memory import free_tokens
 from dualpath_sgl.pools.host_tree import holds_only_kv
 from dualpath_sgl.prefill import PrefillSide
-from dualpath_sgl.spans import stages
+from dualpath_sgl.start.config import settings
 from dualpath_sgl.threads import faults
+from scheduler_svc.wire.protocol import Mode
 
 if TYPE_CHECKING:
     from sglang.srt.managers.schedule_batch import Req
@@ -51,9 +55,19 @@ def _decode() -> DecodeSide | None:
 # -- both: the engine stands -------------------------------------------------------------------------
 
 
-def after_scheduler_init(_result: None, _scheduler: Any, *_args: Any, **_kwargs: Any) -> None:
-    """However its cache was chosen: an engine that was asked for DualPath does not run without it."""
-    if runtime.current() is None:
+def after_scheduler_init(_result: None, scheduler: Any, *_args: Any, **_kwargs: Any) -> None:
+    """However its cache was chosen: an engine that was asked for DualPath does not run without it.
+
+    Only a decode engine in mode relay needs nothing of it.
+    """
+    from sglang.srt.runtime_context import get_disagg
+
+    controller = getattr(scheduler.tree_cache, "cache_controller", None)
+    mode = getattr(getattr(controller, "storage_backend", None), "dualpath_mode", None)
+    may_do_without = (
+        get_disagg().disaggregation_mode == "decode" and settings().asked_mode is not Mode.DECODE_SIDE
+    )
+    if mode is None and not may_do_without:
         raise RuntimeError(
             "DUALPATH_ENABLED is 1, but SGLang built no HiCache storage backend for this model; run "
             "`dualpath doctor` with the engine's flags, or unset DUALPATH_ENABLED to run it without DualPath"
@@ -285,17 +299,23 @@ _TREE = _SRT + "mem_cache.unified_radix_cache.UnifiedRadixCache."
 _PREALLOC = _SRT + "disaggregation.decode.DecodePreallocQueue."
 _MIXIN = _SRT + "disaggregation.decode_hicache_mixin."
 
-HOOKS: tuple[tuple[str, Callable, str], ...] = (
+NAMING: tuple[tuple[str, Callable, str], ...] = (
     (_SCHEDULER + "__init__", after_scheduler_init, _AFTER),
-    (_SCHEDULER + "maybe_init_dynamic_chunk_sizer", attention_quota.after_init_chunk_sizer, _AFTER),
-    (_SCHEDULER + "get_prefill_adder_class", attention_quota.after_get_prefill_adder_class, _AFTER),
-    (_SCHEDULER + "_prefetch_kvcache", before_prefetch_kvcache, _BEFORE),
-    (_SCHEDULER + "_prefetch_kvcache", after_prefetch_kvcache, _AFTER),
     (
         _SRT + "managers.cache_controller.HiCacheController._generate_storage_config",
         key_tag.after_generate_storage_config,
         _AFTER,
     ),
+    *weights.HOOKS,
+)
+"""Of every mode."""
+
+HOOKS: tuple[tuple[str, Callable, str], ...] = (
+    *NAMING,
+    (_SCHEDULER + "maybe_init_dynamic_chunk_sizer", attention_quota.after_init_chunk_sizer, _AFTER),
+    (_SCHEDULER + "get_prefill_adder_class", attention_quota.after_get_prefill_adder_class, _AFTER),
+    (_SCHEDULER + "_prefetch_kvcache", before_prefetch_kvcache, _BEFORE),
+    (_SCHEDULER + "_prefetch_kvcache", after_prefetch_kvcache, _AFTER),
     (_CONTROLLER + "submit_prefetch", before_submit_prefetch, _BEFORE),
     (_CONTROLLER + "_sync_prefetch_hit_query", after_sync_prefetch_hit_query, _AFTER),
     (_SRT + "disaggregation.prefill.PrefillBootstrapQueue.add", after_bootstrap_add, _AFTER),
@@ -328,7 +348,6 @@ HOOKS: tuple[tuple[str, Callable, str], ...] = (
         after_commit_restore,
         _AFTER,
     ),
-    *weights.HOOKS,
 )
 
 
@@ -345,34 +364,27 @@ _SGLANG_MUST_NOT_GO_ON = (
 engine runs that was to be refused."""
 
 
-def register(traced: bool) -> None:
-    """Hand every hook to SGLang; it applies them after all plugins have run.
-
-    `traced` adds the spans of SGLang's own stages.
-    """
+def register(decode_side: bool) -> None:
+    """Hand hooks to SGLang; it applies them after all plugins have run.  `decode_side`: loads may be that."""
     from sglang.srt.plugins.hook_registry import HookRegistry, HookType
 
-    for target, hook, kind in HOOKS:
+    for target, hook, kind in HOOKS if decode_side else NAMING:
         as_it_is = kind == _AROUND or hook in _SGLANG_MUST_NOT_GO_ON
         HookRegistry.register(target, hook if as_it_is else faults.guarded(hook), HookType(kind))
-    if traced:
-        stages.register()
 
 
 def assert_applied() -> None:
     """SGLang only logs a hook that could not be applied; DualPath must not run without one.
 
-    Raises RuntimeError naming the missing targets or the missing patch.
+    Raises RuntimeError naming the missing targets.
     """
-    from sglang.srt.disaggregation.decode import DecodePreallocQueue
     from sglang.srt.plugins.hook_registry import HookRegistry
 
-    wanted = {target for target, _, _ in HOOKS} | set(HookRegistry._hooks)
+    needed = NAMING if settings().asked_mode is Mode.RELAY else HOOKS
+    wanted = {target for target, _, _ in needed} | set(HookRegistry._hooks)
     missing = sorted(wanted - HookRegistry._patched)
     if missing:
         raise RuntimeError(
             f"hooks were not applied to {', '.join(missing)}; is this SGLang 0.5.23, and does "
             "SGLANG_PLUGINS admit 'dualpath'?"
         )
-    if not hasattr(DecodePreallocQueue, "admission_gate"):
-        raise RuntimeError("SGLang is not patched for DualPath: run `dualpath patch apply`")

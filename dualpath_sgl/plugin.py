@@ -1,4 +1,4 @@
-"""SGLang general plugin (entry point `sglang.srt.plugins`): registers DualPath's hooks, or its backend."""
+"""SGLang general plugin (entry point `sglang.srt.plugins`): registers DualPath's backend, checks and hooks."""
 
 from __future__ import annotations
 
@@ -11,17 +11,14 @@ def activate() -> None:
     from dualpath_sgl.start.config import settings
 
     if settings().enabled:
-        from dualpath_sgl import hooks
-        from dualpath_sgl.lanes.forward import bound_mooncakes_patience
-        from dualpath_sgl.start import facts
-
-        bound_mooncakes_patience()
-        facts.register_checks()
-        hooks.register(traced=settings().otlp_endpoint is not None)
-    if settings().relay:
-        from dualpath_sgl import relay_hooks
+        from dualpath_sgl import hooks, relay_hooks
         from dualpath_sgl.relay.client.register import register
+        from dualpath_sgl.start import facts
+        from scheduler_svc.wire.protocol import Mode
 
         register()
-        relay_hooks.register()
+        facts.register_checks()
+        hooks.register(decode_side=settings().asked_mode is not Mode.RELAY)
+        if settings().asked_mode is not Mode.DECODE_SIDE:
+            relay_hooks.register()
     activated = True

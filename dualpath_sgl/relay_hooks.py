@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
-from dualpath_sgl import relay_engine
+from dualpath_sgl import relay_engine, runtime
 from dualpath_sgl.control.prefill_work import PrefillWork
 from dualpath_sgl.control.real_request import is_real
 from dualpath_sgl.relay_engine import RelayEngine
@@ -34,7 +34,7 @@ def _decode() -> RelayEngine | None:
 def after_scheduler_init(_result: None, scheduler: Any, *_args: Any, **_kwargs: Any) -> None:
     from sglang.srt.runtime_context import get_disagg
 
-    if settings().engine_id and get_disagg().disaggregation_mode in tuple(Role):
+    if runtime.current() is None and get_disagg().disaggregation_mode in tuple(Role):
         relay_engine.start(settings(), scheduler)
 
 

@@ -56,7 +56,7 @@ if __name__ == "__main__":
     from sglang.srt.server_args import prepare_server_args
     from sglang.srt.utils import kill_process_tree
 
-    from dualpath_sgl.start.checks import Refused
+    from dualpath_sgl.start.verdict import Refused
 
     try:
         run_server(prepare_server_args(sys.argv[1:]))

@@ -48,7 +48,7 @@ Environment variables of `python -m dualpath_sgl.relay` ([relays](relay.md)).
 """
 RELAY_CLIENT = """## Relays of a prefill engine
 
-Fields of `relay` in `--hicache-storage-backend-extra-config`, for an engine with `DUALPATH_RELAY=1`.
+Fields of `relay` in `--hicache-storage-backend-extra-config` of an engine with `DUALPATH_ENABLED=1`.
 """
 CLUSTER = """## A cluster file
 

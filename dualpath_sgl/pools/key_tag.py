@@ -9,6 +9,7 @@ kind is not found.  Prefill and decode engines of the same kind compute the same
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -20,6 +21,8 @@ if TYPE_CHECKING:
     from sglang.srt.mem_cache.hicache_storage import HiCacheStorageConfig
 
 TAG = "extra_backend_tag"
+BESIDE_KV = "dualpath_beside_kv"
+"""In the same configuration: SGLang's names of the host pools beside that of the KV."""
 
 
 def after_generate_storage_config(
@@ -27,14 +30,20 @@ def after_generate_storage_config(
 ) -> HiCacheStorageConfig:
     """Hook: an operator's own tag stays in front."""
     extra = config.extra_config or {}
-    tags = [extra.get(TAG), key_tag(controller.storage_host_pool, controller.mem_pool_device, config)]
-    return replace(config, extra_config=extra | {TAG: "-".join(str(tag) for tag in tags if tag is not None)})
+    anchor = controller.storage_host_pool
+    entries = getattr(controller.mem_pool_host, "entries", ())
+    beside = {_name(entry): entry.host_pool for entry in entries if entry.host_pool is not anchor}
+    tags = [extra.get(TAG), key_tag(anchor, controller.mem_pool_device, config, beside)]
+    tag = "-".join(str(tag) for tag in tags if tag is not None)
+    return replace(config, extra_config=extra | {TAG: tag, BESIDE_KV: list(beside)})
 
 
-def key_tag(pool: Any, device_pool: Any, config: HiCacheStorageConfig) -> str:
-    """The tag for pages of the host pool `pool`, which mirrors `device_pool`."""
+def key_tag(
+    pool: Any, device_pool: Any, config: HiCacheStorageConfig, beside: Mapping[str, Any] | None = None
+) -> str:
+    """The tag for pages of the host pool `pool`, which mirrors `device_pool`, and of those `beside` it."""
     # A host pool says uint8 of both kinds of fp8; its device pool knows which one it is.
-    dtype = short_dtype(getattr(device_pool, "dtype", pool.dtype))
+    dtype = short_dtype(getattr(device_pool, "dtype", getattr(pool, "dtype", None)))
     facts = geometry(pool) | {
         "dtype": dtype,
         # Every rank of an MLA model holds the same bytes, whatever their number.
@@ -45,7 +54,13 @@ def key_tag(pool: Any, device_pool: Any, config: HiCacheStorageConfig) -> str:
         "split_heads": config.tp_lcm_size if config.should_split_heads else None,
         "model": _model_facts(),
     }
+    if beside:
+        facts["beside"] = {name: geometry(other) for name, other in beside.items()}
     return f"{pool.layout}-{dtype}-p{pool.page_size}-{digest(facts)}"
+
+
+def _name(entry: Any) -> str:
+    return str(getattr(entry.name, "value", entry.name))
 
 
 def _model_facts() -> dict[str, Any]:

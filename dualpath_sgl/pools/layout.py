@@ -30,6 +30,8 @@ GEOMETRY = (
     "dcp_size",
 )
 """Attributes of SGLang's host pools that decide which byte of a page is what; each kind has some of them."""
+STATES = ("num_mamba_layers", "temporal_state_shape", "conv_state_shapes")
+"""The same of a pool of states."""
 
 
 def page_blocks(pool: Any, host_indices: Any) -> tuple[list[tuple[int, ...]], tuple[int, ...]]:
@@ -62,7 +64,10 @@ def page_bytes(pool: Any) -> int:
 def geometry(pool: Any) -> dict[str, Any]:
     """Which byte of a page is what."""
     facts = {name: getattr(pool, name, None) for name in GEOMETRY}
-    return facts | {"pool": type(pool).__name__, "stored_as": short_dtype(pool.dtype)}
+    facts |= {name: getattr(pool, name) for name in STATES if hasattr(pool, name)}
+    if hasattr(pool, "temporal_dtype"):  # its `dtype` is that of the convolution's states only
+        facts["temporal_dtype"] = short_dtype(pool.temporal_dtype)
+    return facts | {"pool": type(pool).__name__, "stored_as": short_dtype(getattr(pool, "dtype", None))}
 
 
 def fingerprint(pool: Any, model_name: str | None, tp_size: int, **more: Any) -> str:

@@ -1,9 +1,9 @@
-"""What DualPath cannot serve, asked before an engine serves: rules over plain facts.
+"""What stands against DualPath's modes, asked before an engine serves: rules over plain facts.
 
 Pure: nothing of SGLang or torch is imported.  The same rules judge an engine's flags (`dualpath doctor`,
 and SGLang's own resolution of them), the storage backend that it builds and the host pool that it
 registers; each of these knows some of the facts (facts.py).  A fact that is not known is None,
-and no rule says anything about it.
+and no rule says anything about it.  verdict.py says which mode is left.
 """
 
 from __future__ import annotations
@@ -13,29 +13,34 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from urllib.request import proxy_bypass
 
+from scheduler_svc.wire.protocol import Mode
+
 LAYOUT = "page_first_direct"
 IO_BACKEND = "direct"
+NAMED_BACKEND = "mooncake"
+"""Under this name DualPath's plugin registers its backend."""
 BACKEND_CLASS = "dualpath_sgl.storage.DualPathStorage"
 NO_BACKEND = "none"
+TRANSFERS = ("mooncake", "mooncake_tcp", "nixl")
+"""Over which decode-side loads were run."""
 SMALL_PAGE_TOKENS = 16
 """Below this the cost of a page (a hash, a key in the store, a block of a forward) outweighs its bytes."""
 UPSTREAM = "unset DUALPATH_ENABLED to run it without DualPath"
-
-
-class Refused(ValueError):
-    """An engine that cannot run under DualPath; one sentence for each reason."""
+NEITHER = (Mode.DECODE_SIDE, Mode.RELAY)
+NOT_DECODE_SIDE = (Mode.DECODE_SIDE,)
 
 
 @dataclass(frozen=True)
 class Problem:
-    """What will not work, or (`refused` False) works worse than it could."""
+    """What a fact means."""
 
     setting: str
     """A flag of SGLang's or an environment variable."""
     value: object
     why: str
     remedy: str
-    refused: bool = True
+    stops: tuple[Mode, ...] = NEITHER
+    """The modes that cannot run so; without any it is a warning."""
 
     def __str__(self) -> str:
         return f"{self.setting} is {self.value}: {self.why}; {self.remedy}"
@@ -48,6 +53,8 @@ class Facts:
     enabled: bool | None = None
     role: str | None = None
     """`prefill`, `decode` or what else --disaggregation-mode says."""
+    patched: bool | None = None
+    """Whether SGLang's decode engine has DualPath's patch."""
     role_switch: bool | None = None
     hierarchical_cache: bool | None = None
     radix_cache_backend: str | None = None
@@ -72,8 +79,10 @@ class Facts:
     dcp_size: int | None = None
     pool_without_bytes: str | None = None
     """Class of a KV host pool that owns no memory."""
-    side_pool: str | None = None
-    """Name of a host pool beside the one of the KV."""
+    beside_kv: str | None = None
+    """What the model's cache holds beside KV, in words."""
+    transfer: str | None = None
+    """How SGLang sends KV from prefill to decode engines."""
     protocol: str | None = None
     """Transport of the forwarding engine."""
     devices: tuple[str, ...] = ()
@@ -95,21 +104,163 @@ class Facts:
     otel_sampler: str | None = None
 
 
-def problems(facts: Facts) -> list[Problem]:
-    """Everything that any rule finds, refusals first."""
-    found = [problem for rule in RULES if (problem := rule(facts)) is not None]
-    return sorted(found, key=lambda problem: not problem.refused)
+Rule = Callable[[Facts], Problem | None]
 
 
-def require(facts: Facts) -> list[Problem]:
-    """The warnings.  Raises Refused when there is more than warnings."""
-    found = problems(facts)
-    if reasons := [str(problem) for problem in found if problem.refused]:
-        raise Refused("\n".join(reasons))
-    return found
+@dataclass(frozen=True)
+class Obstacle:
+    """A rule about decode-side loads: relays help an engine all the same."""
+
+    case: str
+    """What the engine has, for people; Markdown."""
+    setting: str
+    why: str
+    remedy: str
+    value: Callable[[Facts], object]
+    """What stands in the way; false or None: nothing does."""
+
+    def __call__(self, facts: Facts) -> Problem | None:
+        value = self.value(facts)
+        if not value:
+            return None
+        return Problem(self.setting, value, self.why, self.remedy, NOT_DECODE_SIDE)
 
 
-# -- what the engine is ------------------------------------------------------------------------------
+def _when(condition: bool | None, value: object) -> object:
+    return value if condition else None
+
+
+def _is_decode(facts: Facts) -> bool:
+    return facts.role == "decode"
+
+
+def _has_host_pool(facts: Facts) -> bool:
+    return facts.hierarchical_cache is not False
+
+
+def _above_one(field: str) -> Callable[[Facts], object]:
+    return lambda facts: _when((getattr(facts, field) or 1) > 1, getattr(facts, field))
+
+
+OBSTACLES: tuple[Obstacle, ...] = (
+    Obstacle(
+        "sliding windows, states (Mamba, GDN, KDA), an indexer (DSA), compressed KV (DeepSeek-V4), or a draft "
+        "model's KV (EAGLE, MTP) beside its KV",
+        "the model",
+        "decode engines load and forward KV only, and this model's cache holds more",
+        "choose relay",
+        lambda facts: facts.beside_kv,
+    ),
+    Obstacle(
+        "a KV host pool that owns no memory",
+        "the model's KV host pool",
+        "it holds no KV itself, so there is nothing to forward",
+        "choose relay",
+        lambda facts: facts.pool_without_bytes,
+    ),
+    Obstacle(
+        f"another layout than `{LAYOUT}`, such as SGLang's default `page_first`, or unified memory",
+        "--hicache-mem-layout",
+        f"decode-side loads need {LAYOUT}, in which a page is one contiguous region",
+        f"give --hicache-mem-layout {LAYOUT} --hicache-io-backend {IO_BACKEND} without --enable-unified-memory",
+        lambda facts: _when(_has_host_pool(facts) and facts.layout not in (None, LAYOUT), facts.layout),
+    ),
+    Obstacle(
+        f"another `--hicache-io-backend` than `{IO_BACKEND}`",
+        "--hicache-io-backend",
+        f"layout {LAYOUT} is copied by {IO_BACKEND} only",
+        f"give --hicache-io-backend {IO_BACKEND}",
+        lambda facts: _when(
+            facts.layout == LAYOUT and facts.io_backend not in (None, IO_BACKEND), facts.io_backend
+        ),
+    ),
+    Obstacle(
+        "`--pp-size` above 1",
+        "--pp-size",
+        "each rank has other parts of a page, which decode-side loads cannot tell apart",
+        "give --pp-size 1",
+        _above_one("pp_size"),
+    ),
+    Obstacle(
+        "`--attn-cp-size` above 1",
+        "--attn-cp-size",
+        "each rank has other parts of a page, which decode-side loads cannot tell apart",
+        "give --attn-cp-size 1",
+        _above_one("attn_cp_size"),
+    ),
+    Obstacle(
+        "`--dcp-size` above 1",
+        "--dcp-size",
+        "each rank has other parts of a page, which decode-side loads cannot tell apart",
+        "give --dcp-size 1",
+        _above_one("dcp_size"),
+    ),
+    Obstacle(
+        "a decode engine without HiCache",
+        "--enable-hierarchical-cache",
+        "without its host pool a decode engine can load nothing",
+        "give it",
+        lambda facts: _when(_is_decode(facts) and facts.hierarchical_cache is False, "not given"),
+    ),
+    Obstacle(
+        "a decode engine with another storage backend, or none",
+        "--hicache-storage-backend",
+        "this decode engine cannot read the store",
+        f"give {NAMED_BACKEND}",
+        lambda facts: _when(
+            _is_decode(facts) and _has_host_pool(facts) and not _is_ours(facts.backend), facts.backend
+        ),
+    ),
+    Obstacle(
+        f"another `--disaggregation-transfer-backend` than {', '.join(TRANSFERS)}",
+        "--disaggregation-transfer-backend",
+        f"decode-side loads were run over {', '.join(TRANSFERS)} only",
+        "give one of these",
+        lambda facts: _when(facts.transfer not in (None, *TRANSFERS), facts.transfer),
+    ),
+    Obstacle(
+        "no prefill/decode disaggregation",
+        "--disaggregation-mode",
+        "decode-side loads join a prefill and a decode engine",
+        "give 'prefill' or 'decode'",
+        lambda facts: _when(facts.role not in (None, "prefill", "decode"), repr(facts.role)),
+    ),
+    Obstacle(
+        "`--enable-pd-role-switch`",
+        "--enable-pd-role-switch",
+        "with decode-side loads an engine keeps the role that it starts with",
+        "leave it out",
+        lambda facts: _when(facts.role_switch, "set"),
+    ),
+    Obstacle(
+        "`--radix-cache-backend`",
+        "--radix-cache-backend",
+        "decode-side loads know SGLang's own tree only",
+        "leave it out",
+        lambda facts: facts.radix_cache_backend,
+    ),
+    Obstacle(
+        "`--disaggregation-decode-enable-offload-kvcache`",
+        "--disaggregation-decode-enable-offload-kvcache",
+        "it opens the storage backend a second time, and HiCache writes generated pages through anyway",
+        "leave it out",
+        lambda facts: _when(facts.decode_offload, "set"),
+    ),
+    Obstacle(
+        "an SGLang without the patches",
+        "SGLang's decode engine",
+        "it cannot hold a request back for its load",
+        "run dualpath patch apply",
+        lambda facts: _when(facts.patched is False, "not patched"),
+    ),
+)
+
+
+# -- what neither mode can do without ------------------------------------------------------------------
+
+
+def _is_ours(backend: str | None) -> bool:
+    return backend in (None, NAMED_BACKEND, BACKEND_CLASS)
 
 
 def _enabled(facts: Facts) -> Problem | None:
@@ -117,58 +268,54 @@ def _enabled(facts: Facts) -> Problem | None:
         return Problem(
             "DUALPATH_ENABLED",
             "unset",
-            "this engine runs as upstream does, and the storage backend of DualPath refuses to start",
+            "this engine runs as upstream does",
             "export DUALPATH_ENABLED=1, DUALPATH_ENGINE_ID and DUALPATH_SCHEDULER",
         )
     return None
 
 
-def _role(facts: Facts) -> Problem | None:
-    if facts.role not in (None, "prefill", "decode"):
-        return Problem(
-            "--disaggregation-mode",
-            repr(facts.role),
-            "DualPath joins a prefill and a decode engine",
-            f"give 'prefill' or 'decode', or {UPSTREAM}",
-        )
-    return None
-
-
-def _role_switch(facts: Facts) -> Problem | None:
-    if facts.role_switch:
-        return Problem(
-            "--enable-pd-role-switch",
-            "set",
-            "under DualPath an engine keeps the role that it starts with",
-            "leave it out",
-        )
-    return None
-
-
-# -- its cache -----------------------------------------------------------------------------------------
-
-
 def _hierarchical_cache(facts: Facts) -> Problem | None:
-    if facts.hierarchical_cache is False:
+    if facts.hierarchical_cache is False and facts.role != "decode":
         return Problem(
             "--enable-hierarchical-cache",
             "not given",
-            "the host pool of HiCache is what DualPath loads into, on both sides",
+            "the host pool of HiCache is what this engine loads into",
             f"give it, or {UPSTREAM}",
         )
     return None
 
 
 def _backend(facts: Facts) -> Problem | None:
-    if facts.backend in (None, BACKEND_CLASS):
+    if _is_ours(facts.backend) or facts.role == "decode":
         return None
     return Problem(
         "--hicache-storage-backend",
         facts.backend,
         "this engine would run without DualPath",
-        f"give dynamic, and --hicache-storage-backend-extra-config that names {BACKEND_CLASS} (docs/quickstart.md has "
-        f"the line), or {UPSTREAM}",
+        f"give {NAMED_BACKEND}, or {UPSTREAM}",
     )
+
+
+def _decode_radix_cache(facts: Facts) -> Problem | None:
+    if _is_decode(facts) and facts.hierarchical_cache and facts.decode_radix_cache is False:
+        return Problem(
+            "--disaggregation-decode-enable-radix-cache",
+            "not given",
+            "SGLang refuses HiCache on a decode engine without it",
+            "give it, or leave --enable-hierarchical-cache out: then relays serve this engine's requests",
+        )
+    return None
+
+
+def _buffer_only(facts: Facts) -> Problem | None:
+    if _is_decode(facts) and facts.host_memory_mode == "buffer_only":
+        return Problem(
+            "--hicache-host-memory-mode",
+            "buffer_only",
+            "a decode engine would never consume the pages that it staged, and SGLang refuses it",
+            "give cache on decode engines, or leave --enable-hierarchical-cache out there",
+        )
+    return None
 
 
 def _extra_config(facts: Facts) -> Problem | None:
@@ -177,7 +324,7 @@ def _extra_config(facts: Facts) -> Problem | None:
             "--hicache-storage-backend-extra-config",
             "not usable",
             facts.extra_config_error,
-            "give a JSON object (docs/quickstart.md has the line), or @ and a file that holds one",
+            f"give a JSON object, or @ and a file that holds one; backend {NAMED_BACKEND} needs none",
         )
     return None
 
@@ -193,71 +340,18 @@ def _zero_copy(facts: Facts) -> Problem | None:
     return None
 
 
-def _radix_cache_backend(facts: Facts) -> Problem | None:
-    if facts.radix_cache_backend is not None:
-        return Problem(
-            "--radix-cache-backend",
-            facts.radix_cache_backend,
-            "DualPath knows SGLang's own tree only",
-            "leave it out",
-        )
-    return None
-
-
-def _decode_radix_cache(facts: Facts) -> Problem | None:
-    if facts.role == "decode" and facts.decode_radix_cache is False:
-        return Problem(
-            "--disaggregation-decode-enable-radix-cache",
-            "not given",
-            "without it a decode engine keeps no pages to forward, and SGLang refuses HiCache there",
-            "give it",
-        )
-    return None
-
-
-def _decode_offload(facts: Facts) -> Problem | None:
-    if facts.decode_offload:
-        return Problem(
-            "--disaggregation-decode-enable-offload-kvcache",
-            "set",
-            "it opens the storage backend a second time, and HiCache writes generated pages through anyway",
-            "leave it out",
-        )
-    return None
-
-
-def _layout(facts: Facts) -> Problem | None:
-    if facts.layout in (None, LAYOUT):
+def _page_size(facts: Facts) -> Problem | None:
+    tokens = facts.page_size
+    if tokens is None or tokens >= SMALL_PAGE_TOKENS:
         return None
-    remedy = f"give --hicache-mem-layout {LAYOUT} --hicache-io-backend {IO_BACKEND}"
+    many = "every token is" if tokens == 1 else f"every {tokens} tokens are"
     return Problem(
-        "--hicache-mem-layout",
-        facts.layout,
-        f"DualPath needs {LAYOUT}, in which a page is one contiguous region",
-        f"{remedy} without --enable-unified-memory" if facts.unified_memory else remedy,
+        "--page-size",
+        tokens,
+        f"{many} hashed, stored and moved apart, which is slow" if tokens > 0 else "a page holds tokens",
+        "give --page-size 64, the same on every engine",
+        stops=NEITHER if tokens < 1 else (),
     )
-
-
-def _io_backend(facts: Facts) -> Problem | None:
-    if facts.layout == LAYOUT and facts.io_backend not in (None, IO_BACKEND):
-        return Problem(
-            "--hicache-io-backend",
-            facts.io_backend,
-            f"layout {LAYOUT} is copied by {IO_BACKEND} only",
-            f"give --hicache-io-backend {IO_BACKEND}",
-        )
-    return None
-
-
-def _buffer_only(facts: Facts) -> Problem | None:
-    if facts.role == "decode" and facts.host_memory_mode == "buffer_only":
-        return Problem(
-            "--hicache-host-memory-mode",
-            "buffer_only",
-            "a decode engine would never consume the pages that it staged",
-            "give cache on decode engines",
-        )
-    return None
 
 
 def _write_policy(facts: Facts) -> Problem | None:
@@ -268,62 +362,8 @@ def _write_policy(facts: Facts) -> Problem | None:
         facts.write_policy,
         "pages that only device memory holds are not forwarded and not found in the store",
         "give write_through",
-        refused=False,
+        stops=(),
     )
-
-
-def _page_size(facts: Facts) -> Problem | None:
-    tokens = facts.page_size
-    if tokens is None or tokens >= SMALL_PAGE_TOKENS:
-        return None
-    many = "every token is" if tokens == 1 else f"every {tokens} tokens are"
-    return Problem(
-        "--page-size",
-        tokens,
-        f"{many} hashed, stored and forwarded apart, which is slow" if tokens > 0 else "a page holds tokens",
-        "give --page-size 64, the same on every engine",
-        refused=tokens < 1,
-    )
-
-
-def _pool_has_bytes(facts: Facts) -> Problem | None:
-    if facts.pool_without_bytes is not None:
-        return Problem(
-            "the model's KV host pool",
-            facts.pool_without_bytes,
-            "it holds no KV itself, so there is nothing to forward",
-            "unset DUALPATH_ENABLED to run this model without DualPath",
-        )
-    return None
-
-
-def _side_pool(facts: Facts) -> Problem | None:
-    if facts.side_pool is not None and (facts.tp_size or 1) > 1:
-        return Problem(
-            "--tp-size",
-            facts.tp_size,
-            f"the model has a host pool {facts.side_pool} beside its KV, which works on one rank only",
-            f"give --tp-size 1, or {UPSTREAM}",
-        )
-    return None
-
-
-# -- how it is spread ------------------------------------------------------------------------------------
-
-
-def _spread(flag: str, what: str, field: str) -> Callable[[Facts], Problem | None]:
-    def rule(facts: Facts) -> Problem | None:
-        size = getattr(facts, field)
-        if size is None or size <= 1:
-            return None
-        return Problem(
-            flag,
-            size,
-            f"{what} gives each rank other parts of a page, which DualPath cannot tell apart",
-            f"give {flag} 1 (tensor parallelism and data-parallel attention work), or {UPSTREAM}",
-        )
-
-    return rule
 
 
 # -- how it is reached -----------------------------------------------------------------------------------
@@ -352,7 +392,7 @@ def _device_is_used(facts: Facts) -> Problem | None:
             ",".join(facts.devices),
             "DUALPATH_PROTOCOL is tcp, which uses no RDMA device",
             "export DUALPATH_PROTOCOL=rdma, or leave the device out",
-            refused=False,
+            stops=(),
         )
     return None
 
@@ -407,43 +447,40 @@ def _otlp_protocol(facts: Facts) -> Problem | None:
         if known
         else "SGLang's exporter does not know it and ends the engine",
         "unset it, or give grpc",
-        refused=not known,
+        stops=() if known else NEITHER,
     )
 
 
 def _otel_silent(facts: Facts) -> Problem | None:
     if facts.traced and facts.otel_sdk_disabled:
-        return Problem("OTEL_SDK_DISABLED", "true", "no span is recorded", "unset it", refused=False)
+        return Problem("OTEL_SDK_DISABLED", "true", "no span is recorded", "unset it", stops=())
     if facts.traced and facts.otel_sampler == "always_off":
-        return Problem("OTEL_TRACES_SAMPLER", "always_off", "no span is recorded", "unset it", refused=False)
+        return Problem("OTEL_TRACES_SAMPLER", "always_off", "no span is recorded", "unset it", stops=())
     return None
 
 
-RULES: tuple[Callable[[Facts], Problem | None], ...] = (
+REFUSALS: tuple[Rule, ...] = (
     _enabled,
-    _role,
-    _role_switch,
     _hierarchical_cache,
     _backend,
+    _decode_radix_cache,
+    _buffer_only,
     _extra_config,
     _zero_copy,
-    _radix_cache_backend,
-    _decode_radix_cache,
-    _decode_offload,
-    _layout,
-    _io_backend,
-    _buffer_only,
-    _pool_has_bytes,
-    _side_pool,
-    _spread("--pp-size", "pipeline parallelism", "pp_size"),
-    _spread("--attn-cp-size", "attention context parallelism", "attn_cp_size"),
-    _spread("--dcp-size", "decode context parallelism", "dcp_size"),
     _rdma_device,
     _forced_tcp,
     _proxy,
     _otlp_protocol,
-    _write_policy,
     _page_size,
+    _write_policy,
     _device_is_used,
     _otel_silent,
 )
+"""Of both modes, and warnings."""
+
+RULES: tuple[Rule, ...] = (*REFUSALS, *OBSTACLES)
+
+
+def problems(facts: Facts) -> list[Problem]:
+    """Everything that any rule finds."""
+    return [problem for rule in RULES if (problem := rule(facts)) is not None]

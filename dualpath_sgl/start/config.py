@@ -11,7 +11,7 @@ from pydantic_settings import BaseSettings, SettingsConfigDict
 
 from scheduler_svc.wire.addresses import authority
 from scheduler_svc.wire.engine_names import check_server_id
-from scheduler_svc.wire.protocol import PLAN_TIMEOUT_S
+from scheduler_svc.wire.protocol import PLAN_TIMEOUT_S, Mode
 from scheduler_svc.wire.reach import is_loopback
 
 EVERY_ADDRESS = ("0.0.0.0", "::", "")
@@ -22,9 +22,9 @@ class Settings(BaseSettings):
     model_config = SettingsConfigDict(env_prefix="DUALPATH_", extra="ignore", use_attribute_docstrings=True)
 
     enabled: bool = False
-    """Off (the default) registers no hook at all: SGLang runs as upstream."""
-    relay: bool = False
-    """Relays take part in what SGLang's `mooncake` storage backend reads; excludes `DUALPATH_ENABLED`."""
+    """Off (the default) registers nothing at all: SGLang runs as upstream."""
+    mode: Literal["auto", "relay", "decode-side"] = "auto"
+    """How loads use more than one storage link; `auto` chooses by model, flags and transport, and says why."""
     engine_id: str = ""
     """Unique in the cluster, e.g. `prefill-0`."""
     scheduler: str = "tcp://127.0.0.1:5557"
@@ -34,7 +34,7 @@ class Settings(BaseSettings):
     scheduler_key_file: Path | None = None
     """The scheduler's public CURVE key; both are needed when it listens with CURVE."""
     peer_keys: Path | None = None
-    """Directory with the public key of every engine, `ENGINE_ID.key`: engines then speak CURVE to each
+    """Directory with the public key of every engine and relay, `NAME.key`: they then speak CURVE to each
     other, too.  A key added or removed counts within seconds."""
     trusted_network: bool = False
     """Whoever reaches this engine's host may see, divert and end its loads: needs no peer keys."""
@@ -59,6 +59,11 @@ class Settings(BaseSettings):
     """Experimental, its gain is not measured: a PE's step is filled until its predicted attention takes this
     long (the paper: 300 ms)."""
 
+    @property
+    def asked_mode(self) -> Mode | None:
+        """None: the engine chooses."""
+        return None if self.mode == "auto" else Mode(self.mode)
+
     def http_url(self, listens_on: str, port: int) -> str:
         """Where routers reach this engine's HTTP server: `host` when that listens on every address."""
         address = self.host if listens_on in EVERY_ADDRESS else listens_on
@@ -77,11 +82,6 @@ def settings() -> Settings:
                 for problem in error.errors(include_url=False)
             )
         ) from None
-    if loaded.enabled and loaded.relay:
-        raise ValueError(
-            "DUALPATH_ENABLED and DUALPATH_RELAY are both set: with the first decode engines load a share of "
-            "each prompt, with the second relays do; choose one"
-        )
     if loaded.enabled and not loaded.engine_id:
         raise ValueError("DUALPATH_ENGINE_ID is empty: give this engine a name unique in the cluster")
     check_server_id(loaded.engine_id)
@@ -91,12 +91,7 @@ def settings() -> Settings:
 
 def _check_keys(loaded: Settings) -> None:
     """Raises ValueError for half a set of keys, and for none where strangers may come."""
-    if loaded.relay:
-        if (loaded.key_file is None) != (loaded.peer_keys is None):
-            raise ValueError(
-                "with DUALPATH_RELAY give both DUALPATH_KEY_FILE and DUALPATH_PEER_KEYS, or none"
-            )
-    elif (loaded.key_file is None) != (loaded.scheduler_key_file is None):
+    if (loaded.key_file is None) != (loaded.scheduler_key_file is None):
         raise ValueError("give both DUALPATH_KEY_FILE and DUALPATH_SCHEDULER_KEY_FILE, or neither")
     if loaded.peer_keys is not None and loaded.key_file is None:
         raise ValueError(
@@ -109,7 +104,7 @@ def _check_keys(loaded: Settings) -> None:
             "engines' .key files"
         )
     open_to_others = not is_loopback(loaded.host) and loaded.peer_keys is None
-    if (loaded.enabled or loaded.relay) and open_to_others and not loaded.trusted_network:
+    if loaded.enabled and open_to_others and not loaded.trusted_network:
         raise ValueError(
             f"DUALPATH_HOST is {loaded.host!r}, which other hosts can reach, and nothing says who may: give "
             "DUALPATH_PEER_KEYS, DUALPATH_KEY_FILE and DUALPATH_SCHEDULER_KEY_FILE (see `dualpath keys "

@@ -7,6 +7,7 @@ its scheduler stands.
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import logging
 import os
@@ -15,8 +16,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from urllib.request import getproxies_environment
 
-from dualpath_sgl.start.checks import NO_BACKEND, Facts, require
+from dualpath_sgl.pools.key_tag import BESIDE_KV
+from dualpath_sgl.start.checks import BACKEND_CLASS, NAMED_BACKEND, NO_BACKEND, Facts
 from dualpath_sgl.start.config import EVERY_ADDRESS, settings
+from dualpath_sgl.start.verdict import Verdict, require, verdict
 
 if TYPE_CHECKING:
     from sglang.srt.mem_cache.hicache_storage import HiCacheStorageConfig
@@ -24,6 +27,14 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 INFINIBAND = Path("/sys/class/infiniband")
+DRAFT = "draft"
+POOLS = {
+    "swa": "sliding windows",
+    "mamba": "states",
+    "indexer": "an indexer",
+    DRAFT: "a draft model's KV",
+}
+"""SGLang's names of host pools -> words."""
 EARLY_STEP, LATE_STEP = "handle_pd_disaggregation", "handle_other_validations"
 """Steps of SGLang's resolution: the one before it judges PD and HiCache itself, and its last judgements."""
 
@@ -47,6 +58,9 @@ def of_flags(cfg: Any) -> Facts:
         write_policy=cfg.hicache_write_policy,
         page_size=cfg.page_size,
         tp_size=cfg.tp_size,
+        beside_kv=_beside_kv(cfg),
+        transfer=_transfer(cfg),
+        patched=_is_patched(),
         **_of_environment(),
         own_host="127.0.0.1" if (cfg.host or "") in EVERY_ADDRESS else cfg.host,
         traced=cfg.enable_trace,
@@ -114,18 +128,66 @@ def _of_environment() -> dict[str, Any]:
     }
 
 
+def _beside_kv(cfg: Any) -> str | None:
+    """What the model's cache holds beside KV, in words, as far as SGLang's configuration of it says."""
+    from sglang.srt.arg_groups.overrides import model_config_of
+    from sglang.srt.configs.hybrid_arch import mambaish_config
+    from sglang.srt.configs.model_config import is_deepseek_dsa
+
+    model = model_config_of(cfg)
+    held = {
+        "swa": model.is_hybrid_swa,
+        "mamba": mambaish_config(model) is not None,
+        "indexer": is_deepseek_dsa(model.hf_text_config),
+        DRAFT: _has_draft_kv(cfg.speculative_algorithm),
+    }
+    return _in_words(held)
+
+
+def _in_words(held: dict[str, bool]) -> str | None:
+    """`held`: by SGLang's names of host pools."""
+    return ", ".join(POOLS.get(name, name) for name, is_held in held.items() if is_held) or None
+
+
+def _has_draft_kv(algorithm: str | None) -> bool:
+    from sglang.srt.speculative.spec_info import SpeculativeAlgorithm
+
+    return algorithm is not None and bool(SpeculativeAlgorithm.from_string(algorithm).has_draft_kv())
+
+
+def _transfer(cfg: Any) -> str | None:
+    return None if cfg.disaggregation_mode == "null" else cfg.disaggregation_transfer_backend
+
+
+def _is_patched() -> bool:
+    """Whether this SGLang's source is; nothing of it is imported."""
+    found = importlib.util.find_spec("sglang.srt.disaggregation.decode")
+    return (
+        found is not None and found.origin is not None and "admission_gate" in Path(found.origin).read_text()
+    )
+
+
 # -- of a rank that starts, or that attaches the backend at run time -------------------------------------
 
 
-def of_backend(config: HiCacheStorageConfig) -> Facts:
-    """Facts of a rank that builds its storage backend."""
-    from sglang.srt.runtime_context import get_disagg, get_memory
+def of_backend(config: HiCacheStorageConfig, is_named: bool) -> Facts:
+    """Facts of a rank that builds its storage backend; `is_named`: as NAMED_BACKEND, not as a `dynamic` one."""
+    from sglang.srt.runtime_context import get_disagg, get_memory, get_spec
 
+    extra_config = config.extra_config or {}
+    drafts = _published(lambda: _has_draft_kv(get_spec().speculative_algorithm))
     return Facts(
         role=_published(lambda: get_disagg().disaggregation_mode),
+        role_switch=_published(lambda: get_disagg().enable_pd_role_switch),
+        decode_offload=_published(lambda: get_disagg().disaggregation_decode_enable_offload_kvcache),
+        transfer=_published(lambda: _transfer(get_disagg())),
         io_backend=_published(lambda: get_memory().hicache_io_backend),
         host_memory_mode=_published(lambda: get_memory().hicache_host_memory_mode),
-        zero_copy=bool((config.extra_config or {}).get("interface_v1", 0)),
+        radix_cache_backend=_published(lambda: get_memory().radix_cache_backend),
+        beside_kv=_in_words({**dict.fromkeys(extra_config.get(BESIDE_KV, ()), True), DRAFT: bool(drafts)}),
+        patched=_is_patched(),
+        backend=NAMED_BACKEND if is_named else BACKEND_CLASS,
+        zero_copy=is_named or bool(extra_config.get("interface_v1", 0)),
         tp_size=config.tp_size,
         pp_size=config.pp_size,
         attn_cp_size=config.attn_cp_size,
@@ -141,11 +203,6 @@ def of_pool(pool: Any) -> Facts:
     return Facts(layout=pool.layout, pool_without_bytes=None if has_bytes else type(pool).__name__)
 
 
-def of_side_pool(name: Any, tp_size: int) -> Facts:
-    """Facts of a rank that registers a host pool beside that of its KV."""
-    return Facts(side_pool=str(name), tp_size=tp_size)
-
-
 def _published(read: Callable[[], Any]) -> Any:
     """None where SGLang has not published its flags: in tests of a backend alone."""
     try:
@@ -157,8 +214,13 @@ def _published(read: Callable[[], Any]) -> Any:
 # -- when they are judged --------------------------------------------------------------------------------
 
 
+def judged(facts: Facts) -> Verdict:
+    """As this process's settings ask for it."""
+    return verdict(facts, settings().asked_mode)
+
+
 def register_checks() -> None:
-    """Judge flags in SGLang's own resolution of them, which then ends with checks.Refused."""
+    """Judge flags in SGLang's own resolution of them, which then ends with verdict.Refused."""
     from sglang.srt.arg_groups.resolution_hooks import register_resolution_hook
 
     register_resolution_hook(EARLY_STEP)(_before_pd)
@@ -168,7 +230,7 @@ def register_checks() -> None:
 def _before_pd(server_args: Any, previous: Callable[[Any], None]) -> None:
     from sglang.srt.arg_groups.overrides import resolving_view
 
-    require(of_choices(resolving_view(server_args)))
+    require(judged(of_choices(resolving_view(server_args))))
     previous(server_args)
 
 
@@ -176,5 +238,7 @@ def _after_validations(server_args: Any, previous: Callable[[Any], None]) -> Non
     from sglang.srt.arg_groups.overrides import resolving_view
 
     previous(server_args)
-    for problem in require(of_flags(resolving_view(server_args))):
+    found = judged(of_flags(resolving_view(server_args)))
+    for problem in found.warnings:
         logger.warning("DualPath: %s", problem)
+    logger.info("DualPath: mode %s: %s", require(found), found.because)

@@ -17,7 +17,7 @@ from rich.text import Text
 from dualpath_sgl.evals.agents.trace import SHIPPED
 from dualpath_sgl.evals.common.explained import failures_explained
 from dualpath_sgl.evals.compare import picture
-from dualpath_sgl.evals.compare.run import EvalOptions, evaluate
+from dualpath_sgl.evals.compare.run import DUALPATH, EvalOptions, evaluate
 from dualpath_sgl.evals.compare.summary import ModeResult, Summary
 from dualpath_sgl.evals.spans import waterfall
 from dualpath_sgl.evals.spans.requests import RequestFacts
@@ -32,7 +32,7 @@ from scheduler_svc.wire.protocol import Role
 OUT = Path("results/demo")
 TRACE = SHIPPED / "claude-code-weka"
 CLUSTER = CLUSTERS / "demo.yaml"
-BASIC, DUALPATH = Mode.BASIC.value, Mode.DUALPATH.value
+BASIC = Mode.BASIC.value
 MIN_REQUESTS = 60
 """Of each mode."""
 MIN_SESSIONS = 4
@@ -127,6 +127,7 @@ def _rows(basic: ModeResult, dualpath: ModeResult, most_hits: float) -> Iterator
     def row(title: str, cell, note: str = "") -> tuple[str, str, str, str]:
         return title, cell(basic), cell(dualpath), note
 
+    yield row("mode", lambda r: r.cluster_mode, "chosen by model and flags")
     faster = f"{basic.job_s / dualpath.job_s:.2f} times as fast"
     yield row("job completion time", lambda r: duration(r.job_s), faster)
     yield row(

@@ -58,7 +58,7 @@ class Counters(NamedTuple):
 
 def of(cluster: Cluster) -> Counters:
     """Counters of a running cluster, once every request it answered is reported."""
-    if cluster.config.mode is not Mode.DUALPATH:
+    if cluster.config.mode is not Mode.DECODE_SIDE:
         engines = [(engine.name, engine.role.value, engine.url) for engine in cluster.engines]
         return from_engines(engines, cluster.kv_bytes_per_token)
     with cluster.ask_scheduler() as client:

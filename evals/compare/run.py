@@ -44,9 +44,15 @@ from dualpath_sgl.launch.supervision.single_server import SingleServer
 from scheduler_svc.policies.path_policies import PATH_POLICIES
 from scheduler_svc.telemetry.tracing import init_tracing, shutdown
 
-MODES: tuple[str, ...] = (Mode.BASIC.value, Mode.BOTH.value, Mode.DUALPATH.value, *PATH_POLICIES)
-"""`basic` and `both` are upstream; `dualpath` takes the path policy of the cluster file, and
-each policy's own name takes that policy."""
+DUALPATH = "dualpath"
+MODES: tuple[str, ...] = (
+    *(mode.value for mode in (Mode.BASIC, Mode.BOTH)),
+    DUALPATH,
+    *(mode.value for mode in (Mode.RELAY, Mode.DECODE_SIDE)),
+    *PATH_POLICIES,
+)
+"""`basic` and `both` are upstream; `dualpath` takes mode and path policy of the cluster file; a policy's name
+takes that policy with decode-side loads."""
 SYNTHETIC_ROW = "32k"
 QUIET_REPORT_REQUESTS = 20
 """Requests between two lines of progress where there is no terminal."""
@@ -113,7 +119,9 @@ def cluster_config(base: ClusterConfig, mode: str) -> ClusterConfig:
     """The cluster of a mode."""
     if mode in PATH_POLICIES:
         scheduler = base.scheduler.model_copy(update={"policy": mode})
-        return base.model_copy(update={"mode": Mode.DUALPATH, "scheduler": scheduler})
+        return base.model_copy(update={"mode": Mode.DECODE_SIDE, "scheduler": scheduler})
+    if mode == DUALPATH:
+        return base
     return base.model_copy(update={"mode": Mode(mode)})
 
 
@@ -205,7 +213,7 @@ def _run_mode(
     with (folder / "requests.jsonl").open("w") as lines:
         lines.writelines(json.dumps(record._asdict()) + "\n" for record in run.records)
     spans = cluster.spans_path if config.tracing.enabled else None
-    return _result(mode, config, run, counters, expected), spans
+    return _result(mode, cluster.config, run, counters, expected), spans
 
 
 def _replay(options: EvalOptions, workload: Workload, url: str, tracer: Tracer, step: _Step) -> Replay:
@@ -241,7 +249,7 @@ def _result(
     return ModeResult(
         mode=mode,
         cluster_mode=config.mode.value,
-        policy=config.scheduler.policy if config.mode is Mode.DUALPATH else None,
+        policy=config.scheduler.policy if config.mode is Mode.DECODE_SIDE else None,
         tokens_equal=not mismatches,
         mismatches=mismatches,
         requests=len(records),
@@ -267,7 +275,8 @@ def storage_limit_s(config: ClusterConfig, count_bytes: int) -> float | None:
     """What the storage links need for `count_bytes` when all engines that may read share them evenly."""
     if config.store.read_rate is None:
         return None
-    readers = config.prefill.count + (0 if config.mode is Mode.BASIC else config.decode.count)
+    decoding = config.decode.count if config.mode in (Mode.BOTH, Mode.DECODE_SIDE) else 0
+    readers = config.prefill.count + max(decoding, len(config.relay_names))
     return count_bytes * 8 / bits_per_s(config.store.read_rate) / readers
 
 

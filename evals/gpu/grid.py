@@ -139,7 +139,7 @@ def description(plan: Plan, mode: str, model: Path) -> ClusterConfig:
                 "segment_bytes": 3 * plan.burst * plan.tokens * 147456 // 2,
                 **({"read_rate": plan.storage} if plan.storage else {}),
             },
-            "scheduler": {"policy": detail or "split"} if name == Mode.DUALPATH else {},
+            "scheduler": {"policy": detail or "split"} if name == Mode.DECODE_SIDE else {},
             **({"relays": {"count": int(detail or 1)}} if name == "relay" else {}),
             "prefill": group,
             "decode": group,
@@ -153,7 +153,7 @@ def links(mode: str) -> int:
     name, _, detail = mode.partition(":")
     if name == "relay":
         return 1 + int(detail or 1)
-    return 2 if name == Mode.DUALPATH and detail in ("", "split") else 1
+    return 2 if name == Mode.DECODE_SIDE and detail in ("", "split") else 1
 
 
 class Grid:

@@ -26,10 +26,11 @@ from statistics import median
 
 from dualpath_sgl.evals.compare import measure
 from dualpath_sgl.evals.load.client import send
-from dualpath_sgl.launch.config.cluster import Mode
 from dualpath_sgl.launch.supervision.cluster import Cluster
 from scheduler_svc.wire.protocol import Role
 
+DUALPATH = "dualpath"
+"""Of what is measured beside upstream's: the cluster file's own mode."""
 TOKEN_VALUES = 250
 LONE_POLICIES = ("prefill", "decode", "split")
 RESIDENT_POLICY = "decode"
@@ -147,7 +148,7 @@ class LoadMeter:
     def dualpath(self) -> None:
         """Every policy; what reads nothing under the first one."""
         self._cluster.set_policy("prefill")
-        self._held(Mode.DUALPATH.value)
+        self._held(DUALPATH)
         self._sent()
         for policy in self._policies:
             self._cluster.set_policy(policy)
@@ -186,7 +187,7 @@ class LoadMeter:
             return
         for tokens in self._plan.lengths:
             prompts = self._plan.lone(tokens)
-            self._cell(Mode.DUALPATH.value, "sent", tokens, prompts, HELD_REPETITIONS, Role.DECODE)
+            self._cell(DUALPATH, "sent", tokens, prompts, HELD_REPETITIONS, Role.DECODE)
 
     def _connect(self) -> None:
         """The first read of each engine connects, and tells the scheduler its rate; it does not count."""

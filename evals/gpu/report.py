@@ -7,9 +7,9 @@ from statistics import median
 from typing import Any, NamedTuple
 
 from dualpath_sgl.evals.gpu.goodput import PLAIN, RAW_READS, Goodput
-from dualpath_sgl.evals.gpu.loads import LONE_POLICIES, RESIDENT_POLICY, Cell, LoadPlan, cell_name
+from dualpath_sgl.evals.gpu.loads import DUALPATH, LONE_POLICIES, RESIDENT_POLICY, Cell, LoadPlan, cell_name
 
-UPSTREAM, DUALPATH = "basic", "dualpath"
+UPSTREAM = "basic"
 STAGES = (
     ("prefill", "storage.read"),
     ("decode", "storage.read"),

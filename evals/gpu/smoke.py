@@ -172,7 +172,7 @@ def run_loads(
     meter = LoadMeter(cluster, plan, expected, add)
     meter.fill(lambda: wait_until_persisted(cluster))
     record.say("the store holds every prompt")
-    if cluster.config.mode is Mode.DUALPATH:
+    if cluster.config.mode is Mode.DECODE_SIDE:
         meter.dualpath()
     else:
         meter.upstream()
@@ -224,7 +224,7 @@ def on_one_gpu(description: ClusterConfig) -> ClusterConfig:
 def main(
     out: Annotated[FilePath, typer.Option("--out", help="Directory of results, logs and spans.")],
     config: Annotated[
-        FilePath, typer.Option("--config", "-c", help="Cluster description, mode dualpath.")
+        FilePath, typer.Option("--config", "-c", help="Cluster description, mode decode-side.")
     ] = CONFIG,
     one_gpu: Annotated[bool, typer.Option("--one-gpu", help="Put every engine on GPU 0.")] = False,
     policies: Annotated[

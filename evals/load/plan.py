@@ -24,7 +24,7 @@ LONE_REPETITIONS = 2
 UNSHAPED_REPETITIONS = 10
 """For each one of a burst: without a link to wait for they vary most."""
 RELAY = "relay"
-DECODE_SIDE = Mode.DUALPATH
+DECODE_SIDE = Mode.DECODE_SIDE
 CLUSTER_MODES = {"basic": Mode.BASIC, "both": Mode.BOTH, "split": DECODE_SIDE, RELAY: Mode.RELAY}
 
 

@@ -82,7 +82,7 @@ def compare(case: Case, cluster: Cluster, reference: Answers, say: Callable[[str
         if answers[name][turn] != reference[name][turn]
     ]
     config = cluster.config
-    counted = reads(cluster) if config.mode is Mode.DUALPATH else None
+    counted = reads(cluster) if config.mode is Mode.DECODE_SIDE else None
     record = Record(
         model=case.name,
         flags=case.told_flags,

@@ -22,17 +22,11 @@ from rich.table import Table
 from rich.text import Text
 
 from dualpath_sgl.cpu_profile.plugin import HOST_RESERVE_BYTES
+from dualpath_sgl.launch.checks.choice import choose
+from dualpath_sgl.launch.checks.choice import groups as of_roles
 from dualpath_sgl.launch.checks.flag_check import Judgement, judge
-from dualpath_sgl.launch.config.addresses import on_one_host
 from dualpath_sgl.launch.config.cluster import ClusterConfig, Mode
-from dualpath_sgl.launch.processes.commands import (
-    EngineSpec,
-    Ports,
-    asks_for_placement,
-    engine_command,
-    engine_environment,
-    engine_specs,
-)
+from dualpath_sgl.launch.processes.commands import asks_for_placement
 from dualpath_sgl.launch.setup.patching import PatchError, State, Tree, stacks
 from dualpath_sgl.launch.setup.pins import Profile, pins
 from dualpath_sgl.launch.setup.system_check import missing_libraries
@@ -68,8 +62,7 @@ class Finding:
     remedy: str | None = None
 
     @classmethod
-    def of(cls, about: str, problem: Problem) -> Finding:
-        level = Level.REFUSED if problem.refused else Level.WARNING
+    def of(cls, about: str, level: Level, problem: Problem) -> Finding:
         return cls(about, level, f"{problem.setting} is {problem.value}: {problem.why}", problem.remedy)
 
 
@@ -77,12 +70,21 @@ def examine(
     config: ClusterConfig | None, flags: Sequence[str], environment: Mapping[str, str]
 ) -> list[Finding]:
     """Findings about the machine, then about each group of engines.  Takes some ten seconds a group."""
-    groups = list(_groups(config, environment)) if config is not None else []
+    groups, found = [], []
+    if config is not None:
+        name = f"engines of {config.name}"
+        try:
+            config, because = choose(config, environment)
+        except (RuntimeError, PatchError) as error:
+            return [*_patches(config), *_versions(), Finding(name, Level.REFUSED, str(error), SETUP)]
+        found.append(Finding(name, Level.OK, f"mode {config.mode}: {because}"))
+        for group in of_roles(config, environment):
+            groups.append((f"{group.role} {name}", group.count, group.flags, group.environment))
     if flags:
         groups.append((FLAGS, 1, list(flags), dict(environment)))
     with ThreadPoolExecutor(max_workers=2) as pool:
         asked = [pool.submit(judge, command, variables) for _, _, command, variables in groups]
-        found = [*_patches(config), *_versions(), *_libraries(), _reachable()]
+        found = [*_patches(config), *_versions(), *_libraries(), _reachable(), *found]
         judged: list[tuple[int, Judgement]] = []
         for (about, count, _, _), answer in zip(groups, asked, strict=True):
             try:
@@ -91,32 +93,10 @@ def examine(
                 found.append(Finding(about, Level.REFUSED, str(error), SETUP))
             else:
                 found += _of_engine(about, judged[-1][1])
-    if config is not None and config.mode is not Mode.DUALPATH:
-        text = f"mode {config.mode} is upstream's: nothing of DualPath to check"
-        found.append(Finding(f"engines of {config.name}", Level.OK, text))
     store_bytes = config.store.segment_bytes if config is not None else 0
     on_cpu = all(variables.get("SGLANG_USE_CPU_ENGINE") == "1" for *_, variables in groups)
     reserve_bytes = HOST_RESERVE_BYTES if on_cpu else HICACHE_RESERVE_BYTES
     return [*found, *_memory(judged, store_bytes, reserve_bytes)]
-
-
-def _groups(
-    config: ClusterConfig, environment: Mapping[str, str]
-) -> Iterable[tuple[str, int, list[str], dict[str, str]]]:
-    """Name, number of engines, flags and environment of each group, as the launcher would start them."""
-    if config.mode is not Mode.DUALPATH:
-        return
-    addresses = on_one_host(config.host)
-    ports = Ports(*range(20001, 20007))
-    free = iter(range(20007, 65536))
-    first: dict[str, EngineSpec] = {}
-    for engine in engine_specs(config, lambda: next(free)):
-        first.setdefault(engine.role, engine)
-    for role, engine in first.items():
-        # `python -m dualpath_sgl.launch.engine` is not judged, its flags are.
-        flags = engine_command(config, addresses, engine, ports)[3:]
-        variables = engine_environment(config, addresses, engine, ports, environment)
-        yield f"{role} engines of {config.name}", engine.group.count, flags, variables
 
 
 def _patches(config: ClusterConfig | None) -> Iterable[Finding]:
@@ -126,8 +106,12 @@ def _patches(config: ClusterConfig | None) -> Iterable[Finding]:
         yield Finding(MACHINE, Level.REFUSED, str(error))
         return
     for package in packages:
-        needed = package == "sglang" or (config is not None and asks_for_placement(config))
+        is_sglang = package == "sglang"
+        needed = config is not None and (
+            config.mode is Mode.DECODE_SIDE if is_sglang else asks_for_placement(config)
+        )
         level = Level.REFUSED if needed else Level.WARNING
+        without = "without them relays serve every request" if is_sglang else "the placing router"
         for stack in stacks(package):
             try:
                 report = Tree(stack).check()
@@ -139,7 +123,7 @@ def _patches(config: ClusterConfig | None) -> Iterable[Finding]:
                 yield Finding(MACHINE, Level.OK, text)
             else:
                 remedy = f"dualpath patch apply --package {package}"
-                yield Finding(MACHINE, level, text, remedy if needed else f"{remedy} (the placing router)")
+                yield Finding(MACHINE, level, text, remedy if needed else f"{remedy} ({without})")
 
 
 def _versions() -> Iterable[Finding]:
@@ -210,11 +194,14 @@ def _reachable() -> Finding:
 
 
 def _of_engine(about: str, judgement: Judgement) -> list[Finding]:
-    found = [Finding.of(about, problem) for problem in judgement.problems]
+    found = []
+    if judgement.mode is not None:
+        found.append(Finding(about, Level.OK, f"mode {judgement.mode}: {judgement.because}"))
     if judgement.resolved:
         text = ", ".join(f"{name} {value}" for name, value in judgement.resolved.items())
-        found.insert(0, Finding(about, Level.OK, text))
-    return found
+        found.append(Finding(about, Level.OK, text))
+    found += [Finding.of(about, Level.REFUSED, problem) for problem in judgement.refusals]
+    return found + [Finding.of(about, Level.WARNING, problem) for problem in judgement.warnings]
 
 
 def _memory(

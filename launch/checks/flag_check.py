@@ -23,9 +23,13 @@ LIMIT_S = 300.0
 
 @dataclass(frozen=True)
 class Judgement:
-    problems: list[Problem]
+    refusals: list[Problem]
+    warnings: list[Problem]
     resolved: dict[str, Any]
     """What the flags come to, for the reader; empty where SGLang refuses them."""
+    mode: str | None = None
+    """What the engine would run in."""
+    because: str = ""
     pool_bytes: int | None = None
     """Host memory of one rank's pool; None where only the device's memory would tell."""
     ranks: int = 1
@@ -45,16 +49,15 @@ def judge(flags: Sequence[str], environment: Mapping[str, str]) -> Judgement:
         last = (getattr(error, "stderr", None) or str(error)).strip().splitlines()[-1]
         raise RuntimeError(f"SGLang's flags could not be resolved: {last}") from None
     document = json.loads(done.stdout)
-    found = [Problem(**problem) for problem in document.pop("problems")]
-    return Judgement(problems=found, **document)
+    refusals, warnings = ([Problem(**it) for it in document.pop(kind)] for kind in ("refusals", "warnings"))
+    return Judgement(refusals, warnings, **document)
 
 
 def _judge(flags: list[str]) -> Judgement:
     from sglang.srt.arg_groups.overrides import resolved_view
     from sglang.srt.server_args import prepare_server_args
 
-    from dualpath_sgl.start.checks import problems
-    from dualpath_sgl.start.facts import of_choices, of_flags
+    from dualpath_sgl.start.facts import judged, of_choices, of_flags
 
     usage = io.StringIO()
     try:
@@ -62,7 +65,10 @@ def _judge(flags: list[str]) -> Judgement:
             args = prepare_server_args(flags)
     except SystemExit:
         return _refused_by_sglang([], usage.getvalue().strip().splitlines()[-1].partition("error: ")[2])
-    early = [problem for problem in problems(of_choices(args)) if problem.refused]
+    try:
+        early = [*judged(of_choices(args)).refusals]
+    except ValueError as error:
+        early = [Problem("the engine's environment", "not right", str(error), "correct it")]
     elsewhere = _device_elsewhere(args)
     if elsewhere is not None:
         args = prepare_server_args([*flags, "--device=cuda"])
@@ -72,12 +78,15 @@ def _judge(flags: list[str]) -> Judgement:
         return _refused_by_sglang(early, f"{error}".strip().splitlines()[0] if str(error) else repr(error))
     cfg = resolved_view(args)
     try:
-        found = problems(of_flags(cfg))
-    except ValueError as error:
-        found = [*early, Problem("the engine's environment", "not right", str(error), "correct it")]
+        found = judged(of_flags(cfg))
+    except ValueError:
+        return Judgement(early, [], _summary(cfg))
     return Judgement(
-        [*found, *([elsewhere] if elsewhere is not None else [])],
+        [*found.refusals],
+        [*found.warnings, *([elsewhere] if elsewhere is not None else [])],
         _summary(cfg),
+        found.mode,
+        found.because,
         _pool_bytes(args, cfg),
         cfg.tp_size * cfg.dp_size // cfg.nnodes,
         _available_bytes(),
@@ -87,10 +96,9 @@ def _judge(flags: list[str]) -> Judgement:
 def _refused_by_sglang(early: list[Problem], said: str) -> Judgement:
     """A refusal of ours explains more than SGLang's answer to the same flags."""
     if early:
-        return Judgement(early, {})
-    return Judgement(
-        [Problem("SGLang's own check of the flags", "not passed", said, "correct what it names")], {}
-    )
+        return Judgement(early, [], {})
+    problem = Problem("SGLang's own check of the flags", "not passed", said, "correct what it names")
+    return Judgement([problem], [], {})
 
 
 def _device_elsewhere(args: Any) -> Problem | None:
@@ -109,7 +117,7 @@ def _device_elsewhere(args: Any) -> Problem | None:
         args.device or "not given",
         "this machine has no CUDA device; the flags were resolved as if it had one",
         "ask again on the engine's host: defaults may differ there",
-        refused=False,
+        stops=(),
     )
 
 

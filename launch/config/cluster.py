@@ -40,10 +40,12 @@ class ConfigError(ValueError):
 
 
 class Mode(StrEnum):
-    DUALPATH = "dualpath"
+    AUTO = "auto"
+    """One of the next two, whichever suits model and flags (`launch/checks/choice.py`)."""
+    DECODE_SIDE = "decode-side"
     """PE and DE read the store as the scheduler plans; pages are forwarded from DE to PE."""
     RELAY = "relay"
-    """Relays beside the decode engines read the store for the prefill engines, on stock engines."""
+    """Relays beside the decode engines read the store for the prefill engines; decode engines are upstream's."""
     BASIC = "basic"
     """Upstream: only the PE has HiCache and reads the store."""
     BOTH = "both"
@@ -175,7 +177,7 @@ class Group(_Section):
     count: int = Field(1, ge=1, le=64)
     """Engines of this role."""
     tp_size: int = Field(1, ge=1, le=64)
-    """Tensor-parallel ranks of each; on CUDA every rank takes a GPU. The same for both roles."""
+    """Tensor-parallel ranks of each; on CUDA every rank takes a GPU. The same for both roles, or mode `relay`."""
     max_total_tokens: Annotated[int, Field(ge=256, le=1 << 30)] | None = None
     """Device pool (L1) in tokens; null lets SGLang take what memory allows."""
     host_pool: HostPool = HostPool(ratio=2.0)
@@ -187,12 +189,12 @@ class Group(_Section):
 
 
 class Relays(_Section):
-    """The relays of mode `relay`. Each lives beside a decode engine and shares its links; those beyond the
-    number of decode engines have links of their own.
+    """Each lives beside a decode engine and shares its links; those beyond the number of decode engines have
+    links of their own.
     """
 
     count: Annotated[int, Field(ge=0, le=64)] | None = None
-    """How many; null: one for each decode engine."""
+    """How many; null: in mode `relay` one for each decode engine, with decode-side loads none."""
     env: dict[Variable, ProcessText] = {}
     """Added to the environment of each last, such as `DUALPATH_RELAY_RING_BYTES`."""
 
@@ -239,9 +241,10 @@ class ClusterConfig(_Section):
     """Where the engines compute."""
     host: Annotated[str, AfterValidator(checked)] = "127.0.0.1"
     """Address (or a name of it) that every part binds to and is reached at."""
-    mode: Mode = Mode.DUALPATH
-    """`dualpath`, `relay` (relays help prefill engines to read), or upstream's: `basic` (only prefill engines
-    read the store), `both` (all engines do)."""
+    mode: Mode = Mode.AUTO
+    """`decode-side` (decode engines load a part), `relay` (relays help prefill engines to read), `auto` (the
+    former where model and flags allow it, else the latter), or upstream's: `basic` (only prefill engines read
+    the store), `both` (all engines do)."""
     model: Annotated[Tiny | ModelDirectory, Field(discriminator="kind")] = Tiny()
     """What the engines serve."""
     page_size: int = Field(16, ge=1, le=1024)
@@ -249,13 +252,15 @@ class ClusterConfig(_Section):
     store: Store = Store()
     """The Mooncake store."""
     scheduler: Scheduler = Scheduler()
-    """The scheduler, in modes `dualpath` and `relay`."""
+    """The scheduler, in modes `decode-side` and `relay`."""
     prefill: Group = Group()
     """The prefill engines."""
     decode: Group = Group()
     """The decode engines."""
     relays: Relays = Relays()
-    """The relays, in mode `relay`."""
+    """The relays."""
+    transfer: Literal["mooncake_tcp", "mooncake", "nixl", "mori", "ascend"] = "mooncake_tcp"
+    """How SGLang sends KV from prefill to decode engines."""
     router: Router = Router()
     """What clients talk to."""
     tracing: Tracing = Tracing()
@@ -266,12 +271,19 @@ class ClusterConfig(_Section):
     """Who may connect; null: only on loopback, or on a shaped `network`, whose links exist on this machine
     only."""
 
+    @field_validator("mode", mode="before")
+    @classmethod
+    def _is_no_former_name(cls, mode: object) -> object:
+        if mode == "dualpath":
+            raise ValueError("is now called decode-side; auto, the default, chooses it where it can run")
+        return mode
+
     @model_validator(mode="after")
     def _same_layout_on_both_sides(self) -> ClusterConfig:
-        if self.mode is Mode.DUALPATH and self.prefill.tp_size != self.decode.tp_size:
+        if self.mode is Mode.DECODE_SIDE and self.prefill.tp_size != self.decode.tp_size:
             raise ValueError(
                 f"decode.tp_size {self.decode.tp_size} differs from prefill.tp_size {self.prefill.tp_size}: "
-                "pages are forwarded only between equal layouts; make them equal, or use mode relay"
+                "pages are forwarded only between equal layouts; make them equal, or use mode relay or auto"
             )
         return self
 
@@ -289,10 +301,11 @@ class ClusterConfig(_Section):
 
     @property
     def relay_names(self) -> list[str]:
-        """Those of mode relay; empty in the others."""
-        if self.mode is not Mode.RELAY:
+        """In mode auto those that there may be."""
+        if self.mode in (Mode.BASIC, Mode.BOTH):
             return []
-        count = self.decode.count if self.relays.count is None else self.relays.count
+        by_default = 0 if self.mode is Mode.DECODE_SIDE else self.decode.count
+        count = by_default if self.relays.count is None else self.relays.count
         return [f"relay-{index}" for index in range(count)]
 
     def key_names(self) -> list[str]:

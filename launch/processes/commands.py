@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,6 +16,7 @@ from dualpath_sgl.launch.config import security
 from dualpath_sgl.launch.config.addresses import Addresses, EngineAddresses
 from dualpath_sgl.launch.config.cluster import ClusterConfig, Group, Mode, RouterKind, bits_per_s
 from dualpath_sgl.launch.processes.environment import inherited
+from dualpath_sgl.launch.processes.relays import RelaySpec
 from dualpath_sgl.limits.read_limit import READ_RATE_KEY
 from dualpath_sgl.relay.client.options import OPTIONS_KEY
 from scheduler_svc.wire.addresses import authority, in_url, is_ipv6
@@ -58,16 +59,10 @@ CPU_FLAGS = (
 )
 CPU_BOUNCE_BYTES = 64 << 20
 CUDA_FLAGS = ("--device=cuda", "--dtype=bfloat16")
-SCHEDULED = (Mode.DUALPATH, Mode.RELAY)
+SCHEDULED = (Mode.DECODE_SIDE, Mode.RELAY)
 """Modes with a scheduler."""
-DECODE_CACHES = (Mode.DUALPATH, Mode.BOTH)
+DECODE_CACHES = (Mode.DECODE_SIDE, Mode.BOTH)
 """Modes in which decode engines have HiCache, too."""
-DUALPATH_BACKEND: dict[str, str | int] = {
-    "backend_name": "dualpath",
-    "module_path": "dualpath_sgl.storage",
-    "class_name": "DualPathStorage",
-    "interface_v1": 1,
-}
 LIMITED_BACKEND: dict[str, str | int] = {
     "backend_name": "mooncake_limited",
     "module_path": "dualpath_sgl.limits.limited_store",
@@ -194,7 +189,7 @@ def router_command(
 
 def asks_for_placement(config: ClusterConfig) -> bool:
     """Whether the scheduler chooses the engines.  There is none in upstream's modes."""
-    return config.router.kind is RouterKind.PLACING and config.mode in SCHEDULED
+    return config.router.kind is RouterKind.PLACING and config.mode in (Mode.AUTO, *SCHEDULED)
 
 
 def rust_flags(config: ClusterConfig, addresses: Addresses, ports: Ports) -> list[str]:
@@ -223,16 +218,23 @@ def placing_flags(config: ClusterConfig, addresses: Addresses, ports: Ports) -> 
 
 
 def engine_command(
-    config: ClusterConfig, addresses: Addresses, engine: EngineSpec, ports: Ports
+    config: ClusterConfig,
+    addresses: Addresses,
+    engine: EngineSpec,
+    ports: Ports,
+    relays: Sequence[RelaySpec] = (),
 ) -> list[str]:
+    """`relays`: those that a prefill engine is told of by its flags, with decode-side loads."""
     host = addresses.engine(engine.name).compute
     flags = [*common_flags(config, engine.group, host, engine.port), f"--disaggregation-mode={engine.role}"]
-    flags.append("--disaggregation-transfer-backend=mooncake_tcp")
+    flags.append(f"--disaggregation-transfer-backend={config.transfer}")
     if engine.role is Role.PREFILL:
         flags.append(f"--disaggregation-bootstrap-port={engine.bootstrap_port}")
     decode_caches = config.mode in DECODE_CACHES
     if engine.role is Role.PREFILL or decode_caches:
-        flags += _hicache_flags(config, engine.group)
+        told = relays if engine.role is Role.PREFILL and config.mode is Mode.DECODE_SIDE else ()
+        helpers = [f"{relay.name}={relay.endpoint(addresses)}" for relay in told]
+        flags += _hicache_flags(config, engine.group, helpers)
     else:
         # A decode engine backs retracted requests up in host memory even without HiCache; sized by
         # SGLang it would want 10 GiB free.
@@ -292,15 +294,11 @@ def engine_environment(
         "MOONCAKE_MASTER": authority(addresses.store, ports.master),
         "MOONCAKE_LOCAL_HOSTNAME": own.storage,
     }
-    if config.mode is Mode.DUALPATH:
+    if config.mode in SCHEDULED:
         environment |= {
             **_patience(config),
             "DUALPATH_ENABLED": "1",
-        }
-    elif config.mode is Mode.RELAY:
-        environment["DUALPATH_RELAY"] = "1"
-    if config.mode in SCHEDULED:
-        environment |= {
+            "DUALPATH_MODE": config.mode,
             "DUALPATH_SCHEDULER": scheduler_url(addresses, ports),
             "DUALPATH_ENGINE_ID": engine.name,
             "DUALPATH_HOST": own.compute,
@@ -345,17 +343,17 @@ def _host_pool_flag(group: Group) -> str:
     return f"--hicache-ratio={pool.ratio:g}" if pool.ratio is not None else f"--hicache-size={pool.size_gb}"
 
 
-def _hicache_flags(config: ClusterConfig, group: Group) -> list[str]:
+def _hicache_flags(config: ClusterConfig, group: Group, helpers: list[str]) -> list[str]:
     # SGLang's default of 256 tokens would hide short prefixes.
     extra: dict[str, Any] = {"prefetch_threshold": config.page_size}
     rate = config.store.read_rate
     backend = "mooncake"
-    if config.mode is Mode.DUALPATH:
-        backend = "dynamic"
-        extra |= DUALPATH_BACKEND
-    elif config.mode is Mode.RELAY:
-        if config.device == "cpu":
-            extra[OPTIONS_KEY] = {"bounce_bytes": CPU_BOUNCE_BYTES}
+    if config.mode in SCHEDULED:
+        relay_options: dict[str, Any] = {"relays": helpers} if helpers else {}
+        if config.device == "cpu" and (helpers or config.mode is Mode.RELAY):
+            relay_options["bounce_bytes"] = CPU_BOUNCE_BYTES
+        if relay_options:
+            extra[OPTIONS_KEY] = relay_options
     elif rate is not None:
         backend = "dynamic"
         extra |= LIMITED_BACKEND

@@ -37,7 +37,7 @@ class RelaySpec:
 
 
 def relay_specs(config: ClusterConfig, take_port: Callable[[], int]) -> list[RelaySpec]:
-    """One beside each decode engine, more on hosts of their own; none outside mode relay."""
+    """One beside each decode engine, more on hosts of their own; `config.mode` is chosen."""
     return [
         RelaySpec(
             name,

@@ -1,7 +1,7 @@
 """A whole cluster as child processes of this one.
 
     client -> router -> PEs and DEs -> store node (memory), master (index)
-                            |-> scheduler (modes dualpath and relay), relays (relay), collector (tracing)
+                            |-> scheduler (modes decode-side and relay), relays, collector (tracing)
 
 `run_dir/cluster.json` says what runs where.  A dead engine ends the cluster: it holds requests, takes
 a minute to come back, and mostly dies of what would kill it again.
@@ -23,9 +23,12 @@ from types import MappingProxyType
 
 import psutil
 
+from dualpath_sgl.launch.checks.choice import choose
 from dualpath_sgl.launch.config.addresses import STORE_PROCESSES, Addresses, on_network, on_one_host
 from dualpath_sgl.launch.config.cluster import (
     ClusterConfig,
+    ConfigError,
+    Mode,
     at_its_address,
     bits_per_s,
     kv_bytes_per_token,
@@ -40,6 +43,7 @@ from dualpath_sgl.launch.processes.process import ManagedProcess
 from dualpath_sgl.launch.processes.relays import relay_command, relay_environment, relay_specs
 from dualpath_sgl.launch.processes.run_dir import ClusterState, ProcessState
 from dualpath_sgl.launch.processes.store_node import READY as STORE_READY
+from dualpath_sgl.launch.setup.patching import PatchError
 from dualpath_sgl.launch.supervision import exposure
 from dualpath_sgl.launch.supervision.comeback import Comeback
 from dualpath_sgl.launch.supervision.direct_http import answers, fetch
@@ -111,9 +115,10 @@ class Cluster(Supervisor):
 
     def __init__(self, config: ClusterConfig, run_dir: Path):
         super().__init__(run_dir)
-        self.config = at_its_address(config)
-        """As it runs now (`set_policy` changes it)."""
         config.model.directory()  # A tiny model that is not there yet is made before anything starts.
+        self._asked_mode = config.mode
+        self.config, self.why_this_mode = self._chosen(at_its_address(config))
+        """As it runs now, in a mode that is not auto (`set_policy` changes it)."""
         free = FreePorts(self.config.host)
         self.addresses: Addresses = on_one_host(self.config.host)
         """With a shaped network: known once it is started."""
@@ -121,12 +126,19 @@ class Cluster(Supervisor):
         """The shaped network, while it exists."""
         self._silent: set[str] = set()
         self.ports = Ports(**{name: free.take() for name in Ports.__dataclass_fields__})
-        self._specs = commands.engine_specs(config, lambda: free.take(DP_ATTENTION_OFFSETS))
-        self._relay_specs = relay_specs(config, free.take)
+        self._specs = commands.engine_specs(self.config, lambda: free.take(DP_ATTENTION_OFFSETS))
+        self._relay_specs = relay_specs(self.config, free.take)
         without = "prefill engines read its share themselves meanwhile"
         self.spared = MappingProxyType(
             {**self.spared, **{relay.name: without for relay in self._relay_specs}}
         )
+
+    @staticmethod
+    def _chosen(config: ClusterConfig) -> tuple[ClusterConfig, str]:
+        try:
+            return choose(config, os.environ)
+        except (RuntimeError, PatchError) as error:
+            raise ConfigError(f"mode: cannot be chosen: {error}; give one") from None
 
     @cached_property
     def kv_bytes_per_token(self) -> int:
@@ -140,7 +152,7 @@ class Cluster(Supervisor):
 
     @property
     def scheduler_address(self) -> str:
-        """ZeroMQ address; answered only in mode dualpath."""
+        """ZeroMQ address; answered only with decode-side loads."""
         return commands.scheduler_url(self.addresses, self.ports)
 
     def ask_scheduler(self) -> SchedulerClient:
@@ -253,6 +265,8 @@ class Cluster(Supervisor):
                 f"left out of the cluster's environment: {', '.join(left_out)}; if one is meant, give it in "
                 "the cluster file: prefill.env, decode.env"
             )
+        if self._asked_mode is Mode.AUTO:
+            self._on_event(f"mode {self.config.mode}: {self.why_this_mode}")
         if self.config.network is not None:
             self._build_network(self.config.network)
         elif (problem := exposure.warning(exposure.public_addresses())) is not None:
@@ -283,7 +297,7 @@ class Cluster(Supervisor):
             self._launch(relay.name, relay_command(), environment, _serves(relay.metrics_url(addresses)))
         # An engine writes a test object into the store early, so the store comes before.
         for spec in self._specs:
-            argv = commands.engine_command(config, addresses, spec, ports)
+            argv = commands.engine_command(config, addresses, spec, ports, self._relay_specs)
             environment = commands.engine_environment(config, addresses, spec, ports, os.environ)
             self._launch(
                 spec.name, argv, environment, healthy(spec.url(addresses)), _engine_stop_signal(config)

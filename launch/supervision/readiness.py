@@ -13,7 +13,7 @@ class NotReady(RuntimeError):
 
 
 def require_ready(config: ClusterConfig) -> None:
-    """Raises NotReady: system libraries, patches (mode dualpath), network namespaces (`network`)."""
+    """Raises NotReady: system libraries, patches (mode decode-side), network namespaces (`network`)."""
     if missing := missing_libraries():
         raise NotReady(explain(missing))
     if config.network is not None:
@@ -21,7 +21,7 @@ def require_ready(config: ClusterConfig) -> None:
 
         if found := obstacles():
             raise NotReady("\n".join(found))
-    if config.mode is Mode.DUALPATH:
+    if config.mode is Mode.DECODE_SIDE:
         _require_patches("sglang")
     if asks_for_placement(config):
         _require_patches("sglang-router")

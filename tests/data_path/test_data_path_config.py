@@ -9,7 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from dualpath_sgl.hooks import HOOKS
+from dualpath_sgl.hooks import HOOKS, NAMING
+from dualpath_sgl.relay.client.prefetch import hooks as prefetch
 from dualpath_sgl.start.config import Settings, settings
 
 
@@ -26,6 +27,7 @@ def clean_environment(monkeypatch):
     ("variable", "value"),
     [
         ("DUALPATH_ENABLED", "perhaps"),
+        ("DUALPATH_MODE", "dualpath"),
         ("DUALPATH_LEASE_S", "soon"),
         ("DUALPATH_LEASE_S", "0"),
         ("DUALPATH_LEASE_S", "nan"),
@@ -76,7 +78,7 @@ def test_dualpath_is_off_unless_switched_on():
 
 def test_every_variable_is_read(monkeypatch):
     values = {
-        "enabled": True, "relay": False, "engine_id": "decode-3", "scheduler": "tcp://10.0.0.1:5557",
+        "enabled": True, "mode": "relay", "engine_id": "decode-3", "scheduler": "tcp://10.0.0.1:5557",
         "key_file": Path("/keys/decode-3.key_secret"), "scheduler_key_file": Path("/keys/scheduler.key"),
         "peer_keys": Path("/keys/peers"), "trusted_network": True, "host": "10.0.0.2",
         "protocol": "rdma", "device": "mlx5_1", "otlp_endpoint": "http://10.0.0.3:4317",
@@ -117,8 +119,14 @@ def test_without_the_switch_no_hook_is_registered():
 
 
 def test_with_the_switch_every_hook_is_registered_and_no_other():
-    targets = sorted({target for target, _, _ in HOOKS})
+    targets = sorted({target for target, _, _ in (*HOOKS, *prefetch.HOOKS)})
     assert registered(DUALPATH_ENABLED="1", DUALPATH_ENGINE_ID="prefill-0") == targets
+
+
+def test_in_mode_relay_only_those_are_registered_that_name_bytes_and_look_ahead():
+    targets = sorted({target for target, _, _ in (*NAMING, *prefetch.HOOKS)})
+    found = registered(DUALPATH_ENABLED="1", DUALPATH_ENGINE_ID="prefill-0", DUALPATH_MODE="relay")
+    assert found == targets
 
 
 @pytest.mark.parametrize(

@@ -68,7 +68,7 @@ def one_cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[OneCluster
 @pytest.fixture(scope="module", autouse=True)
 def nothing_is_left_behind(one_cluster: OneCluster) -> Iterator[None]:
     yield
-    if one_cluster.running is not None and one_cluster.running.config.mode is Mode.DUALPATH:
+    if one_cluster.running is not None and one_cluster.running.config.mode is Mode.DECODE_SIDE:
         assert_nothing_is_held(one_cluster.running)
 
 

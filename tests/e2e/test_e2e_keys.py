@@ -26,7 +26,7 @@ security:
 @pytest.fixture(scope="module")
 def keys_config(tmp_path_factory) -> ClusterConfig:
     folder = tmp_path_factory.mktemp("keys")
-    generate(folder / "keys", ["prefill-0", "decode-0", "router", "operator"])
+    generate(folder / "keys", ["prefill-0", "decode-0", "relay-0", "router", "operator"])
     described = (CLUSTERS / "gqa-1p1d.yaml").read_text().replace("policy: round_robin", "kind: placing")
     file = folder / "cluster.yaml"
     file.write_text(described + SECURITY.format(keys=folder / "keys"))

@@ -217,7 +217,7 @@ def test_each_mode_has_its_cluster():
     }
     assert cluster_config(CLUSTER, "dualpath") == CLUSTER
     decode = cluster_config(cluster_config(CLUSTER, "basic"), "decode")
-    assert (decode.mode, decode.scheduler.policy) == (Mode.DUALPATH, "decode")
+    assert (decode.mode, decode.scheduler.policy) == (Mode.DECODE_SIDE, "decode")
     assert {"prefill", "decode", "round_robin", "shorter_queue"} <= set(MODES)
 
 

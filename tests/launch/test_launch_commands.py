@@ -36,7 +36,9 @@ MODEL = {
 
 
 def cluster(**fields) -> ClusterConfig:
-    return ClusterConfig.model_validate({"name": "t", "device": "cpu", "model": MODEL} | fields)
+    return ClusterConfig.model_validate(
+        {"name": "t", "device": "cpu", "mode": "decode-side", "model": MODEL} | fields
+    )
 
 
 def commands(config: ClusterConfig) -> dict[str, str]:
@@ -56,49 +58,54 @@ def test_engines_are_named_by_role_and_number():
 
 
 @pytest.mark.parametrize(
-    ("mode", "decode_cache", "backend"),
-    [("basic", False, "mooncake"), ("both", True, "mooncake"), ("dualpath", True, "dynamic")],
+    ("mode", "decode_cache"),
+    [("basic", False), ("relay", False), ("both", True), ("decode-side", True)],
 )
-def test_the_mode_decides_who_reads_the_store(mode, decode_cache, backend):
+def test_the_mode_decides_who_reads_the_store(mode, decode_cache):
     made = commands(cluster(mode=mode))
-    assert f"--hicache-storage-backend={backend} " in made["prefill-0"]
+    assert "--hicache-storage-backend=mooncake " in made["prefill-0"]
     assert ("--enable-hierarchical-cache" in made["decode-0"]) is decode_cache
     assert ("--disaggregation-decode-enable-radix-cache" in made["decode-0"]) is decode_cache
 
 
-def test_the_dualpath_backend_is_named_to_sglang_as_a_class_to_import():
-    config = cluster(page_size=32)
-    spec = engine_specs(config, lambda: 7)[0]
+def extra_config(command: list[str]) -> dict:
     flag = "--hicache-storage-backend-extra-config="
-    found = [part for part in engine_command(config, HERE, spec, PORTS) if part.startswith(flag)]
-    extra = json.loads(found[0].removeprefix(flag))
-    assert (extra["module_path"], extra["class_name"]) == ("dualpath_sgl.storage", "DualPathStorage")
-    assert extra["prefetch_threshold"] == 32
+    return json.loads(next(part for part in command if part.startswith(flag)).removeprefix(flag))
+
+
+@pytest.mark.parametrize("mode", ["decode-side", "relay"])
+def test_dualpath_s_backend_stands_under_sglang_s_name_and_may_be_asked_for_one_page(mode):
+    config = cluster(page_size=32, mode=mode)
+    command = engine_command(config, HERE, engine_specs(config, lambda: 7)[0], PORTS)
+    assert "--hicache-storage-backend=mooncake" in command
+    extra = extra_config(command)
+    assert extra["prefetch_threshold"] == 32 and "module_path" not in extra
 
 
 @pytest.mark.parametrize(
     ("mode", "backend"),
-    [("basic", "LimitedStore"), ("both", "LimitedStore"), ("dualpath", "DualPathStorage")],
+    [("basic", "LimitedStore"), ("both", "LimitedStore"), ("decode-side", None), ("relay", None)],
 )
 def test_a_read_rate_limits_every_mode_alike(mode, backend):
     config = cluster(mode=mode, store={"read_rate": "80mbit"})
-    spec = engine_specs(config, lambda: 7)[0]
-    command = engine_command(config, HERE, spec, PORTS)
-    flag = "--hicache-storage-backend-extra-config="
-    extra = json.loads(next(part for part in command if part.startswith(flag)).removeprefix(flag))
-    assert "--hicache-storage-backend=dynamic" in command
-    assert (extra["class_name"], extra["read_rate_bytes_per_s"]) == (backend, 10_000_000)
+    command = engine_command(config, HERE, engine_specs(config, lambda: 7)[0], PORTS)
+    extra = extra_config(command)
+    assert ("--hicache-storage-backend=dynamic" in command) is (backend is not None)
+    assert (extra.get("class_name"), extra["read_rate_bytes_per_s"]) == (backend, 10_000_000)
 
 
-def test_only_mode_dualpath_switches_dualpath_on():
+@pytest.mark.parametrize("mode", ["decode-side", "relay"])
+def test_only_modes_of_dualpath_switch_it_on(mode):
     inherited = {"DUALPATH_ENABLED": "1", "PATH": "/bin"}
     assert "DUALPATH_ENABLED" not in environment(cluster(mode="basic"), inherited)
-    found = environment(cluster(mode="dualpath"), inherited)
-    assert (found["DUALPATH_ENABLED"], found["DUALPATH_ENGINE_ID"], found["PATH"]) == (
-        "1",
-        "prefill-0",
-        "/bin",
-    )
+    found = environment(cluster(mode=mode), inherited)
+    assert (found["DUALPATH_ENABLED"], found["DUALPATH_MODE"], found["PATH"]) == ("1", mode, "/bin")
+    assert found["DUALPATH_ENGINE_ID"] == "prefill-0"
+
+
+def test_sglang_s_own_transport_is_the_file_s():
+    assert "--disaggregation-transfer-backend=nixl" in commands(cluster(transfer="nixl"))["decode-0"]
+    assert "--disaggregation-transfer-backend=mooncake_tcp" in commands(cluster())["prefill-0"]
 
 
 def test_engines_own_no_memory_of_the_store_unless_their_group_says_so():
@@ -223,6 +230,15 @@ def test_each_decode_engine_has_a_relay_in_mode_relay_and_none_in_the_others():
         "decode-1",
     ]
     assert relays(cluster(mode="basic")) == relays(cluster(mode="relay", relays={"count": 0})) == []
+    assert relays(cluster(mode="decode-side")) == []
+
+
+def test_with_decode_side_loads_prefill_engines_may_have_relays_too():
+    config = cluster(mode="decode-side", relays={"count": 1})
+    engines = engine_specs(config, lambda: 7)
+    prefill, decode = (engine_command(config, HERE, engine, PORTS, relays(config)) for engine in engines)
+    assert extra_config(prefill)["relay"]["relays"] == ["relay-0=tcp://127.0.0.1:200"]
+    assert "relay" not in extra_config(decode)
 
 
 def test_relays_beyond_the_decode_engines_have_links_of_their_own():
@@ -248,7 +264,7 @@ def test_engines_and_relays_know_the_scheduler_and_no_flag_names_a_relay():
     assert not [part for part in plain if "hicache-storage" in part or "hierarchical" in part]
     for name in ("prefill-0", "decode-0"):
         found = environment(config, {}, name)
-        assert found["DUALPATH_RELAY"] == "1" and found["DUALPATH_ENGINE_ID"] == name
+        assert found["DUALPATH_MODE"] == "relay" and found["DUALPATH_ENGINE_ID"] == name
         assert found["DUALPATH_SCHEDULER"] == scheduler_url(HERE, PORTS)
     assert relay(config)["DUALPATH_RELAY_SCHEDULER"] == "tcp://127.0.0.1:3"
 

@@ -36,7 +36,7 @@ def test_every_shipped_example_loads_and_is_named_after_its_file(path):
 
 def test_name_and_device_are_enough(tmp_path):
     config = load(write(tmp_path))
-    assert config.mode is Mode.DUALPATH
+    assert config.mode is Mode.AUTO
     assert config.host == "127.0.0.1"
 
 
@@ -53,9 +53,13 @@ def test_a_number_out_of_range_is_named_with_its_value_and_bound(tmp_path):
     assert "decode.count: got 0; input should be greater than or equal to 1" in message
 
 
+def test_the_former_name_of_a_mode_names_the_new_one(tmp_path):
+    assert "mode: got 'dualpath'; is now called decode-side" in refusal(tmp_path, mode="dualpath")
+
+
 def test_an_unknown_mode_lists_the_modes(tmp_path):
     message = refusal(tmp_path, mode="fast")
-    assert "mode: got 'fast'" in message and "'dualpath', 'relay', 'basic' or 'both'" in message
+    assert "mode: got 'fast'" in message and "'auto', 'decode-side', 'relay', 'basic' or 'both'" in message
 
 
 def test_an_unknown_scheduler_policy_lists_the_policies(tmp_path):
@@ -80,10 +84,11 @@ def test_a_host_pool_needs_exactly_one_size(tmp_path):
     )
 
 
-def test_dualpath_between_different_tp_sizes_is_refused_with_the_remedy(tmp_path):
-    message = refusal(tmp_path, prefill={"tp_size": 2})
+def test_decode_side_loads_between_different_tp_sizes_are_refused_with_the_remedy(tmp_path):
+    message = refusal(tmp_path, prefill={"tp_size": 2}, mode="decode-side")
     assert "decode.tp_size 1 differs from prefill.tp_size 2" in message and "make them equal" in message
-    assert load(write(tmp_path, prefill={"tp_size": 2}, mode="basic")).prefill.tp_size == 2
+    for mode in ("auto", "relay", "basic"):
+        assert load(write(tmp_path, prefill={"tp_size": 2}, mode=mode)).prefill.tp_size == 2
 
 
 def test_every_problem_of_a_file_is_reported_at_once(tmp_path):

@@ -41,7 +41,7 @@ WAIT_S = 30.0
 
 def write(tmp_path: Path, **fields) -> Path:
     path = tmp_path / "cluster.yaml"
-    path.write_text(yaml.safe_dump({"name": "test", "device": "cpu"} | fields))
+    path.write_text(yaml.safe_dump({"name": "test", "device": "cpu", "mode": "decode-side"} | fields))
     return path
 
 
@@ -76,7 +76,7 @@ def test_on_loopback_nothing_is_asked_for_and_nothing_is_opened(tmp_path, host):
 
 
 @pytest.mark.case("launcher_insecure_bind")
-@pytest.mark.parametrize("mode", ["dualpath", "basic"])
+@pytest.mark.parametrize("mode", ["decode-side", "basic"])
 @pytest.mark.parametrize("host", ELSEWHERE)
 def test_a_host_that_others_can_reach_is_refused_until_the_file_says_who_may(tmp_path, host, mode):
     message = refusal(tmp_path, host=host, mode=mode)

@@ -36,7 +36,7 @@ def state(**changes: dict) -> ClusterState:
     names = ("master", "collector", "scheduler", "store", "prefill-0", "decode-0", "router")
     return ClusterState(
         name="demo",
-        mode="dualpath",
+        mode="decode-side",
         url="http://127.0.0.1:30099",
         scheduler="tcp://127.0.0.1:5557",
         engines={"prefill-0": URL, "decode-0": URL},
@@ -93,7 +93,7 @@ def printed(show, *arguments, width: int) -> list[str]:
 @pytest.mark.parametrize("width", WIDTHS)
 def test_each_process_has_a_line_with_its_state_and_log(width):
     lines = printed(show_processes, state(), RUN_DIR, width=width)
-    assert lines[0] == f"demo  mode dualpath  {RUN_DIR}"
+    assert lines[0] == f"demo  mode decode-side  {RUN_DIR}"
     assert max(map(len, lines)) <= width and len(lines) == 2 + 7
     router = next(line for line in lines if line.startswith("router"))
     assert router.split() == [

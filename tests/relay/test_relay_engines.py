@@ -22,6 +22,7 @@ from dualpath_sgl.launch.supervision.cluster import Cluster
 PROMPT_TOKENS, PROMPTS = 1024, 3
 PAGE_TOKENS, TOKEN_BYTES = 16, 131072
 RATE_MBIT = 320
+RELAY_ENGINE = {"DUALPATH_ENABLED": "1", "DUALPATH_MODE": "relay", "DUALPATH_ENGINE_ID": "prefill-0"}
 
 
 class Engines:
@@ -104,7 +105,7 @@ def engines(tmp_path):
             },
             "store": {"segment_bytes": 2**30},
             "tracing": {"enabled": False},
-            "prefill": {"max_total_tokens": 4096, "extra_args": backend, "env": {"DUALPATH_RELAY": "1"}},
+            "prefill": {"max_total_tokens": 4096, "extra_args": backend, "env": RELAY_ENGINE},
             "decode": {"max_total_tokens": 4096},
         }
     )

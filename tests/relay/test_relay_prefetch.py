@@ -62,7 +62,9 @@ class Calls:
 @pytest.fixture
 def new_tree(own_fresh_process, scene, monkeypatch):
     for name, value in {
-        "DUALPATH_RELAY": "1",
+        "DUALPATH_ENABLED": "1",
+        "DUALPATH_MODE": "relay",
+        "DUALPATH_ENGINE_ID": "prefill-0",
         "MOONCAKE_MASTER": scene.store.master,
         "MOONCAKE_PROTOCOL": "tcp",
         "MOONCAKE_TE_META_DATA_SERVER": "P2PHANDSHAKE",

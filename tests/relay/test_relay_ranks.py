@@ -53,7 +53,9 @@ def test_ranks_agree_on_what_relays_have_brought(scene):
     }
     environment = {
         **os.environ,
-        "DUALPATH_RELAY": "1",
+        "DUALPATH_ENABLED": "1",
+        "DUALPATH_MODE": "relay",
+        "DUALPATH_ENGINE_ID": "prefill-0",
         "MOONCAKE_MASTER": scene.store.master,
         "MOONCAKE_PROTOCOL": "tcp",
         "MOONCAKE_TE_META_DATA_SERVER": "P2PHANDSHAKE",

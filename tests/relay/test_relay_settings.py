@@ -56,13 +56,12 @@ def test_options_that_cannot_be_are_named(relay, problem):
 @pytest.mark.parametrize(
     ("variables", "problem"),
     [
-        ({"ENABLED": "1", "ENGINE_ID": "p"}, "DUALPATH_ENABLED and DUALPATH_RELAY are both set"),
-        ({"KEY_FILE": "own.key_secret"}, "both DUALPATH_KEY_FILE and DUALPATH_PEER_KEYS"),
+        ({"KEY_FILE": "own.key_secret"}, "both DUALPATH_KEY_FILE and DUALPATH_SCHEDULER_KEY_FILE"),
         ({"HOST": "192.168.7.7"}, "nothing says who may"),
     ],
 )
 def test_an_engine_with_half_a_configuration_does_not_start(monkeypatch, variables, problem):
-    for name, value in {"RELAY": "1", **variables}.items():
+    for name, value in {"ENABLED": "1", "ENGINE_ID": "p", "MODE": "relay", **variables}.items():
         monkeypatch.setenv(f"DUALPATH_{name}", value)
     config.settings.cache_clear()
     with pytest.raises(ValueError, match=problem):

@@ -3,30 +3,32 @@
 from __future__ import annotations
 
 import pytest
+from sglang.srt.plugins.hook_registry import HookRegistry
 from sglang_tree import Tree
 
 from dualpath_sgl import plugin
 from dualpath_sgl.evals.relay.world import HOST, eventually
+from scheduler_svc.wire.protocol import Mode
 
 DYNAMIC = {
     "backend_name": "relay",
-    "module_path": "dualpath_sgl.relay.client.store",
-    "class_name": "RelayStore",
+    "module_path": "dualpath_sgl.storage",
+    "class_name": "DualPathStorage",
     "interface_v1": 1,
 }
 
 
 @pytest.mark.parametrize(
-    ("kind", "page_tokens", "tokens", "backend"),
+    ("kind", "page_tokens", "tokens", "backend", "mode"),
     [
-        ("full", 16, 2560, "mooncake"),
-        ("full", 16, 2048, "dynamic"),
-        ("mamba", 64, 2048, "mooncake"),
-        ("swa", 16, 2048, "mooncake"),
+        ("full", 16, 2560, "mooncake", "relay"),
+        ("full", 16, 2048, "dynamic", "relay"),
+        ("mamba", 64, 2048, "mooncake", "auto"),
+        ("swa", 16, 2048, "mooncake", "auto"),
     ],
 )
 def test_sglang_loads_a_prompt_through_relays(
-    own_fresh_process, scene, monkeypatch, kind, page_tokens, tokens, backend
+    own_fresh_process, scene, monkeypatch, kind, page_tokens, tokens, backend, mode
 ):
     for name, value in {
         "MASTER": scene.store.master,
@@ -42,10 +44,12 @@ def test_sglang_loads_a_prompt_through_relays(
         "least_call_bytes": 0,
         "bounce_bytes": 16 * 2**20,
     }
-    monkeypatch.setenv("DUALPATH_RELAY", "1")
+    for name, value in {"ENABLED": "1", "ENGINE_ID": "prefill-0", "MODE": mode}.items():
+        monkeypatch.setenv(f"DUALPATH_{name}", value)
     plugin.activate()
+    HookRegistry.apply_hooks()
     tree = Tree(kind, page_tokens, backend, {"relay": options, **(DYNAMIC if backend == "dynamic" else {})})
-    assert type(tree.backend).__name__ == "RelayStore"
+    assert tree.backend.dualpath_mode is Mode.RELAY
     loader = tree.backend.loader
     eventually(lambda: len(loader.lanes_up()) == 2, "both relays may be asked")
     prompt = list(range(1000, 1000 + tokens))

@@ -18,5 +18,5 @@ def register() -> None:
     from sglang.srt.mem_cache.storage.backend_factory import StorageBackendFactory
 
     bound_mooncakes_patience()
-    StorageBackendFactory.register_backend(NAME, "dualpath_sgl.relay.client.store", "RelayStore")
+    StorageBackendFactory.register_backend(NAME, "dualpath_sgl.storage", "DualPathStorage")
     hooks.register(traced=settings().otlp_endpoint is not None)

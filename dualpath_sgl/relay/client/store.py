@@ -1,8 +1,7 @@
 """SGLang's Mooncake backend, whose reads relays take part in.
 
 Everything that HiCache loads, of every pool and in every layout, comes through one method: keys, addresses,
-sizes.  It stands under the name `mooncake` when DUALPATH_RELAY is set (`dualpath_sgl.plugin`), so that
-what SGLang does for that name it does for this backend; `--hicache-storage-backend dynamic` may name it, too.
+sizes.  storage.py at the top is what engines name; this is all of it that relays need.
 """
 
 from __future__ import annotations
@@ -34,6 +33,7 @@ from dualpath_sgl.spans import stages
 from dualpath_sgl.start.config import settings
 from dualpath_sgl.threads.priority import wait_politely
 from scheduler_svc.telemetry.tracing import init_tracing
+from scheduler_svc.wire.protocol import Mode
 
 logger = logging.getLogger(__name__)
 
@@ -47,23 +47,26 @@ def _transports(host: str, protocol: str, device: str, bounce_bytes: int) -> Tra
 class RelayStore(MooncakeStore):  # type: ignore[misc]
     calls_may_overlap = True
     """SGLang's prefetch may have several under way (`prefetch/hooks.py`)."""
+    dualpath_mode: Mode | None = Mode.RELAY
+    """In which it works; None while that is open."""
 
     def __init__(self, storage_config: HiCacheStorageConfig, pool_or_kwargs: Any = None) -> None:
-        """Connect to the store and begin to connect to the relays.
-
-        Raises ValueError for options that are none, RuntimeError when the transfer engine does not start, and
-        whatever MooncakeStore raises.
-        """
+        """Connect to the store.  Raises ValueError for options that are none, and whatever MooncakeStore raises."""
         bound_mooncakes_patience()
         extra_config = storage_config.extra_config or {}
-        chosen, own = options(extra_config), settings()
+        self._options = options(extra_config)
         self._read_limit = read_limit(extra_config)
         self._thread = threading.local()
         """Whether a thread that waits for the store has lowered its priority."""
         # SGLang gives the host pool to backends that it knows by name, and a dictionary to `dynamic` ones.
         super().__init__(storage_config, None if isinstance(pool_or_kwargs, dict) else pool_or_kwargs)
         self._destinations = Destinations()
-        self.relays = Relays(chosen.helpers) if chosen.helpers else told
+        self.relays = Relays(self._options.helpers) if self._options.helpers else told
+        self.loader: Loader | None = None
+
+    def open_relays(self) -> None:
+        """Begin to connect to them.  Raises RuntimeError when the transfer engine does not start."""
+        chosen, own, config = self._options, settings(), self.storage_config
         tracer = init_tracing(own.engine_id or "prefill", own.otlp_endpoint) if own.otlp_endpoint else None
         if tracer is not None:
             stages.follow(tracer)
@@ -73,14 +76,12 @@ class RelayStore(MooncakeStore):  # type: ignore[misc]
             self.relays,
             Hello(
                 engine=own.engine_id or f"{socket.gethostname()}-{os.getpid()}",
-                rank=storage_config.tp_rank,
+                rank=config.tp_rank,
             ),
             _transports(own.host, own.protocol, own.device, chosen.bounce_bytes),
             self._destinations,
             chosen,
-            is_shared=self._is_shared()
-            if storage_config.is_mla_model and storage_config.tp_size > 1
-            else None,
+            is_shared=self._is_shared() if config.is_mla_model and config.tp_size > 1 else None,
             secure=keys.towards if keys else None,
             tracer=tracer,
         )
@@ -96,13 +97,16 @@ class RelayStore(MooncakeStore):  # type: ignore[misc]
     def register_mem_pool_host(self, mem_pool_host: Any) -> None:
         super().register_mem_pool_host(mem_pool_host)
         self._may_be_filled(mem_pool_host)
+        if self.dualpath_mode is Mode.RELAY:
+            self.open_relays()
 
     def register_mem_host_pool_v2(self, host_pool: Any, host_pool_name: Any) -> None:
         super().register_mem_host_pool_v2(host_pool, host_pool_name)
         self._may_be_filled(host_pool)
 
     def close(self) -> None:
-        self.loader.close()
+        if self.loader is not None:
+            self.loader.close()
         super().close()
 
     def _may_be_filled(self, pool: Any) -> None:
@@ -113,6 +117,8 @@ class RelayStore(MooncakeStore):  # type: ignore[misc]
     def _get_batch_zero_copy_impl(
         self, key_strs: list[str], buffer_ptrs: list[Any], buffer_sizes: list[Any]
     ) -> list[int]:
+        if self.loader is None:
+            return list(self._read_by_own_client(key_strs, buffer_ptrs, buffer_sizes))
         return self.loader.load(key_strs, buffer_ptrs, buffer_sizes)
 
     def _read_by_own_client(
