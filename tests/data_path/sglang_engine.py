@@ -40,6 +40,7 @@ from sglang.srt.sampling.sampling_params import SamplingParams
 from sglang.srt.server_args import ServerArgs, set_global_server_args_for_scheduler
 
 from dualpath_sgl import hooks
+from dualpath_sgl.threads import faults
 
 HEADS, HEAD_DIM, LAYERS = 2, 8, 2
 
@@ -201,10 +202,10 @@ class PreallocQueue(DecodeHiCachePreallocMixin):
 
     def add(self, req: Req) -> None:
         self.queue.append(DecodeRequest(req, kv_receiver=None, waiting_for_input=True))
-        hooks._guarded(hooks.after_prealloc_add)(None, self, req)
+        faults.guarded(hooks.after_prealloc_add)(None, self, req)
 
     def pop_preallocated(self) -> None:
-        hooks._guarded(hooks.before_pop_preallocated)(self)
+        faults.guarded(hooks.before_pop_preallocated)(self)
         for entry in list(self.queue):
             if self.admission_gate is None or self.admission_gate(entry):
                 self.queue.remove(entry)
