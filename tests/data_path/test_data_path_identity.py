@@ -20,7 +20,7 @@ from dualpath_sgl.lanes.page_server import PageServer
 from dualpath_sgl.lanes.peer_lane import PeerLane
 from dualpath_sgl.launch.processes.ports import FreePorts
 from dualpath_sgl.pools import weights
-from dualpath_sgl.pools.key_tag import TAG, after_generate_storage_config
+from dualpath_sgl.pools.key_tag import BESIDE_KV, TAG, after_generate_storage_config
 from dualpath_sgl.pools.layout import fingerprint, page_blocks
 from dualpath_sgl.pools.weights import Weights
 from dualpath_sgl.start.dp_rank import dp_place
@@ -57,12 +57,19 @@ def config_of(tag: str | None = None, **facts) -> HiCacheStorageConfig:
     return HiCacheStorageConfig(**ranks | rest | facts, extra_config={TAG: tag} if tag else {})
 
 
+def controller_of(pool, dtype=torch.float32, **beside) -> SimpleNamespace:
+    """SGLang's, with more host pools by name."""
+    entries = [SimpleNamespace(name=name, host_pool=other) for name, other in {"kv": pool, **beside}.items()]
+    return SimpleNamespace(
+        storage_host_pool=pool,
+        mem_pool_host=SimpleNamespace(entries=entries) if beside else pool,
+        mem_pool_device=SimpleNamespace(dtype=dtype),
+    )
+
+
 def tagged(pool=None, dtype=torch.float32, **facts) -> HiCacheStorageConfig:
     """What SGLang's controller builds for its storage backend, through our hook."""
-    controller = SimpleNamespace(
-        storage_host_pool=pool or pool_of(), mem_pool_device=SimpleNamespace(dtype=dtype)
-    )
-    return after_generate_storage_config(config_of(**facts), controller)
+    return after_generate_storage_config(config_of(**facts), controller_of(pool or pool_of(), dtype))
 
 
 def tag_of(*args, **facts) -> str:
@@ -125,11 +132,16 @@ def test_an_operators_own_tag_stays_in_front():
 
 def test_the_operators_settings_are_not_changed():
     before = config_of(tag="tenant-a")
-    controller = SimpleNamespace(
-        storage_host_pool=pool_of(), mem_pool_device=SimpleNamespace(dtype=torch.float32)
-    )
-    after_generate_storage_config(before, controller)
+    after_generate_storage_config(before, controller_of(pool_of()))
     assert before.extra_config == {TAG: "tenant-a"}
+
+
+def test_pools_beside_the_kv_are_named_and_change_the_tag():
+    pool, configs = pool_of(), []
+    for swa in (pool_of(), pool_of(dtype=torch.float16)):
+        configs.append(after_generate_storage_config(config_of(), controller_of(pool, swa=swa)))
+    assert [config.extra_config[BESIDE_KV] for config in configs] == [["swa"], ["swa"]]
+    assert len({tag_of(pool), *(config.extra_config[TAG] for config in configs)}) == 3
 
 
 # -- the store itself ------------------------------------------------------------------------------
@@ -166,6 +178,7 @@ def store_of(master: str, config: HiCacheStorageConfig, pool: MHATokenToKVPoolHo
     }
     store = kind.__new__(kind)
     MooncakeStore.__init__(store, config)
+    store.loader = store._read_limit = None
     MooncakeStore.register_mem_pool_host(store, pool)
     return store
 
