@@ -113,7 +113,7 @@ def status(
     - name, mode, run_dir, url
     - processes: by name pid, state (running, silent, ended), address,
       log, restarts, last_end
-    - scheduler (null without decode-side loads): policy, uptime_s,
+    - scheduler (null in modes basic and both): policy, uptime_s,
       rooms_open, rooms_closed, rooms_forgotten, paths, fallbacks,
       duplicate_store_pages, errors, and engines: list of engine, role,
       rank, url, age_s, sequences, tokens, read_queue_bytes,

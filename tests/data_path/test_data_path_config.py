@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from dualpath_sgl import relay_hooks
 from dualpath_sgl.hooks import HOOKS, NAMING
 from dualpath_sgl.relay.client.prefetch import hooks as prefetch
 from dualpath_sgl.start.config import Settings, settings
@@ -123,8 +124,8 @@ def test_with_the_switch_every_hook_is_registered_and_no_other():
     assert registered(DUALPATH_ENABLED="1", DUALPATH_ENGINE_ID="prefill-0") == targets
 
 
-def test_in_mode_relay_only_those_are_registered_that_name_bytes_and_look_ahead():
-    targets = sorted({target for target, _, _ in (*NAMING, *prefetch.HOOKS)})
+def test_in_mode_relay_those_of_decode_side_loads_are_not_registered():
+    targets = sorted({target for target, _, _ in (*NAMING, *prefetch.HOOKS, *relay_hooks.HOOKS)})
     found = registered(DUALPATH_ENABLED="1", DUALPATH_ENGINE_ID="prefill-0", DUALPATH_MODE="relay")
     assert found == targets
 
