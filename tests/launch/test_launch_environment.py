@@ -18,7 +18,12 @@ from dualpath_sgl.launch.supervision.direct_http import fetch
 
 PORTS = Ports(*range(1, 7))
 CONFIG = ClusterConfig.model_validate(
-    {"name": "t", "device": "cpu", "decode": {"env": {"SGLANG_X": "asked", "OTEL_BSP_SCHEDULE_DELAY": "1"}}}
+    {
+        "name": "t",
+        "device": "cpu",
+        "mode": "decode-side",
+        "decode": {"env": {"SGLANG_X": "asked", "OTEL_BSP_SCHEDULE_DELAY": "1"}},
+    }
 )
 DEAD_PROXY = "http://127.0.0.1:9"
 PROXIES = ("http_proxy", "HTTP_PROXY", "https_proxy", "HTTPS_PROXY", "all_proxy", "ALL_PROXY", "grpc_proxy")

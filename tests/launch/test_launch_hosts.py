@@ -41,7 +41,9 @@ def described(tmp_path: Path, host: str) -> Path:
 
 def cluster(host: str) -> ClusterConfig:
     fields = {"name": "t", "device": "cpu", "model": TINY, "host": host}
-    return ClusterConfig.model_validate(fields | {"security": {"trusted_network": True}})
+    return ClusterConfig.model_validate(
+        fields | {"mode": "decode-side", "security": {"trusted_network": True}}
+    )
 
 
 @pytest.mark.parametrize(
