@@ -2,6 +2,7 @@
 
 A forwarded request meets, in this order:
 
+    intake.py               both: what is taken from clients; several samples become several requests
     hooks.py                every method of SGLang at which DualPath gets a word: start here
     request_state.py        both: the states of a request, and where it may go from each
     prefill.py              PE: reports L_P and K, gives a load's pages to the lanes once it has plan and memory

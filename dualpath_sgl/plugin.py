@@ -10,6 +10,10 @@ def activate() -> None:
     global activated
     from dualpath_sgl.start.config import settings
 
+    if settings().enabled or settings().relay:
+        from dualpath_sgl import intake
+
+        intake.register()
     if settings().enabled:
         from dualpath_sgl import hooks, relay_hooks
         from dualpath_sgl.relay.client.register import register

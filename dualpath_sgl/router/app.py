@@ -8,8 +8,11 @@ from typing import TYPE_CHECKING
 import aiohttp
 from aiohttp import web
 
+from dualpath_sgl.router import paths
+from dualpath_sgl.router.answers.middleware import Handler, errors_as_json
 from dualpath_sgl.router.fleet.cluster_calls import ClusterCalls
 from dualpath_sgl.router.fleet.engines import EngineDirectory
+from dualpath_sgl.router.fleet.errors import BadRequest
 from dualpath_sgl.router.fleet.health import HealthWatch
 from dualpath_sgl.router.limit import RequestLimit
 from dualpath_sgl.router.metrics import RouterMetrics
@@ -30,8 +33,6 @@ CONNECT_TIMEOUT_S = 5.0
 KEEP_IDLE_S = 4.0
 """Less than the 5 s after which SGLang's server (uvicorn) closes an idle connection: a request sent
 just then would be lost on one engine, and its other half would wait for it."""
-
-GENERATING = ("/generate", "/v1/completions", "/v1/chat/completions")
 
 
 def serve(args: RouterArgs) -> None:
@@ -94,18 +95,18 @@ async def make_app(settings: RouterSettings) -> web.Application:
         scheduler.close()
         spans.close()
 
-    app = web.Application(client_max_size=settings.max_body_bytes)
+    app = web.Application(client_max_size=settings.max_body_bytes, middlewares=[errors_as_json])
     app.on_cleanup.append(close)
     app.add_routes(
         [
-            *(web.post(path, route.handle) for path in GENERATING),
+            *(web.post(path, route.handle) for path in paths.GENERATES),
             *(web.get(path, calls.alive) for path in ("/health", "/liveness")),
             web.get("/readiness", calls.ready),
             web.get("/metrics", metrics.scrape),
-            *(web.get(path, calls.any_engine) for path in ("/v1/models", "/model_info", "/get_model_info")),
+            *(web.route(method, path, calls.any_engine) for method, path in paths.each(paths.ANY_ENGINE)),
+            *(web.route(method, path, calls.every_engine) for method, path in paths.each(paths.EVERY_ENGINE)),
+            *(web.route("*", path, _refuse(why)) for path, why in paths.REFUSED.items()),
             *(web.get(path, calls.server_info) for path in ("/server_info", "/get_server_info")),
-            web.get("/health_generate", calls.every_engine),
-            web.post("/flush_cache", calls.every_engine),
         ]
     )
     logger.info(
@@ -116,3 +117,10 @@ async def make_app(settings: RouterSettings) -> web.Application:
         ", ".join(engine.url for engine in directory),
     )
     return app
+
+
+def _refuse(why: str) -> Handler:
+    async def refuse(request: web.Request) -> web.StreamResponse:
+        raise BadRequest(f"{request.path}: {why}")
+
+    return refuse

@@ -17,7 +17,8 @@ from typing import Any, NamedTuple, TypeVar
 import aiohttp
 from opentelemetry.trace import Span
 
-from dualpath_sgl.router.answers import LogprobMerger, merge_logprobs, problem_in
+from dualpath_sgl.router.answers.logprobs import StreamJoiner, join
+from dualpath_sgl.router.answers.problems import problem_in
 from dualpath_sgl.router.fleet.errors import EngineAnswered, EngineFailed, EngineRefused
 from dualpath_sgl.router.half import CLIENT_ERRORS, Half
 from dualpath_sgl.router.pairing import Pair
@@ -71,7 +72,7 @@ class Exchange:
         )
         self._stack = ExitStack()
         self._tasks: list[asyncio.Task[Any]] = []
-        self._merger: LogprobMerger | None = None
+        self._joiner: StreamJoiner | None = None
 
     async def __aenter__(self) -> Exchange:
         for half in (self._prefill, self._decode):
@@ -115,7 +116,7 @@ class Exchange:
     async def rest(self) -> AsyncIterator[bytes]:
         """A stream's chunks after the first.  Raises EngineFailed."""
         while chunk := await self._decode.chunk():
-            yield self._merger.feed(chunk) if self._merger else chunk
+            yield self._joiner.feed(chunk) if self._joiner else chunk
 
     def _begin(self, work: Coroutine[Any, Any, Found]) -> asyncio.Task[Found]:
         task = asyncio.create_task(work)
@@ -130,10 +131,10 @@ class Exchange:
         content = self._generating.result()
         if self._request.wants_logprobs:
             if self._request.streams:
-                self._merger = LogprobMerger(self._computing.result())
-                content = self._merger.feed(content)
+                self._joiner = StreamJoiner(self._request.path, self._computing.result())
+                content = self._joiner.feed(content)
             else:
-                content = merge_logprobs(self._computing.result(), content)
+                content = join(self._request.path, self._computing.result(), content)
         return Beginning(self._decode.headers, content)
 
     async def _prefill_answer(self) -> bytes:

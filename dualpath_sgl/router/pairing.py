@@ -44,6 +44,11 @@ class Pair(NamedTuple):
     dp_ranks: Mapping[Role, int] = MappingProxyType({})
     """The DP rank that the scheduler chose inside a server with several; without one SGLang chooses."""
 
+    @property
+    def runs_dualpath(self) -> bool:
+        """As far as the scheduler has told."""
+        return self.prefill.registered and self.decode.registered
+
     def engine(self, role: Role) -> Engine:
         return self.prefill if role is Role.PREFILL else self.decode
 

@@ -3,10 +3,11 @@
 Some requests are wrong in a way that SGLang notices too late: the client waits without end, or the engine
 that takes the request ends, and here two engines would.  What SGLang refuses by itself is left to it.
 
-    more than one sample      all samples of a prompt get one room, in which only two requests can meet
+    odd numbers of samples    it counts them before it looks at them
     types SGLang passes on    its scheduler process ends when a message cannot be decoded (io_struct.py)
     custom_labels             ends the process that answers clients (tokenizer_manager.collect_metrics)
     negative token ids        the model's embedding has no such row
+    kept responses            one engine of two has them
 """
 
 from __future__ import annotations
@@ -24,8 +25,13 @@ ONE_PER_PROMPT = (
     *("sampling_logprobs_mode", "return_hidden_states", "lora_path", "lora_id", "custom_logit_processor"),
 )
 """Fields that may be lists with a list of prompts, and only then."""
+_KEPT = ("previous_response_id", "background")
 NOT_OVER_HTTP = ("positional_embed_overrides", "token_indices_to_pool", "multi_item_delimiter_indices")
 """Fields of `/generate` for callers inside the engine's own process: SGLang checks none of them."""
+MAX_SAMPLES = 128
+"""As OpenAI's API has it: each is a request of its own between the engines."""
+_SAMPLED = ("/v1/completions", "/v1/chat/completions", "/invocations")
+"""Where sampling parameters stand in the body itself."""
 _Scalar = bool | int | float | str | None
 CUSTOM_PARAMS = dict[str, _Scalar | list[_Scalar] | dict[str, _Scalar]]
 
@@ -45,7 +51,6 @@ def check(path: str, body: Mapping[str, Any]) -> None:
     prompts = _prompts(path, body)
     _check_token_ids(prompts)
     for parameters, name in _sampling_params(path, body):
-        _check_samples(parameters, name)
         _check_type(parameters.get("custom_params"), CUSTOM_PARAMS, f"{name}custom_params")
     _check_type(body.get("session_params"), _SessionParams, "session_params")
     if not _is_batch(prompts):
@@ -54,6 +59,12 @@ def check(path: str, body: Mapping[str, Any]) -> None:
                 raise _refused(name, body[name], "there is one prompt, so give one value, not a list")
     if path == "/generate":
         _check_internals(body)
+    if path == "/v1/responses":
+        for name in _KEPT:
+            if body.get(name):
+                raise _refused(
+                    name, body[name], "responses are not kept: leave it out and send the whole conversation"
+                )
 
 
 def _check_internals(body: Mapping[str, Any]) -> None:
@@ -69,18 +80,17 @@ def _check_internals(body: Mapping[str, Any]) -> None:
             raise _refused(name, body[name], "it is no part of a client's request: leave it out")
 
 
-def _check_samples(parameters: Mapping[str, Any], name: str) -> None:
-    if "n" in parameters and not _is_one(parameters["n"]):
-        raise _refused(
-            f"{name}n",
-            parameters["n"],
-            "between a prefill and a decode engine each request gets one answer: leave it out and send the "
-            "request once for each answer you want",
-        )
-
-
-def _is_one(value: Any) -> bool:
-    return isinstance(value, int | float) and value == 1
+def samples(path: str, body: Mapping[str, Any]) -> int:
+    """Answers that are wanted to each prompt.  Raises BadRequest."""
+    found = 1
+    for parameters, name in _sampling_params(path, body):
+        number = parameters.get("n", 1)
+        if number != 1 and not (isinstance(number, int) and 1 < number <= MAX_SAMPLES):
+            raise _refused(
+                f"{name}n", number, f"give a whole number from 1 to {MAX_SAMPLES}, or leave it out"
+            )
+        found = max(found, number)
+    return found
 
 
 def _prompts(path: str, body: Mapping[str, Any]) -> Any:
@@ -104,7 +114,8 @@ def _check_token_ids(prompts: Any) -> None:
 def _sampling_params(path: str, body: Mapping[str, Any]) -> Iterator[tuple[Mapping[str, Any], str]]:
     """With the words that lead there; for all prompts, or one for each."""
     if path != "/generate":
-        yield body, ""
+        if path in _SAMPLED:
+            yield body, ""
         return
     found = body.get("sampling_params")
     if isinstance(found, dict):

@@ -7,7 +7,8 @@ from http import HTTPStatus
 
 from aiohttp import web
 
-from dualpath_sgl.router.answers import EVENT_END
+from dualpath_sgl.router.answers.dialects import error_body, error_events
+from dualpath_sgl.router.answers.events import EVENT_END
 from dualpath_sgl.router.fleet.errors import RETRY_AFTER_S, RETRY_LATER, RouteError
 
 
@@ -61,9 +62,10 @@ class Reply:
             headers = {"Content-Type": "application/json"}
             if error.status in RETRY_LATER:
                 headers["Retry-After"] = str(RETRY_AFTER_S)
-            return await self.whole(error.status, headers, error.body())
+            return await self.whole(error.status, headers, error_body(error, self._request.path))
         if not self.ended:
-            await self.write((EVENT_END if self._event_is_open else b"") + error.event())
+            events = error_events(error, self._request.path)
+            await self.write((EVENT_END if self._event_is_open else b"") + events)
             await self.end()
         return self._response
 

@@ -10,6 +10,7 @@ from urllib.parse import urlsplit
 import orjson
 
 from dualpath_sgl.router import refusals
+from dualpath_sgl.router.answers import logprobs
 from dualpath_sgl.router.fleet.engines import Engine
 from dualpath_sgl.router.fleet.errors import BadRequest
 from scheduler_svc.wire.addresses import in_url
@@ -45,8 +46,10 @@ class ClientRequest:
         self.headers = headers
         self._body: dict[str, Any] = body
         self.streams = body.get("stream") is True
-        self.wants_logprobs = bool(body.get("return_logprob")) and path == "/generate"
-        """The prompt's log-probabilities come from the PE and are merged into the DE's answer."""
+        self.samples = refusals.samples(path, body)
+        """Answers to each prompt."""
+        self.wants_logprobs = logprobs.of_the_prompt(path, body)
+        """They come from the PE and are merged into the DE's answer."""
         self.session_id = _session_id(headers, body)
         self.prompt_tokens = prompt_tokens(body)
 
@@ -83,7 +86,7 @@ def prompt_tokens(body: Mapping[str, Any]) -> int:
         if (prompt := body.get(field)) is not None:
             return _size(prompt)
     tools = len(orjson.dumps(body["tools"])) // BYTES_PER_TOKEN if body.get("tools") else 0
-    return _size(body.get("messages")) + tools
+    return tools + sum(_size(body.get(field)) for field in ("system", "messages", "instructions", "input"))
 
 
 def _size(part: Any, depth: int = MAX_DEPTH) -> int:
@@ -101,6 +104,6 @@ def _size(part: Any, depth: int = MAX_DEPTH) -> int:
             return sum(_size(inner, depth - 1) for inner in part)
         case {"content": content}:
             return _size(content, depth - 1) + _size(part.get("tool_calls"), depth - 1)
-        case {"text": inner} | {"function": {"arguments": inner}}:
+        case {"text": inner} | {"function": {"arguments": inner}} | {"output": inner}:
             return _size(inner, depth - 1)
     return 0

@@ -15,14 +15,15 @@ from aiohttp import web
 from opentelemetry.trace import Span
 
 from dualpath_sgl.router.exchange import Exchange
+from dualpath_sgl.router.fleet.body import body_of
 from dualpath_sgl.router.fleet.engines import Engine
 from dualpath_sgl.router.fleet.errors import (
+    BadRequest,
     EngineAnswered,
     EngineRefused,
     NoEngine,
     RouteError,
     TimeLimit,
-    TooLarge,
 )
 from dualpath_sgl.router.limit import RequestLimit
 from dualpath_sgl.router.metrics import RouterMetrics
@@ -87,7 +88,7 @@ class Route:
         request = ClientRequest(
             http_request.path,
             http_request.headers,
-            await _body(http_request),
+            await body_of(http_request),
             http_request.rel_url.raw_query_string,
         )
         reply.streams = request.streams
@@ -99,6 +100,11 @@ class Route:
         refusals: dict[Engine, str] = {}
         while True:
             span.set_attributes(attributes_of(pair) | {"dualpath.attempts": len(refusals) + 1})
+            if request.samples > 1 and not pair.runs_dualpath:
+                raise BadRequest(
+                    f"n is {request.samples}: only engines with DualPath answer that, and the scheduler has "
+                    "named this pair not yet; try again later, or send the request once for each answer"
+                )
             try:
                 async with Exchange(self._http, self._spans, span, request, pair) as exchange:
                     return await self._relay(exchange, request, reply, span)
@@ -127,11 +133,3 @@ class Route:
         else:
             response = await reply.whole(200, beginning.headers, beginning.content)
         return response
-
-
-async def _body(request: web.Request) -> bytes:
-    """Raises TooLarge."""
-    try:
-        return await request.read()
-    except web.HTTPRequestEntityTooLarge as error:
-        raise TooLarge(str(error.text)) from None

@@ -22,7 +22,7 @@ from typer.main import get_command
 
 from dualpath_sgl.cli import configuration_page
 from dualpath_sgl.cli.__main__ import app
-from dualpath_sgl.router.app import GENERATING
+from dualpath_sgl.router.paths import GENERATES
 from dualpath_sgl.start.config import Settings
 from scheduler_svc.__main__ import serve
 
@@ -121,7 +121,7 @@ def check(words: list[str], is_run: bool) -> None:
         case "curl":
             asked = request(tuple(words))
             json.loads(asked.body)
-            assert asked.path in GENERATING
+            assert asked.path in GENERATES
         case _:
             assert not is_run, f"{program}: nothing says whether it runs"
 
@@ -158,6 +158,9 @@ def options_of(module: str) -> set[str]:
         return _of_parser(lambda parser: RouterArgs.add_cli_args(parser, use_router_prefix=False)) | {
             "--host"
         }
+    if module == "sglang.bench_serving":
+        told = subprocess.run([sys.executable, "-m", module, "--help"], capture_output=True, text=True)
+        return set(re.findall(r"--[a-z-]+", told.stdout))
     if hasattr(importlib.import_module(module), "__path__"):
         module = f"{module}.__main__"
     program = typer.Typer(add_completion=False)

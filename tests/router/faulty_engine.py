@@ -22,7 +22,9 @@ from scheduler_svc.wire.protocol import RankInfo, Role
 
 WAIT_S = 30.0
 Behaviour = Callable[["FaultyEngine", web.Request, dict], Awaitable[web.StreamResponse]]
-CALLED = ("/v1/models", "/model_info", "/server_info", "/health_generate")
+GENERATING = ("/generate", "/v1/completions", "/v1/chat/completions", "/v1/messages", "/v1/responses")
+CALLED = ("/v1/models", "/v1/models/{model}", "/model_info", "/server_info", "/health_generate")
+DONE = ("/flush_cache", "/abort_request", "/v1/messages/count_tokens", "/tokenize")
 _ports = FreePorts("127.0.0.1")
 
 
@@ -53,6 +55,7 @@ class Call(NamedTuple):
     method: str
     path_and_query: str
     headers: dict[str, str]
+    content: bytes
 
 
 async def answer(engine: FaultyEngine, request: web.Request, body: dict) -> web.StreamResponse:
@@ -220,12 +223,10 @@ class FaultyEngine:
         app = web.Application()
         app.add_routes(
             [
-                web.post("/generate", self._generate),
-                web.post("/v1/chat/completions", self._generate),
-                web.post("/v1/completions", self._generate),
+                *(web.post(path, self._generate) for path in GENERATING),
                 web.get("/health", self._health),
                 *(web.get(path, self._called) for path in CALLED),
-                web.post("/flush_cache", self._called),
+                *(web.post(path, self._called) for path in DONE),
             ]
         )
         runner = web.AppRunner(app, handler_cancellation=True, shutdown_timeout=0.1)
@@ -249,7 +250,8 @@ class FaultyEngine:
             raise
 
     async def _called(self, request: web.Request) -> web.Response:
-        self.calls.append(Call(request.method, request.path_qs, dict(request.headers)))
+        content = await request.read()
+        self.calls.append(Call(request.method, request.path_qs, dict(request.headers), content))
         if self.api_key is not None and request.headers.get("Authorization") != f"Bearer {self.api_key}":
             return web.json_response({"error": "Unauthorized"}, status=401)
         return await self._health(request)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+
 import pytest
 from router_world import Router, World
 
@@ -101,3 +103,62 @@ def test_engines_are_told_the_dp_ranks_that_the_scheduler_chose(world, router):
     assert (prefill.body["routed_dp_rank"], prefill.body["disagg_prefill_dp_rank"]) == (2, 2)
     assert (decode.body["routed_dp_rank"], decode.body["disagg_prefill_dp_rank"]) == (5, 2)
     assert prefill.body["bootstrap_room"] == decode.body["bootstrap_room"]
+
+
+@pytest.mark.parametrize("path", ["/v1/messages", "/v1/responses", "/v1/completions"])
+def test_every_path_that_generates_reaches_both_engines_in_one_room(world, router, path):
+    assert router.ask(path, max_tokens=3).status == 200
+    seen = [one.body for engine in world.engines.values() for one in engine.seen]
+    assert len(seen) == 2 and seen[0] == seen[1]
+    assert seen[0]["max_tokens"] == 3 and seen[0]["bootstrap_host"] == "127.0.0.1"
+
+
+def test_what_every_engine_answers_alike_one_engine_is_asked(world, router):
+    assert router.ask("/v1/messages/count_tokens", KEY, messages=[]).content in (b"p0", b"p1")
+    assert router.get("/v1/models/a%2Fb").status == 200
+    counted, model = [call for engine in world.engines.values() for call in engine.calls]
+    assert json.loads(counted.content) == {"text": "hello", "messages": []}
+    assert counted.headers["Authorization"] == "Bearer secret"
+    assert model.path_and_query == "/v1/models/a%2Fb"
+
+
+def test_what_all_engines_must_do_all_are_asked_with_the_same_body(world, router):
+    assert router.ask("/abort_request", rid="a").status == 200
+    calls = [call for engine in world.engines.values() for call in engine.calls]
+    assert [json.loads(call.content)["rid"] for call in calls] == ["a"] * 4
+
+
+@pytest.mark.parametrize(
+    ("path", "why"),
+    [
+        ("/v1/embeddings", "only generate together"),
+        ("/v1/score", "only generate together"),
+        ("/api/chat", "use /v1/chat/completions"),
+        ("/update_weights_from_disk", "send it to each engine"),
+        ("/v1/responses/resp_1/cancel", "not kept"),
+        ("/open_session", "X-Session-Id"),
+    ],
+)
+def test_what_a_pair_cannot_serve_is_refused_with_the_reason(world, router, path, why):
+    answer = router.ask(path)
+    assert (answer.status, answer.json["error"]["type"]) == (400, "bad_request")
+    assert why in answer.json["error"]["message"] and path in answer.json["error"]["message"]
+
+
+def test_an_unknown_path_and_a_wrong_method_get_json(world, router):
+    missing = router.get("/v2/nothing")
+    assert (missing.status, missing.json["error"]["type"]) == (404, "not_found")
+    wrong = router.get("/generate")
+    assert (wrong.status, wrong.json["error"]["type"]) == (405, "wrong_method")
+    assert "POST" in wrong.headers["Allow"]
+    assert router.get("/v1/messages").json == {
+        "type": "error",
+        "error": {"type": "invalid_request_error", "message": "GET /v1/messages: use POST"},
+    }
+
+
+@pytest.mark.parametrize("field", [{"previous_response_id": "resp_1"}, {"background": True}])
+def test_a_response_that_would_have_to_be_kept_is_refused(world, router, field):
+    answer = router.ask("/v1/responses", input="a", **field)
+    assert answer.status == 400 and next(iter(field)) in answer.json["error"]["message"]
+    assert router.ask("/v1/responses", input="a", previous_response_id=None, background=False).status == 200

@@ -12,11 +12,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from router_world import World
 
+from dualpath_sgl.router.fleet.engines import Engine
 from dualpath_sgl.router.fleet.errors import BadRequest
+from dualpath_sgl.router.pairing import Pair, PlacedBy
 from dualpath_sgl.router.request import ClientRequest
+from scheduler_svc.wire.protocol import Role
 
 PATHS = ("/generate", "/v1/completions", "/v1/chat/completions")
-NOT_ONE = [2, "2", "1", 2.0, 0, -1, 0.5, None, [2], {"n": 2}, "many", 2**53]
+NO_NUMBER = ["2", "1", 2.0, 0, -1, 0.5, None, [2], {"n": 2}, "many", 129, 2**53]
 
 
 def request(path: str = "/generate", **body) -> ClientRequest:
@@ -31,29 +34,30 @@ def refusal(path: str = "/generate", **body) -> str:
 
 
 @pytest.mark.parametrize("path", PATHS[1:])
-@pytest.mark.parametrize("n", NOT_ONE, ids=repr)
-def test_more_than_one_sample_is_refused_with_field_value_and_remedy(path, n):
+@pytest.mark.parametrize("n", NO_NUMBER, ids=repr)
+def test_a_number_of_samples_that_is_none_is_refused_with_field_value_and_remedy(path, n):
     said = refusal(path, n=n)
-    assert said.startswith(f"n is {n!r}: ") and "send the request once for each answer" in said
+    assert said.startswith(f"n is {n!r}: ") and "whole number from 1 to 128" in said
 
 
-@pytest.mark.parametrize("n", NOT_ONE, ids=repr)
+@pytest.mark.parametrize("n", NO_NUMBER, ids=repr)
 @pytest.mark.parametrize("text", ["one", ["two", "prompts"]])
-def test_generate_names_the_sampling_parameters_that_ask_for_it(text, n):
+def test_generate_names_the_sampling_parameters_that_hold_it(text, n):
     assert refusal(text=text, sampling_params={"n": n}).startswith(f"sampling_params.n is {n!r}: ")
     said = refusal(text=text, sampling_params=[{"n": 1}, {"n": n}])
     assert said.startswith(f"sampling_params[1].n is {n!r}: ")
 
 
-def test_one_sample_is_not_refused():
+def test_samples_are_counted_where_sglang_counts_them():
     for path in PATHS[1:]:
-        request(path, n=1)
-        request(path)
-    request(sampling_params={"n": 1})
-    request(text=["a", "b"], sampling_params=[{"n": 1}, {}])
+        assert request(path).samples == request(path, n=1).samples == 1
+        assert request(path, n=3).samples == 3
+    assert request(sampling_params={"n": 2}).samples == 2
+    assert request(text=["a", "b"], sampling_params=[{"n": 4}, {"n": 4}]).samples == 4
     # SGLang itself takes no notice of these.
-    request(n=2)
-    request("/v1/completions", best_of=3, sampling_params={"n": 2})
+    assert request(n=2).samples == 1
+    assert request("/v1/completions", best_of=3, sampling_params={"n": 2}).samples == 1
+    assert request("/v1/messages", n="x").samples == 1
 
 
 def test_custom_labels_are_refused_where_an_engine_takes_them_from_the_body():
@@ -77,11 +81,29 @@ def test_a_long_value_is_not_repeated_to_its_end():
 @pytest.mark.parametrize("path", PATHS)
 def test_through_the_router_it_is_an_answer_at_once_and_no_engine_sees_it(world: World, path):
     router = world.placing_router()
-    body = {"sampling_params": {"n": 2}} if path == "/generate" else {"n": 2, "prompt": "a"}
+    body = {"sampling_params": {"n": 0}} if path == "/generate" else {"n": 0, "prompt": "a"}
     answer = router.ask(path, stream=True, **body)
     assert answer.status == 400
     assert answer.json["error"]["type"] == "bad_request"
     assert not any(engine.seen for engine in world.engines.values())
+
+
+def test_several_samples_go_to_engines_that_the_scheduler_has_named(world: World):
+    router = world.placing_router()
+    world.wait_until_placed(router)
+    assert router.ask("/v1/chat/completions", n=3).status == 200
+    seen = [one.body for engine in world.engines.values() for one in engine.seen]
+    assert [body["n"] for body in seen] == [3, 3]
+    assert len({body["bootstrap_room"] for body in seen}) == 1
+
+
+def test_several_samples_are_refused_while_nobody_knows_whether_the_engines_run_dualpath():
+    pair = Pair(*(Engine(role, "http://a:1", None, listed=True) for role in Role), 7, PlacedBy.ROUTER)
+    assert not pair.runs_dualpath
+    pair.prefill.registered = True
+    assert not pair.runs_dualpath
+    pair.decode.registered = True
+    assert pair.runs_dualpath
 
 
 class SglangIntake:

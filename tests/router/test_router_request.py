@@ -27,6 +27,14 @@ LONG = "word" * 100
         ({"messages": [{"role": "user", "content": [{"type": "text", "text": LONG}]}]}, 100),
         ({"messages": [{"content": None, "tool_calls": [{"function": {"arguments": LONG}}]}]}, 100),
         ({"messages": [{"content": "äöü" * 4}]}, 6),
+        ({"system": LONG, "messages": [{"role": "user", "content": LONG}]}, 200),
+        ({"system": [{"type": "text", "text": LONG}], "messages": []}, 100),
+        ({"messages": [{"content": [{"type": "tool_result", "content": [{"text": LONG}]}]}]}, 100),
+        ({"input": LONG, "instructions": LONG}, 200),
+        (
+            {"input": [{"role": "user", "content": LONG}, {"type": "function_call_output", "output": LONG}]},
+            200,
+        ),
         ({"messages": "nonsense", "temperature": 1}, 2),
         ({"input_ids": []}, 0),
         ({}, 0),
@@ -53,11 +61,24 @@ def test_the_header_names_the_session_before_the_body_does():
     assert len(request(session_id="x" * 1000).session_id) == 256
 
 
-def test_only_generate_has_log_probabilities_to_merge():
-    assert request(return_logprob=True).wants_logprobs
-    assert not request(return_logprob=False).wants_logprobs
-    chat = ClientRequest("/v1/chat/completions", {}, b'{"return_logprob": true}')
-    assert not chat.wants_logprobs
+@pytest.mark.parametrize(
+    ("path", "body", "wants"),
+    [
+        ("/generate", {"return_logprob": True}, True),
+        ("/generate", {"return_logprob": [False, True], "text": ["a", "b"]}, True),
+        ("/generate", {"return_logprob": False}, False),
+        ("/generate", {"echo": True, "logprobs": 2}, False),
+        ("/v1/completions", {"echo": True, "logprobs": 2}, True),
+        ("/v1/completions", {"echo": True, "logprobs": 0}, False),
+        ("/v1/completions", {"logprobs": 2}, False),
+        ("/v1/completions", {"return_logprob": True}, False),
+        ("/v1/chat/completions", {"return_logprob": True, "logprobs": True, "top_logprobs": 2}, False),
+    ],
+)
+def test_an_answer_waits_for_the_prefill_engines_only_where_it_holds_the_prompts_log_probabilities(
+    path, body, wants
+):
+    assert ClientRequest(path, {}, orjson.dumps(body)).wants_logprobs is wants
 
 
 def test_engines_get_everything_the_client_said_and_the_bootstrap_of_the_prefill_engine():

@@ -8,14 +8,15 @@ from __future__ import annotations
 
 import asyncio
 import math
-from contextlib import AbstractAsyncContextManager
 from http import HTTPStatus
 from typing import Any, NamedTuple
 
 import aiohttp
+import orjson
 from aiohttp import web
 
 from dualpath_sgl.router.fleet import headers
+from dualpath_sgl.router.fleet.body import body_of
 from dualpath_sgl.router.fleet.engines import Engine, EngineDirectory, address
 from dualpath_sgl.router.fleet.errors import words_of
 from scheduler_svc.wire.protocol import Role
@@ -32,6 +33,23 @@ class Refusal(NamedTuple):
     status: int
     """The engine's own where the call itself is wrong (no key, caches in use), else 502."""
     problem: str
+
+
+class Answer(NamedTuple):
+    status: int
+    headers: dict[str, str]
+    """Those that the client gets."""
+    content: bytes
+
+    def json(self) -> Any:
+        """None when it is no JSON."""
+        try:
+            return orjson.loads(self.content)
+        except orjson.JSONDecodeError:
+            return None
+
+    def to_client(self) -> web.Response:
+        return web.Response(status=self.status, headers=self.headers, body=self.content)
 
 
 class ClusterCalls:
@@ -69,32 +87,28 @@ class ClusterCalls:
         """What every engine would answer alike."""
         able = [engine for engine in self._directory if engine.is_up]
         if not able:
-            return web.Response(status=HTTPStatus.SERVICE_UNAVAILABLE, text="no engine is up")
+            return _failed([Refusal(HTTPStatus.SERVICE_UNAVAILABLE, "no engine is up")])
         try:
-            async with self._call(able[0], request) as answer:
-                return web.Response(
-                    status=answer.status,
-                    headers=headers.to_client(answer.headers),
-                    body=await answer.read(),
-                )
-        except (aiohttp.ClientError, OSError) as error:
+            return (await self._asked(able[0], request, await body_of(request))).to_client()
+        except (aiohttp.ClientError, OSError, TimeoutError) as error:
             return _failed([Refusal(HTTPStatus.BAD_GATEWAY, f"{able[0].url}: {words_of(error)}")])
 
     async def every_engine(self, request: web.Request) -> web.Response:
-        """Done when all engines have done it."""
-        results = await asyncio.gather(*(self._ask(engine, request) for engine in self._directory))
+        """Done when all engines have done it; the answer is the first one's."""
+        results = await self._all(list(self._directory), request)
         refusals = [result for result in results if isinstance(result, Refusal)]
-        return _failed(refusals) if refusals else web.Response()
+        answers = [result for result in results if isinstance(result, Answer)]
+        return _failed(refusals) if refusals or not answers else answers[0].to_client()
 
     async def server_info(self, request: web.Request) -> web.Response:
         """In the form that SGLang's benchmarks read (`internal_states` are the DEs')."""
         engines = list(self._directory)
-        results = await asyncio.gather(*(self._ask(engine, request) for engine in engines))
+        results = await self._all(engines, request)
         if refusals := [result for result in results if isinstance(result, Refusal)]:
             return _failed(refusals)
         by_role: dict[Role, list[Any]] = {role: [] for role in Role}
         for engine, found in zip(engines, results, strict=True):
-            by_role[engine.role].append(found)
+            by_role[engine.role].append(found.json() if isinstance(found, Answer) else None)
         states = [
             state
             for found in by_role[Role.DECODE]
@@ -109,33 +123,37 @@ class ClusterCalls:
             }
         )
 
-    async def _ask(self, engine: Engine, request: web.Request) -> Any:
-        """The JSON answered, None when it is no JSON, or a Refusal."""
+    async def _all(self, engines: list[Engine], request: web.Request) -> list[Answer | Refusal]:
+        content = await body_of(request)
+        return await asyncio.gather(*(self._done(engine, request, content) for engine in engines))
+
+    async def _done(self, engine: Engine, request: web.Request, content: bytes) -> Answer | Refusal:
         try:
-            async with self._call(engine, request) as answer:
-                if answer.status != HTTPStatus.OK:
-                    said = (await answer.text(errors="replace"))[:_SHOWN_CHARACTERS].strip()
-                    status = answer.status if answer.status in CLIENT_ERRORS else HTTPStatus.BAD_GATEWAY
-                    return Refusal(status, f"{engine.url} answers {answer.status}: {said}")
-                if answer.content_type != "application/json":
-                    return None
-                return await answer.json()
+            answer = await self._asked(engine, request, content)
         except TimeoutError:
             problem = f"{engine.url} does not answer within {_limit_s(request):g} s"
             return Refusal(HTTPStatus.BAD_GATEWAY, problem)
-        except (aiohttp.ClientError, OSError, ValueError) as error:
+        except (aiohttp.ClientError, OSError) as error:
             return Refusal(HTTPStatus.BAD_GATEWAY, f"{engine.url}: {words_of(error)}")
+        if answer.status == HTTPStatus.OK:
+            return answer
+        said = answer.content.decode(errors="replace")[:_SHOWN_CHARACTERS].strip()
+        status = answer.status if answer.status in CLIENT_ERRORS else HTTPStatus.BAD_GATEWAY
+        return Refusal(status, f"{engine.url} answers {answer.status}: {said}")
 
-    def _call(
-        self, engine: Engine, request: web.Request
-    ) -> AbstractAsyncContextManager[aiohttp.ClientResponse]:
-        return self._http.request(
+    async def _asked(self, engine: Engine, request: web.Request, content: bytes) -> Answer:
+        kept = headers.forwarded(request.headers)
+        if content:
+            kept["Content-Type"] = request.headers.get("Content-Type", "application/json")
+        async with self._http.request(
             request.method,
-            address(engine, request.path, request.rel_url.raw_query_string),
-            headers=headers.forwarded(request.headers),
+            address(engine, request.rel_url.raw_path, request.rel_url.raw_query_string),
+            data=content or None,
+            headers=kept,
             timeout=aiohttp.ClientTimeout(total=_limit_s(request)),
             allow_redirects=False,
-        )
+        ) as answer:
+            return Answer(answer.status, headers.to_client(answer.headers), await answer.read())
 
 
 def _limit_s(request: web.Request) -> float:

@@ -32,6 +32,8 @@ class Engine:
         """A PE has one; None leaves it to SGLang's default."""
         self.listed = listed
         """Named on the command line: never forgotten."""
+        self.registered = False
+        """The scheduler has named it, so it runs DualPath."""
         self.in_flight = 0
         """Requests of this router."""
         self.chosen_at = 0
@@ -130,6 +132,7 @@ class EngineDirectory:
             self._add(engine)
         elif bootstrap_port is not None:
             engine.bootstrap_port = bootstrap_port
+        engine.registered = True
         return engine
 
     def choose(self, role: Role, avoid: Collection[Engine] = ()) -> Engine | None:

@@ -1,6 +1,9 @@
 """What a client is told when its request cannot be answered.
 
-    400 bad_request    the body is no JSON object, or asks for what SGLang would not answer (refusals.py)
+    400 bad_request    the body is no JSON object, asks for what SGLang would not answer (refusals.py), or the
+                       path is one that a pair of engines cannot serve (paths.py)
+    404 not_found      no such path
+    405 wrong_method   the path has others
     413 too_large      the body is longer than --max-payload-size
     429 too_many       --max-concurrent-requests are being answered
     502 engine_failed  an engine that had taken the request failed; the other half was ended
@@ -15,7 +18,6 @@ from __future__ import annotations
 from http import HTTPStatus
 
 import aiohttp
-import orjson
 
 from dualpath_sgl.router.fleet.engines import Engine
 
@@ -31,18 +33,20 @@ class RouteError(Exception):
         self.status = status
         self.kind = kind
 
-    def body(self) -> bytes:
-        """JSON, in the form of SGLang's own errors."""
-        return orjson.dumps({"error": {"message": str(self), "type": self.kind, "code": int(self.status)}})
-
-    def event(self) -> bytes:
-        """The same as the last events of a stream that has begun."""
-        return b"data: " + self.body() + b"\n\ndata: [DONE]\n\n"
-
 
 class BadRequest(RouteError):
     def __init__(self, message: str) -> None:
         super().__init__(HTTPStatus.BAD_REQUEST, "bad_request", message)
+
+
+class NotFound(RouteError):
+    def __init__(self, path: str) -> None:
+        super().__init__(HTTPStatus.NOT_FOUND, "not_found", f"{path} is no path of this router")
+
+
+class WrongMethod(RouteError):
+    def __init__(self, method: str, path: str, allowed: str) -> None:
+        super().__init__(HTTPStatus.METHOD_NOT_ALLOWED, "wrong_method", f"{method} {path}: use {allowed}")
 
 
 class TooLarge(RouteError):
