@@ -4,6 +4,7 @@
 # make test-slow    tests with a cluster of their own, and the steps of the Dockerfiles (ten minutes)
 # make test-models  tokens of every kind of model through a relay, beside one server's (ten minutes)
 # make bench-load    loads through every path on shaped links against upstream (root, 16 GiB of memory, about 40 minutes)
+# make clients    standard clients (bench_serving, AIPerf, OpenAI, Anthropic) through both routers (ten minutes)
 # make bench-scheduler    requests a second, plan latency and memory of the scheduler (two minutes)
 # make sim-paper    the paper's results beside simulated ones (about 15 minutes of one core)
 # make docs    docs/configuration.md and the README's picture, made anew
@@ -20,7 +21,7 @@ PIN = $(UV) pip compile --quiet --generate-hashes --annotation-style line --no-p
 LINT_TOOLS = $(PYTHON) -c "import tomllib; print(*tomllib.load(open('pyproject.toml', \
   'rb'))['project']['optional-dependencies']['lint'], sep='\n')"
 
-.PHONY: setup demo lint test test-slow test-models bench-load bench-scheduler sim-paper docs requirements clean
+.PHONY: setup demo lint test test-slow test-models clients bench-load bench-scheduler sim-paper docs requirements clean
 .DELETE_ON_ERROR:
 
 setup: $(VENV)/.patched $(VENV)/.model $(VENV)/.bytecode
@@ -43,6 +44,9 @@ test-slow: setup
 test-models: setup
 	$(PY) -m dualpath_sgl.evals.models
 
+clients: setup
+	$(VENV)/bin/dualpath eval clients
+
 bench-load: setup
 	$(VENV)/bin/dualpath bench-load
 
@@ -61,6 +65,7 @@ requirements:
 	$(PIN) --python-version 3.11 --no-config pyproject.toml --extra test --extra cuda -o requirements/cuda.txt
 	$(PIN) --python-version 3.12 --config-file requirements/uv.toml \
 	  pyproject.toml --extra cuda -c requirements/cuda.txt -o requirements/image.txt
+	$(PIN) --python-version 3.11 --no-config requirements/clients.in -o requirements/clients.txt
 	$(LINT_TOOLS) | $(PIN) --python-version 3.11 --no-config -c requirements/cpu.txt -o requirements/lint.txt -
 
 docs: setup

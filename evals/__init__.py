@@ -3,6 +3,7 @@
 cli.py      `dualpath eval`
 agents/     agent traces and how they are replayed
 compare/    `dualpath eval run`, `dualpath demo`, balance of reads: modes side by side on one trace
+clients/    `dualpath eval clients`: standard clients through both routers
 load/       `dualpath bench-load`: load paths on shaped links
 gpu/        the whole system on real GPUs
 scheduler/  how much one scheduler bears

@@ -83,3 +83,35 @@ def trace_subset(
     with failures_explained():
         for path in write_subset(files, out, requests):
             console.print(f"{path}  {path.stat().st_size:,} bytes")
+
+
+@eval_app.command("clients")
+def clients(
+    cluster: Annotated[
+        Path, typer.Option(help="Cluster description (YAML), with the Rust router.")
+    ] = DEFAULT_CLUSTER,
+    only: Annotated[str, typer.Option(help="Comma-separated names of clients; default: all.")] = "",
+    environment: Annotated[
+        Path | None,
+        typer.Option(help="Virtual environment with AIPerf and anthropic; default: one is made in .cache."),
+    ] = None,
+    bench_multiturn: Annotated[
+        Path | None,
+        typer.Option(help="benchmark/hicache/bench_multiturn.py of an SGLang checkout; none: left out."),
+    ] = None,
+    out: Annotated[Path, typer.Option(help="Result folder, made anew.")] = RESULTS / "clients",
+) -> None:
+    """Standard clients through both routers: do they run, and do they get a single server's tokens?"""
+    from dualpath_sgl.evals.clients import compare
+    from dualpath_sgl.evals.clients.environment import clients_environment
+    from dualpath_sgl.launch.config.cluster import load
+
+    with failures_explained():
+        config = load(cluster)
+        programs = clients_environment() if environment is None else environment.absolute() / "bin"
+        asking = compare.clients(config.model.directory(), programs, bench_multiturn)
+        asking = compare.chosen(asking, only)
+        results = compare.compare(config, asking, compare.fresh(out), console)
+        compare.write(results, out)
+    console.print((out / "report.md").read_text(), markup=False)
+    console.print(f"results: {out}/summary.json, report.md")

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import http.client
 import json
-import os
 import secrets
 import time
 from collections.abc import Iterator
@@ -14,11 +13,10 @@ import pytest
 from doc_pages import PAGES, request, shell_commands
 
 from dualpath_sgl.evals.agents.sessions import TURNS, forget_caches, generate, play_all, reads
+from dualpath_sgl.evals.clients.cases import CHAT, COMPLETIONS, GENERATE, MESSAGES, MODEL, TEXT, Case, ending
+from dualpath_sgl.evals.clients.routers import placing_router
+from dualpath_sgl.evals.clients.told import ask, problem_told
 from dualpath_sgl.evals.compare.measure import counter
-from dualpath_sgl.launch.config.cluster import Router, RouterKind
-from dualpath_sgl.launch.processes import commands
-from dualpath_sgl.launch.processes.ports import FreePorts
-from dualpath_sgl.launch.processes.process import ManagedProcess
 from dualpath_sgl.launch.supervision.cluster import Cluster
 from scheduler_svc.wire.protocol import Role
 
@@ -29,35 +27,8 @@ WAIT_S = 60.0
 def placing(cluster: Cluster) -> Iterator[str]:
     """Its URL."""
     cluster.set_policy("split")
-    config = cluster.config.model_copy(update={"router": Router(kind=RouterKind.PLACING)})
-    port = FreePorts(config.host).take()
-    argv = cluster.processes["router"].argv
-    listed = argv[argv.index("--prefill") : argv.index(f"--host={config.host}")]
-    flags = commands.placing_flags(config, cluster.addresses, cluster.ports)
-    router = ManagedProcess(
-        "placing-router",
-        [*argv[: argv.index("--prefill")], *listed, f"--host={config.host}", f"--port={port}", *flags],
-        os.environ,
-        cluster.run_dir / "logs" / "placing-router.log",
-    )
-    router.start()
-    url = f"http://{config.host}:{port}"
-    try:
-        deadline_s = time.monotonic() + WAIT_S
-        while not answers(url):
-            assert router.running and time.monotonic() < deadline_s, router.tail()
-            time.sleep(0.2)
+    with placing_router(cluster) as url:
         yield url
-    finally:
-        router.terminate()
-        router.finish(time.monotonic() + 10)
-
-
-def answers(url: str) -> bool:
-    try:
-        return bool(generate(url, [1, 2, 3, 4]))
-    except OSError:
-        return False
 
 
 def test_sessions_through_the_placing_router_get_the_single_servers_tokens(
@@ -134,3 +105,62 @@ def test_a_client_that_leaves_in_the_middle_of_a_long_answer_aborts_it_on_the_de
 
 def aborted(engine_url: str) -> float:
     return sum(counter(engine_url, "sglang:num_aborted_requests_total"))
+
+
+SHORT = {"temperature": 0, "max_new_tokens": 6}
+MESSAGE = {"model": MODEL, "messages": [{"role": "user", "content": TEXT}], "temperature": 0, "max_tokens": 6}
+
+
+def both(cluster: Cluster, placing: str) -> tuple[str, str]:
+    return cluster.url, placing
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_every_sample_is_answered_by_both_routers(cluster, placing, stream):
+    for url in both(cluster, placing):
+        sampled = {"text": TEXT, "stream": stream, "sampling_params": SHORT | {"n": 3}}
+        answers = ask(url, Case("", GENERATE, sampled)).what
+        alone = ask(url, Case("", GENERATE, {"text": TEXT, "sampling_params": SHORT})).what["output_ids"]
+        found = answers.values() if stream else answers
+        assert [answer["output_ids"] for answer in found] == [alone] * 3
+        batch = {"model": MODEL, "prompt": [TEXT, TEXT[9:]], "temperature": 0, "max_tokens": 6}
+        one, other = texts(ask(url, Case("", COMPLETIONS, batch)).what)
+        sampled = batch | {"n": 2, "stream": stream}
+        assert texts(ask(url, Case("", COMPLETIONS, sampled)).what) == [one, one, other, other]
+        chats = texts(ask(url, Case("", CHAT, MESSAGE | {"n": 3, "stream": stream})).what)
+        assert len(chats) == 3 and len(set(chats)) == 1
+
+
+def texts(what: dict) -> list[str]:
+    """Of all choices in their order, streamed or not."""
+    choices = what.get("choices") or [what[name] for name in sorted(what) if name.startswith("choice")]
+    said = [choice.get("text") or (choice.get("message") or choice["delta"])["content"] for choice in choices]
+    assert all(said)
+    return said
+
+
+@pytest.mark.parametrize("case", ending(), ids=[case.name for case in ending()])
+def test_what_would_end_both_engines_is_refused_through_both_routers(cluster, placing, case):
+    for url in both(cluster, placing):
+        assert ask(url, case).status == 400
+        assert generate(url, [1, 2, 3, 4])
+
+
+def test_a_prompt_that_the_decode_engine_could_never_take_in_is_refused_at_once(cluster, placing):
+    fits_without_reserve = {"input_ids": [1] * 8000, "sampling_params": SHORT}
+    for url in both(cluster, placing):
+        told = ask(url, Case("", GENERATE, fits_without_reserve))
+        assert "--num-reserved-decode-tokens" in (problem_told(told) or ""), told
+
+
+def test_a_coding_agents_messages_are_answered_as_a_chat(placing):
+    message = ask(placing, Case("", MESSAGES, MESSAGE))
+    chat = ask(placing, Case("", CHAT, MESSAGE))
+    (block,) = message.what["content"]
+    assert block["text"] == chat.what["choices"][0]["message"]["content"]
+
+
+def test_a_completions_echo_has_the_prompts_log_probabilities(placing):
+    body = {"model": MODEL, "prompt": TEXT, "temperature": 0, "max_tokens": 4, "echo": True, "logprobs": 1}
+    (choice,) = ask(placing, Case("", COMPLETIONS, body)).what["choices"]
+    assert "".join(choice["logprobs"]["tokens"]).startswith(TEXT)
