@@ -13,8 +13,7 @@ COMPLETIONS = "/v1/completions"
 CHAT = "/v1/chat/completions"
 MESSAGES = "/v1/messages"
 RESPONSES = "/v1/responses"
-MODEL = "the served model"
-"""Whoever asks puts the name in its place."""
+MODEL = "tiny"
 TEXT = "The quick brown fox jumps over the lazy dog while the band plays on. " * 3
 OTHER_TEXT = "A second prompt, which has little to do with the first one at all. " * 2
 IDS = [index * 7 % 250 for index in range(70)]

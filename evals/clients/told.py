@@ -14,7 +14,7 @@ from collections.abc import Iterator
 from functools import cache
 from typing import Any, NamedTuple
 
-from dualpath_sgl.evals.clients.cases import CHAT, COMPLETIONS, GENERATE, MESSAGES, MODEL, RESPONSES, Case
+from dualpath_sgl.evals.clients.cases import CHAT, COMPLETIONS, GENERATE, MESSAGES, RESPONSES, Case
 
 ANSWERED_WITHIN_S = 60.0
 CLOSE = 2e-3
@@ -38,7 +38,8 @@ class Told(NamedTuple):
 def ask(url: str, case: Case, timeout_s: float = ANSWERED_WITHIN_S) -> Told:
     """Raises OSError when nothing is answered in time."""
     headers = {"Content-Type": "application/json"}
-    body = case.body | ({"model": served_model(url)} if case.body.get("model") == MODEL else {})
+    # The only path on which SGLang minds the name.
+    body = case.body | ({"model": served_model(url)} if case.path == RESPONSES else {})
     request = urllib.request.Request(url + case.path, json.dumps(body).encode(), headers)
     try:
         with urllib.request.urlopen(request, timeout=timeout_s) as answer:

@@ -65,7 +65,12 @@ def test_the_header_names_the_session_before_the_body_does():
     ("path", "body", "wants"),
     [
         ("/generate", {"return_logprob": True}, True),
-        ("/generate", {"return_logprob": [False, True], "text": ["a", "b"]}, True),
+        ("/generate", {"return_logprob": True, "stream": True}, False),
+        ("/generate", {"return_logprob": True, "logprob_start_len": -1, "stream": True}, False),
+        ("/generate", {"return_logprob": True, "logprob_start_len": 0, "stream": True}, True),
+        ("/generate", {"return_logprob": True, "token_ids_logprob": [1], "stream": True}, True),
+        ("/generate", {"return_logprob": [True] * 2, "logprob_start_len": [-1, 5], "stream": True}, True),
+        ("/generate", {"logprob_start_len": 0}, False),
         ("/generate", {"return_logprob": False}, False),
         ("/generate", {"echo": True, "logprobs": 2}, False),
         ("/v1/completions", {"echo": True, "logprobs": 2}, True),
@@ -75,7 +80,7 @@ def test_the_header_names_the_session_before_the_body_does():
         ("/v1/chat/completions", {"return_logprob": True, "logprobs": True, "top_logprobs": 2}, False),
     ],
 )
-def test_an_answer_waits_for_the_prefill_engines_only_where_it_holds_the_prompts_log_probabilities(
+def test_a_stream_waits_for_the_prefill_engine_only_where_it_holds_the_prompts_log_probabilities(
     path, body, wants
 ):
     assert ClientRequest(path, {}, orjson.dumps(body)).wants_logprobs is wants

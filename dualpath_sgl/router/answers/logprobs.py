@@ -15,15 +15,24 @@ from dualpath_sgl.router.answers.events import EVENT_END, objects_in
 
 COMPLETIONS = "/v1/completions"
 GENERATE = "/generate"
+_WITHOUT_PROMPT = (None, -1)
+"""Where log-probabilities begin unless a client says otherwise: with the answer."""
 OF_IDS = "output_token_ids_logprobs"
 """Of ids that the client has named.  SGLang does not hand the first token's over."""
 
 
 def of_the_prompt(path: str, body: Mapping[str, Any]) -> bool:
-    """Whether an answer holds any that only the PE has."""
+    """Whether an answer may hold any that only the PE has.  A stream begins later for their sake."""
     if path == COMPLETIONS:
         return bool(body.get("echo") and body.get("logprobs"))
-    return path == GENERATE and bool(body.get("return_logprob"))
+    if path != GENERATE or not body.get("return_logprob"):
+        return False
+    begin = body.get("logprob_start_len")
+    if body.get("stream") is not True:
+        return True
+    return bool(body.get("token_ids_logprob")) or any(
+        one not in _WITHOUT_PROMPT for one in (begin if isinstance(begin, list) else [begin])
+    )
 
 
 def join(path: str, prefill: bytes, decode: bytes) -> bytes:
