@@ -7,7 +7,7 @@ import json
 import sys
 from typing import Any
 
-from anthropic import Anthropic, BadRequestError
+from anthropic import Anthropic, APIStatusError
 
 TEXT = "The quick brown fox jumps over the lazy dog while the band plays on. " * 3
 TOOL: Any = {
@@ -39,8 +39,8 @@ def main(url: str) -> None:
     told["counted"] = client.messages.count_tokens(model=model, messages=[user]).input_tokens
     try:
         client.messages.create(messages=[user], model=model, max_tokens=0)
-    except BadRequestError as error:
-        told["refused"] = error.status_code
+    except APIStatusError as error:
+        told["refused"] = error.status_code // 100
     print(json.dumps({name: json.dumps(one) for name, one in told.items()}))
 
 

@@ -8,7 +8,7 @@ import json
 import sys
 from typing import Any
 
-from openai import BadRequestError, OpenAI
+from openai import APIStatusError, OpenAI
 
 TEXT = "The quick brown fox jumps over the lazy dog while the band plays on. " * 3
 TOOL_SCHEMA: dict[str, Any] = {
@@ -26,8 +26,7 @@ def chat(client: OpenAI, model: str) -> dict[str, Any]:
     def ask(**fields):
         return client.chat.completions.create(**asked | SHORT | fields)
 
-    told: dict[str, Any] = {"model": client.models.retrieve(model).id}
-    told["chat"] = ask().choices[0].message.content
+    told: dict[str, Any] = {"chat": ask().choices[0].message.content}
     told["several"] = [choice.message.content for choice in ask(n=3).choices]
     pieces = list(ask(stream=True, stream_options={"include_usage": True}))
     told["stream"] = "".join(piece.choices[0].delta.content or "" for piece in pieces if piece.choices)
@@ -43,8 +42,8 @@ def chat(client: OpenAI, model: str) -> dict[str, Any]:
     told["completions"] = [choice.text for choice in batch.choices]
     try:
         ask(temperature=-1)
-    except BadRequestError as error:
-        told["refused"] = error.status_code
+    except APIStatusError as error:
+        told["refused"] = error.status_code // 100
     return told
 
 
@@ -56,9 +55,9 @@ def echo(client: OpenAI, model: str) -> dict[str, Any]:
 
 def responses(client: OpenAI, model: str) -> dict[str, Any]:
     asked: dict[str, Any] = {"model": model, "input": TEXT, "temperature": 0, "max_output_tokens": 8}
-    told = {"text": client.responses.create(**asked).output_text}
-    with client.responses.stream(**asked) as stream:
-        told["stream"] = stream.get_final_response().output_text
+    told = {"model": client.models.retrieve(model).id, "text": client.responses.create(**asked).output_text}
+    events = client.responses.create(**asked, stream=True)
+    told["stream"] = "".join(one.delta for one in events if one.type == "response.output_text.delta")
     return told
 
 

@@ -69,7 +69,11 @@ def test_the_header_names_the_session_before_the_body_does():
         ("/generate", {"return_logprob": True, "logprob_start_len": -1, "stream": True}, False),
         ("/generate", {"return_logprob": True, "logprob_start_len": 0, "stream": True}, True),
         ("/generate", {"return_logprob": True, "token_ids_logprob": [1], "stream": True}, True),
-        ("/generate", {"return_logprob": [True] * 2, "logprob_start_len": [-1, 5], "stream": True}, True),
+        (
+            "/generate",
+            {"text": ["a", "b"], "return_logprob": True, "logprob_start_len": [-1, 5], "stream": True},
+            True,
+        ),
         ("/generate", {"logprob_start_len": 0}, False),
         ("/generate", {"return_logprob": False}, False),
         ("/generate", {"echo": True, "logprobs": 2}, False),
