@@ -45,8 +45,13 @@ def _said(part: Any) -> list[Any]:
             return [
                 one
                 for name, inner in sorted(part.items())
-                for one in ([inner] if name in SAID and not isinstance(inner, dict) else _said(inner))
+                for one in ([inner] if name in SAID and _is_plain(inner) else _said(inner))
             ]
         case list():
             return [one for inner in part for one in _said(inner)]
     return []
+
+
+def _is_plain(part: Any) -> bool:
+    """A text, or token ids: no parts that say something themselves."""
+    return isinstance(part, str) or (isinstance(part, list) and all(isinstance(one, int) for one in part))

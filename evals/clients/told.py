@@ -72,12 +72,21 @@ def differences(right: Any, other: Any, where: str = "") -> Iterator[str]:
 
 def problem_told(told: Told) -> str | None:
     """What an error says, in whatever form; None for an answer without one."""
-    if isinstance(told.what, dict):
-        error = told.what.get("error", told.what if told.status >= 400 else None)
-        if isinstance(error, dict):
-            return str(error.get("message") or error.get("detail") or error)
-        return None if error is None else str(error)
+    if (problem := _problem_in(told.what)) is not None:
+        return problem
     return str(told.what) if told.status >= 400 else None
+
+
+def _problem_in(part: Any) -> str | None:
+    match part:
+        case {"error": {"message": str(message)}} | {"error": str(message)}:
+            return message
+        case {"finish_reason": {"type": "abort", "message": message}}:
+            return str(message)
+        case dict() | list():
+            inner = part.values() if isinstance(part, dict) else part
+            return next((said for one in inner if (said := _problem_in(one)) is not None), None)
+    return None
 
 
 def _told(path: str, content: str) -> Any:
