@@ -5,6 +5,7 @@
 # make test-models  tokens of every kind of model through a relay, beside one server's (ten minutes)
 # make bench-load    loads through every path on shaped links against upstream (root, 16 GiB of memory, about 40 minutes)
 # make clients    standard clients (bench_serving, AIPerf, OpenAI, Anthropic) through both routers (ten minutes)
+# make eval-report    modes beside each other on shaped links, as an HTML page (root, half an hour; goes on where it stopped)
 # make bench-scheduler    requests a second, plan latency and memory of the scheduler (two minutes)
 # make sim-paper    the paper's results beside simulated ones (about 15 minutes of one core)
 # make docs    docs/configuration.md and the README's picture, made anew
@@ -21,7 +22,8 @@ PIN = $(UV) pip compile --quiet --generate-hashes --annotation-style line --no-p
 LINT_TOOLS = $(PYTHON) -c "import tomllib; print(*tomllib.load(open('pyproject.toml', \
   'rb'))['project']['optional-dependencies']['lint'], sep='\n')"
 
-.PHONY: setup demo lint test test-slow test-models clients bench-load bench-scheduler sim-paper docs requirements clean
+.PHONY: setup demo lint test test-slow test-models clients bench-load eval-report bench-scheduler sim-paper docs \
+  requirements clean
 .DELETE_ON_ERROR:
 
 setup: $(VENV)/.patched $(VENV)/.model $(VENV)/.bytecode
@@ -49,6 +51,9 @@ clients: setup
 
 bench-load: setup
 	$(VENV)/bin/dualpath bench-load
+
+eval-report: setup
+	$(VENV)/bin/dualpath eval matrix evals/matrix/experiments/cpu-report.yaml
 
 bench-scheduler: setup
 	$(PY) -m dualpath_sgl.evals.scheduler.bench

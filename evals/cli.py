@@ -8,6 +8,7 @@ from typing import Annotated
 
 import typer
 from rich.console import Console
+from rich.markup import escape
 
 from dualpath_sgl.evals.agents.subset import write_subset
 from dualpath_sgl.evals.common.explained import failures_explained
@@ -71,6 +72,49 @@ def run(
     if not summary.tokens_equal:
         errors.print("[red]error:[/] tokens differ from the single server's; report.md says where")
         raise typer.Exit(1)
+
+
+@eval_app.command("matrix")
+def matrix(
+    file: Annotated[Path, typer.Argument(help="Experiment description (YAML).")],
+    out: Annotated[
+        Path | None,
+        typer.Option(help="Result folder, which may hold finished cells; default: results/matrix/<name>."),
+    ] = None,
+    url: Annotated[
+        str | None, typer.Option(help="Router of a deployment that runs already; nothing is started then.")
+    ] = None,
+    run_dir: Annotated[
+        Path | None, typer.Option(help="With --url: what `dualpath up` wrote of it, for its counters.")
+    ] = None,
+) -> None:
+    """Run modes x topologies x traces x loads, go on where it stopped, and write an HTML report with plots."""
+    from dualpath_sgl.evals.matrix.command import prepare
+    from dualpath_sgl.evals.report.page import write_report
+
+    with failures_explained():
+        prepared = prepare(file, out, url, run_dir, console)
+        try:
+            problems = prepared.run()
+        finally:
+            # What was measured is worth a look however the run ended.
+            if prepared.has_cells():
+                console.print(f"report: {write_report(prepared.out)}", soft_wrap=True)
+    for problem in problems:
+        errors.print(f"[red]not as it must be:[/] {escape(problem)}")
+    if problems:
+        raise typer.Exit(1)
+
+
+@eval_app.command("report")
+def draw_report(
+    folder: Annotated[Path, typer.Argument(help="Result folder of `dualpath eval matrix`.")],
+) -> None:
+    """Write the HTML report of an experiment anew, from the cells that are finished."""
+    from dualpath_sgl.evals.report.page import write_report
+
+    with failures_explained():
+        console.print(f"report: {write_report(folder)}", soft_wrap=True)
 
 
 @eval_app.command("trace-subset")

@@ -1,13 +1,13 @@
 """Replays a workload against an SGLang HTTP endpoint, as agents that wait for each answer.
 
-Every agent sends the turns of its session in order, the next as soon as the last has ended (tool
-time zero), with forced generation length and temperature 0.  All agents live from
-the start and take turns: `concurrency` requests are in flight at once, so more agents than that
-means more context than one engine can keep.  One failed request ends the replay: nothing is retried, so
-what is measured is what was asked.
+Every agent sends the turns of its session in order, with forced generation length and temperature 0; the
+next as soon as the last has ended, or after the trace's think time where `Pace` asks for it.  Offline all
+agents live from the start and take turns: `concurrency` requests are in flight at once, so more agents
+than that means more context than one engine can keep.  Online each agent comes at its own time.  One
+failed request ends the replay: nothing is retried, so what is measured is what was asked.
 
-Each request names its session and carries the `traceparent` of its span `dualpath.request`; the answer is streamed
-(`/generate`, server-sent events; each event holds all `output_ids` so far).
+Each request names its session and carries the `traceparent` of its span `dualpath.request`; the answer is
+streamed (evals/agents/talk.py says how it is asked for and read).
 """
 
 from __future__ import annotations
@@ -15,14 +15,15 @@ from __future__ import annotations
 import asyncio
 import json
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import aiohttp
 from opentelemetry.trace import SpanKind, Status, StatusCode, Tracer
 
-from dualpath_sgl.evals.agents.conversation import Conversation
-from dualpath_sgl.evals.agents.workload import Turn, Workload
+from dualpath_sgl.evals.agents.chat import ChatWorkload
+from dualpath_sgl.evals.agents.talk import Answer, Talk, talks
+from dualpath_sgl.evals.agents.workload import Workload
 from dualpath_sgl.evals.common.errors import EvalError
 from scheduler_svc.telemetry.tracing import traceparent_of
 
@@ -64,29 +65,49 @@ class Replay(NamedTuple):
 
     records: list[RequestRecord]
     """In the order in which the requests ended."""
-    answers: dict[str, list[list[int]]]
-    """Session id -> generated token ids of each turn."""
+    answers: dict[str, list[Answer]]
+    """Session id -> what was generated in each turn: token ids, or the text of a chat."""
     job_s: float
     """Job completion time: from the first request's start to the last one's end."""
 
 
+class Pace(NamedTuple):
+    """When requests are sent."""
+
+    concurrency: int | None = None
+    """Requests in flight at most; None: no limit."""
+    starts_s: Sequence[float] | None = None
+    """When each agent comes, seconds after the replay began; None: all at once."""
+    think: float = 0.0
+    """Times the trace's think times, which pass before the next turn is sent; 0: none."""
+    longest_think_s: float = 60.0
+    """No agent thinks longer: in traces, people go home."""
+
+    def think_s(self, in_trace_s: float) -> float:
+        return min(self.longest_think_s, self.think * in_trace_s)
+
+
 def replay(
-    workload: Workload,
+    workload: Workload | ChatWorkload,
     url: str,
     *,
-    concurrency: int,
+    pace: Pace,
     vocab_size: int,
     seed: int,
     tracer: Tracer,
     on_request: Callable[[RequestRecord], None] = lambda record: None,
+    until: Callable[[RequestRecord], bool] = lambda record: False,
 ) -> Replay:
-    """Run the workload against `url` (scheme, host and port).  Raises ReplayError."""
-    if concurrency < 1:
-        raise EvalError(f"concurrency is {concurrency}; give at least 1")
-    conversations = [Conversation(plan, vocab_size, seed) for plan in workload.sessions]
-    player = _Player(workload.page_size, concurrency, tracer, on_request)
+    """Run the workload against `url` (scheme, host and port).
+
+    It ends before its time when `until` holds of a request that has ended: requests in flight are then given
+    up.  Raises ReplayError.
+    """
+    if pace.concurrency is not None and pace.concurrency < 1:
+        raise EvalError(f"concurrency is {pace.concurrency}; give at least 1")
+    player = _Player(pace, tracer, on_request, until)
     try:
-        return asyncio.run(player.play(url, conversations))
+        return asyncio.run(player.play(url, talks(workload, vocab_size, seed)))
     except* ReplayError as failures:
         raise _first(failures) from None
 
@@ -96,83 +117,86 @@ def _first(group: BaseExceptionGroup) -> BaseException:
     return _first(found) if isinstance(found, BaseExceptionGroup) else found
 
 
+class _Enough(Exception):
+    """`until` holds."""
+
+
 class _Player:
     """One replay."""
 
     def __init__(
         self,
-        page_size: int,
-        concurrency: int,
+        pace: Pace,
         tracer: Tracer,
         on_request: Callable[[RequestRecord], None],
+        until: Callable[[RequestRecord], bool],
     ) -> None:
-        self._page_size = page_size
-        self._in_flight = asyncio.Semaphore(concurrency)  # first come, first served
+        self._pace = pace
+        self._in_flight = asyncio.Semaphore(pace.concurrency or 1 << 30)  # first come, first served
         self._tracer = tracer
         self._on_request = on_request
+        self._until = until
         self._records: list[RequestRecord] = []
-        self._answers: dict[str, list[list[int]]] = {}
+        self._answers: dict[str, list[Answer]] = {}
 
-    async def play(self, url: str, conversations: Iterable[Conversation]) -> Replay:
-        self._address = f"{url}/generate"
+    async def play(self, url: str, agents: Sequence[Talk]) -> Replay:
+        self._url = url
         self._begin = time.perf_counter()
         timeout = aiohttp.ClientTimeout(total=None, sock_read=SILENCE_TIMEOUT_S)
         connector = aiohttp.TCPConnector(limit=0)
-        async with (
-            aiohttp.ClientSession(
-                timeout=timeout, connector=connector, read_bufsize=_READ_BUFFER_BYTES
-            ) as http,
-            asyncio.TaskGroup() as agents,
-        ):
-            for conversation in conversations:
-                agents.create_task(self._agent(http, conversation))
+        try:
+            async with (
+                aiohttp.ClientSession(
+                    timeout=timeout, connector=connector, read_bufsize=_READ_BUFFER_BYTES
+                ) as http,
+                asyncio.TaskGroup() as group,
+            ):
+                for talk, start_s in zip(agents, self._pace.starts_s or [0.0] * len(agents), strict=True):
+                    group.create_task(self._agent(http, talk, start_s))
+        except* _Enough:
+            pass
         return Replay(self._records, self._answers, time.perf_counter() - self._begin)
 
-    async def _agent(self, http: aiohttp.ClientSession, conversation: Conversation) -> None:
-        session = conversation.plan.id
-        for index, turn in enumerate(conversation.plan.turns):
+    async def _agent(self, http: aiohttp.ClientSession, talk: Talk, start_s: float) -> None:
+        await asyncio.sleep(start_s)
+        for index in range(talk.turns):
+            if index and (wait_s := self._pace.think_s(talk.think_s(index))):
+                await asyncio.sleep(wait_s)
             async with self._in_flight:
-                record, tokens = await self._request(http, session, index, turn, conversation.prompt())
-            conversation.answer(tokens)
-            self._answers.setdefault(session, []).append(tokens)
+                record, answer = await self._request(http, talk, index)
+            self._answers.setdefault(talk.id, []).append(answer)
             self._records.append(record)
             self._on_request(record)
+            if self._until(record):
+                raise _Enough
 
     async def _request(
-        self, http: aiohttp.ClientSession, session: str, index: int, turn: Turn, prompt: list[int]
-    ) -> tuple[RequestRecord, list[int]]:
-        hit_tokens = turn.hit_tokens(self._page_size)
+        self, http: aiohttp.ClientSession, talk: Talk, index: int
+    ) -> tuple[RequestRecord, Answer]:
+        question = talk.ask()
+        address = f"{self._url}{talk.path}"
         attributes: dict[str, str | int] = {
-            "dualpath.session": session,
+            "dualpath.session": talk.id,
             "dualpath.turn": index,
-            "dualpath.prompt.tokens": len(prompt),
-            "dualpath.output.tokens": turn.output_tokens,
-            "dualpath.hit.theory.tokens": hit_tokens,
-        }
-        body = {
-            "input_ids": prompt,
-            "sampling_params": {
-                "temperature": 0.0,
-                "max_new_tokens": turn.output_tokens,
-                "ignore_eos": True,
-            },
-            "stream": True,
+            "dualpath.prompt.tokens": question.prompt_tokens,
+            "dualpath.output.tokens": question.output_tokens,
+            "dualpath.hit.theory.tokens": question.hit_tokens,
         }
         with self._tracer.start_as_current_span(
             "dualpath.request", kind=SpanKind.CLIENT, attributes=attributes
         ) as span:
             # A router that places by session keeps an agent with the engines that hold its pages.
-            headers = {"X-Session-Id": session}
+            headers = {"X-Session-Id": talk.id}
             if parent := traceparent_of(span):
                 headers["traceparent"] = parent
             start = time.perf_counter()
             arrivals: list[tuple[float, int]] = []
-            last: dict[str, Any] = {}
+            reply = talk.reply()
             try:
-                async with http.post(self._address, json=body, headers=headers) as response:
+                async with http.post(address, json=question.body, headers=headers) as response:
                     if response.status != 200:
                         raise ReplayError(
-                            f"session {session} turn {index}: HTTP {response.status} from {self._address}: "
+                            f"session {talk.id} turn {index}: HTTP {response.status} from {address}: "
                             f"{(await response.text())[:_BODY_SHOWN]}"
                         )
                     async for line in response.content:
@@ -180,36 +204,34 @@ class _Player:
                             continue
                         if "error" in event:
                             raise ReplayError(
-                                f"session {session} turn {index}: {self._address} ended with "
+                                f"session {talk.id} turn {index}: {address} ended with "
                                 f"{json.dumps(event['error'])[:_BODY_SHOWN]}"
                             )
-                        last = event
-                        count = len(event["output_ids"])
-                        if count > (arrivals[-1][1] if arrivals else 0):
-                            arrivals.append((time.perf_counter(), count))
+                        reply.take(event)
+                        if reply.arrived > (arrivals[-1][1] if arrivals else 0):
+                            arrivals.append((time.perf_counter(), reply.arrived))
             except (aiohttp.ClientError, TimeoutError) as error:
                 problem = str(error) or type(error).__name__
-                raise ReplayError(f"session {session} turn {index}: {self._address}: {problem}") from None
+                raise ReplayError(f"session {talk.id} turn {index}: {address}: {problem}") from None
             end = time.perf_counter()
-            tokens = list(last.get("output_ids", ()))
-            if len(tokens) != turn.output_tokens:
-                finish = last.get("meta_info", {}).get("finish_reason")
+            if reply.output_tokens != question.output_tokens:
                 message = (
-                    f"session {session} turn {index}: {self._address} gave {len(tokens)} tokens, "
-                    f"{turn.output_tokens} asked for; it ended with {json.dumps(finish)[:_BODY_SHOWN]}"
+                    f"session {talk.id} turn {index}: {address} gave {reply.output_tokens} tokens, "
+                    f"{question.output_tokens} asked for; it ended with "
+                    f"{json.dumps(reply.finish_reason)[:_BODY_SHOWN]}"
                 )
                 span.set_status(Status(StatusCode.ERROR, message))
                 raise ReplayError(message)
-            cached_tokens = int(last["meta_info"].get("cached_tokens", 0))
-            first_s, first_count = arrivals[0]
-            rest = len(tokens) - first_count
+            talk.answered(reply)
+            first_s, first_count = arrivals[0] if arrivals else (end, reply.output_tokens)
+            rest = reply.output_tokens - first_count
             record = RequestRecord(
-                session=session,
+                session=talk.id,
                 turn=index,
-                prompt_tokens=len(prompt),
-                output_tokens=len(tokens),
-                cached_tokens=cached_tokens,
-                theoretical_hit_tokens=hit_tokens,
+                prompt_tokens=reply.prompt_tokens or question.prompt_tokens,
+                output_tokens=reply.output_tokens,
+                cached_tokens=reply.cached_tokens,
+                theoretical_hit_tokens=question.hit_tokens,
                 started_s=start - self._begin,
                 ttft_s=first_s - start,
                 ttst_s=arrivals[1][0] - first_s if len(arrivals) > 1 else None,
@@ -217,9 +239,9 @@ class _Player:
                 e2e_s=end - start,
                 trace_id=f"{span.get_span_context().trace_id:032x}",
             )
-            span.set_attribute("dualpath.cached.tokens", cached_tokens)
+            span.set_attribute("dualpath.cached.tokens", reply.cached_tokens)
             span.set_attribute("dualpath.ttft_s", record.ttft_s)
-            return record, tokens
+            return record, reply.answer
 
 
 def _event(line: bytes) -> dict[str, Any] | None:

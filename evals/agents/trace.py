@@ -3,7 +3,8 @@
 One file is one session: `{id, block_size, requests: [{in, out, hash_ids}, ...]}`; `in` and
 `out` are tokens, `hash_ids` has one id per whole block of `block_size` prompt tokens, and two
 requests of the session share exactly the blocks at their start whose ids agree.  Ids mean
-nothing outside their file.  Fields not named here are ignored.  A request of type `subagent`
+nothing outside their file.  A request may have a `think_time` in seconds.  Fields not named here are
+ignored.  A request of type `subagent`
 holds requests of its own; they take its place in the order, and their ids say what they share.
 
 Source of the format: callanjfox/kv-cache-tester (docs/trace_replay_tester.md).
@@ -33,6 +34,8 @@ class TraceRequest(BaseModel):
     prompt_tokens: Annotated[StrictInt, Field(alias="in", ge=1, le=2**31)]
     output_tokens: Tokens = Field(alias="out")
     hash_ids: tuple[StrictInt, ...]
+    think_s: Annotated[float | None, Field(alias="think_time", strict=True, allow_inf_nan=False)] = None
+    """What the agent did before it asked (ran a tool, waited for a person), seconds; None: not said."""
 
 
 class TraceSession(BaseModel):

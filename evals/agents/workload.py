@@ -53,6 +53,8 @@ class Turn(NamedTuple):
     reusable_tokens: int
     """Prompt tokens whose KV an infinite cache of this session holds: what is shared, without
     the parent's last generated token, whose KV is computed only by a turn that follows it."""
+    think_s: float = 0.0
+    """What the trace's agent did before it asked."""
 
     def hit_tokens(self, page_size: int) -> int:
         """Reusable tokens in whole pages."""
@@ -98,10 +100,26 @@ class _Mark(NamedTuple):
     scaled: int
 
 
+class Stretch(NamedTuple):
+    """Lengths apart from the common factor, for sweeps over one of them."""
+
+    append: float = 1.0
+    """Times the new tokens of every prompt that continues an earlier one."""
+    generation: float = 1.0
+    """Times the generated tokens."""
+
+
+AS_IT_IS = Stretch()
+
+
 def scale_session(
-    session: TraceSession, shares: Sequence[Sharing | None], factor: float, prelude_tokens: int = 0
+    session: TraceSession,
+    shares: Sequence[Sharing | None],
+    factor: float,
+    prelude_tokens: int = 0,
+    stretch: Stretch = AS_IT_IS,
 ) -> tuple[Turn, ...]:
-    """The turns of one session with all lengths multiplied by `factor` (> 0).
+    """The turns of one session with all lengths multiplied by `factor` (> 0), and by what `stretch` says.
 
     `shares` is `trace.sharings(session)`.  `prelude_tokens` > 0 puts one synthetic round before it,
     which every prompt then begins with.
@@ -113,7 +131,7 @@ def scale_session(
     marks: list[list[_Mark]] = []
 
     for request, shared in zip(session.requests, shares, strict=True):
-        output = max(MIN_OUTPUT_TOKENS, round(request.output_tokens * factor))
+        output = max(MIN_OUTPUT_TOKENS, round(request.output_tokens * factor * stretch.generation))
         raw_kept = 0
         path = [_Mark(0, prelude_tokens + 1 if prelude_tokens else 0)]
         parent, kept, keeps_answer = (0, prelude_tokens, True) if prelude_tokens else (None, 0, False)
@@ -132,7 +150,9 @@ def scale_session(
                 parent, kept, keeps_answer = shared.parent + offset, cut, False
 
         context = kept + (turns[parent].output_tokens if parent is not None and keeps_answer else 0)
-        new = max(1, round((request.prompt_tokens - raw_kept) * factor))
+        new = max(
+            1, round((request.prompt_tokens - raw_kept) * factor * (stretch.append if raw_kept else 1.0))
+        )
         turns.append(
             Turn(
                 parent=parent,
@@ -142,6 +162,7 @@ def scale_session(
                 prompt_tokens=context + new,
                 output_tokens=output,
                 reusable_tokens=context - 1 if keeps_answer else context,
+                think_s=max(0.0, request.think_s or 0.0),
             )
         )
         marks.append([*path, _Mark(request.prompt_tokens, context + new)])
@@ -155,6 +176,7 @@ def build(
     turns: int | None,
     max_context_tokens: int,
     page_size: int,
+    stretch: Stretch = AS_IT_IS,
 ) -> Workload:
     """The workload of `agents` agents, each with the first `turns` requests of one session.
 
@@ -172,7 +194,7 @@ def build(
         copy, source = divmod(agent, len(cut))
         return SessionPlan(
             names[agent],
-            scale_session(cut[source], shares[source], factor, prelude_tokens=page_size if copy else 0),
+            scale_session(cut[source], shares[source], factor, page_size if copy else 0, stretch),
         )
 
     def plans(factor: float) -> tuple[SessionPlan, ...]:

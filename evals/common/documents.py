@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import reprlib
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,24 @@ def read_json(file: Path, expected: str) -> Any:
         raise EvalError(f"{file}: cannot be read: {error.strerror}; expected {expected}") from None
     except ValueError as error:
         raise EvalError(f"{file}: not JSON ({error}); expected {expected}") from None
+
+
+def read_json_lines(file: Path, expected: str) -> Iterator[tuple[int, Any]]:
+    """(line number, document) of each line that is not empty; `expected` says what a line should be.
+
+    Raises EvalError.
+    """
+    try:
+        lines = file.read_bytes().split(b"\n")
+    except OSError as error:
+        raise EvalError(f"{file}: cannot be read: {error.strerror}; expected {expected} a line") from None
+    for number, line in enumerate(lines, 1):
+        if not line.strip():
+            continue
+        try:
+            yield number, orjson.loads(line)
+        except ValueError as error:
+            raise EvalError(f"{file}:{number}: not JSON ({error}); expected {expected}") from None
 
 
 def first_problem(error: ValidationError, within: str = "") -> str:

@@ -29,7 +29,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from dualpath_sgl.evals.agents.replay import Replay, replay
+from dualpath_sgl.evals.agents.replay import Pace, Replay, replay
 from dualpath_sgl.evals.agents.trace import SHIPPED, load_sessions
 from dualpath_sgl.evals.agents.workload import Workload, build
 from dualpath_sgl.evals.common.errors import EvalError
@@ -167,7 +167,7 @@ def _measure(config: ClusterConfig, workload: Workload, concurrency: int, out: P
             return replay(
                 workload,
                 url,
-                concurrency=concurrency,
+                pace=Pace(concurrency=concurrency),
                 vocab_size=vocab_size,
                 seed=setting.seed,
                 tracer=tracer,

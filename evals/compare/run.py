@@ -29,7 +29,8 @@ from rich.progress import (
 )
 
 from dualpath_sgl.evals.agents import table2
-from dualpath_sgl.evals.agents.replay import Replay, ReplayError, RequestRecord, replay
+from dualpath_sgl.evals.agents.replay import Pace, Replay, ReplayError, RequestRecord, replay
+from dualpath_sgl.evals.agents.talk import Answer
 from dualpath_sgl.evals.agents.trace import load_sessions
 from dualpath_sgl.evals.agents.workload import Workload, build
 from dualpath_sgl.evals.common.errors import EvalError
@@ -177,7 +178,7 @@ def _describe(options: EvalOptions, workload: Workload) -> WorkloadInfo:
     )
 
 
-def _reference(options: EvalOptions, workload: Workload, progress: _Steps) -> dict[str, list[list[int]]]:
+def _reference(options: EvalOptions, workload: Workload, progress: _Steps) -> dict[str, list[Answer]]:
     with progress.step("single server", workload.requests) as step:
         server = SingleServer(options.cluster, options.out / "single")
         server.start(step.event)
@@ -190,7 +191,7 @@ def _run_mode(
     mode: str,
     options: EvalOptions,
     workload: Workload,
-    expected: dict[str, list[list[int]]],
+    expected: dict[str, list[Answer]],
     progress: _Steps,
 ) -> tuple[ModeResult, Path | None]:
     config = cluster_config(options.cluster, mode)
@@ -220,7 +221,7 @@ def _replay(options: EvalOptions, workload: Workload, url: str, tracer: Tracer, 
     return replay(
         workload,
         url,
-        concurrency=options.concurrency,
+        pace=Pace(concurrency=options.concurrency),
         vocab_size=_vocab_size(options.cluster),
         seed=options.seed,
         tracer=tracer,
@@ -238,9 +239,9 @@ def _result(
     config: ClusterConfig,
     run: Replay,
     counters: measure.Counters,
-    expected: dict[str, list[list[int]]],
+    expected: dict[str, list[Answer]],
 ) -> ModeResult:
-    mismatches = list(_mismatches(expected, run.answers))
+    mismatches = list(mismatched(expected, run.answers))
     records = run.records
     by_role = {
         role: sum(read.store_read_bytes for read in counters.engines.values() if read.role == role)
@@ -273,14 +274,22 @@ def _result(
 
 def storage_limit_s(config: ClusterConfig, count_bytes: int) -> float | None:
     """What the storage links need for `count_bytes` when all engines that may read share them evenly."""
-    if config.store.read_rate is None:
+    rate = link_rate(config)
+    if rate is None:
         return None
     decoding = config.decode.count if config.mode in (Mode.BOTH, Mode.DECODE_SIDE) else 0
     readers = config.prefill.count + max(decoding, len(config.relay_names))
-    return count_bytes * 8 / bits_per_s(config.store.read_rate) / readers
+    return count_bytes * 8 / rate / readers
 
 
-def _mismatches(expected: dict[str, list[list[int]]], got: dict[str, list[list[int]]]) -> Iterator[Mismatch]:
+def link_rate(config: ClusterConfig) -> int | None:
+    """Bits per second at which one engine reads the store at most; None: nothing says."""
+    network = config.network.storage_rate if config.network is not None else None
+    rates = [bits_per_s(rate) for rate in (config.store.read_rate, network) if rate is not None]
+    return min(rates, default=None)
+
+
+def mismatched(expected: dict[str, list[Answer]], got: dict[str, list[Answer]]) -> Iterator[Mismatch]:
     """The first wrong turn of each session; later ones had other prompts already."""
     for session, answers in expected.items():
         for turn, (wanted, found) in enumerate(zip(answers, got[session], strict=True)):

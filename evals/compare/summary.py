@@ -48,8 +48,9 @@ class Mismatch(_Record):
 
     session: str
     turn: Count
-    expected: list[int]
-    got: list[int]
+    expected: list[int] | str
+    """Token ids, or the text of a chat."""
+    got: list[int] | str
 
 
 class ModeResult(_Record):

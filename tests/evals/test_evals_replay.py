@@ -11,7 +11,7 @@ import pytest
 from aiohttp import web
 
 from dualpath_sgl.evals.agents import replay as module
-from dualpath_sgl.evals.agents.replay import ReplayError, replay
+from dualpath_sgl.evals.agents.replay import Pace, ReplayError, replay
 from dualpath_sgl.evals.agents.trace import TraceRequest, TraceSession
 from dualpath_sgl.evals.agents.workload import build
 from dualpath_sgl.evals.common.errors import EvalError
@@ -53,7 +53,7 @@ def played_against(handler, agents: int = 1, monkeypatch=None):
 
     monkeypatch.setattr(module._Player, "play", with_server)
     try:
-        return replay(workload, "", concurrency=agents, vocab_size=100, seed=0, tracer=tracer)
+        return replay(workload, "", pace=Pace(concurrency=agents), vocab_size=100, seed=0, tracer=tracer)
     finally:
         shutdown()
 
@@ -146,6 +146,10 @@ def test_a_server_that_is_not_there_is_a_failure():
     workload = build([SESSION], agents=1, turns=None, max_context_tokens=200, page_size=4)
     tracer = init_tracing("tester", None)
     with pytest.raises(ReplayError, match="127.0.0.1:1"):
-        replay(workload, "http://127.0.0.1:1", concurrency=1, vocab_size=100, seed=0, tracer=tracer)
+        replay(
+            workload, "http://127.0.0.1:1", pace=Pace(concurrency=1), vocab_size=100, seed=0, tracer=tracer
+        )
     with pytest.raises(EvalError, match="concurrency is 0"):
-        replay(workload, "http://127.0.0.1:1", concurrency=0, vocab_size=100, seed=0, tracer=tracer)
+        replay(
+            workload, "http://127.0.0.1:1", pace=Pace(concurrency=0), vocab_size=100, seed=0, tracer=tracer
+        )

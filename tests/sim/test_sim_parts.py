@@ -7,6 +7,7 @@ from itertools import pairwise
 import pytest
 
 from dualpath_sgl.evals.common.errors import EvalError
+from dualpath_sgl.evals.common.service_level import capacity
 from dualpath_sgl.evals.sim.model.decode import DecodeCosts, DecodeGroup
 from dualpath_sgl.evals.sim.model.engines import Request, SimEngine
 from dualpath_sgl.evals.sim.model.hardware import Hardware
@@ -16,7 +17,7 @@ from dualpath_sgl.evals.sim.model.prefill import PrefillCosts, PrefillGroup
 from dualpath_sgl.evals.sim.model.setup import MODES, Setup
 from dualpath_sgl.evals.sim.model.storage import StorageLink
 from dualpath_sgl.evals.sim.model.workload import Turn, table2_trajectories, trace_trajectories, workload
-from dualpath_sgl.evals.sim.studies.online import capacity, serve
+from dualpath_sgl.evals.sim.studies.online import serve
 from scheduler_svc.wire.protocol import RankInfo, Role
 
 PFLOP = 1e15

@@ -5,12 +5,13 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import NamedTuple, Protocol
 
+from dualpath_sgl.evals.common.service_level import capacity
 from dualpath_sgl.evals.sim.model.cluster import Outcome, Simulation
 from dualpath_sgl.evals.sim.model.hardware import Hardware
 from dualpath_sgl.evals.sim.model.models import Model
 from dualpath_sgl.evals.sim.model.setup import MODES, Setup
 from dualpath_sgl.evals.sim.model.workload import TRAJECTORIES, Trajectory, table2_trajectories, workload
-from dualpath_sgl.evals.sim.studies.online import capacity, serve
+from dualpath_sgl.evals.sim.studies.online import serve
 
 SEED = 1
 FIRST_RATE_PER_S = 0.2

@@ -8,10 +8,10 @@ from __future__ import annotations
 
 import gc
 import random
-from collections.abc import Callable
 from statistics import fmean
 from typing import NamedTuple
 
+from dualpath_sgl.evals.common.service_level import Steadiness
 from dualpath_sgl.evals.sim.model.cluster import Progress, Simulation, TurnTimes
 from dualpath_sgl.evals.sim.model.setup import Setup
 from dualpath_sgl.evals.sim.model.workload import Workload
@@ -47,7 +47,7 @@ class _Run:
         self._simulation.on_turn = self._turn
         self._ttfts_s: list[float] = []
         self._tpots_s: list[float] = []
-        self._history_s: list[float] = []
+        self._steadiness = Steadiness(COMPARED_WINDOWS, STEADY)
         self._verdict = Verdict(True, 0.0, 0.0)
         loop = self._simulation.loop
         loop.at(0.0, self._arrival)
@@ -77,38 +77,10 @@ class _Run:
         tpot_s = fmean(self._tpots_s) if self._tpots_s else 0.0
         self._ttfts_s.clear()
         self._tpots_s.clear()
-        self._history_s.append(ttft_s)
+        is_steady = self._steadiness.add(ttft_s)
         is_met = ttft_s <= TTFT_LIMIT_S and tpot_s <= TPOT_LIMIT_S
         self._verdict = Verdict(is_met, ttft_s, tpot_s)
-        if not is_met or self._is_steady() or loop.now_s >= LONGEST_S:
+        if not is_met or is_steady or loop.now_s >= LONGEST_S:
             self._simulation.stop()
         else:
             loop.at(loop.now_s + WINDOW_S, self._window)
-
-    def _is_steady(self) -> bool:
-        history_s = self._history_s
-        if len(history_s) <= COMPARED_WINDOWS:
-            return False
-        before_s = history_s[-1 - COMPARED_WINDOWS]
-        return before_s > 0 and abs(history_s[-1] - before_s) <= STEADY * before_s
-
-
-def capacity(met: Callable[[float], bool], first: float, precision: float) -> float:
-    """The highest rate for which `met` holds, to a relative `precision`; `met` holds for low rates only.
-
-    Doubles or halves from `first` to enclose it, then bisects (geometrically: it is a ratio that
-    is wanted).
-    """
-    low, high = first, first
-    if met(first):
-        high *= 2
-        while met(high):
-            low, high = high, 2 * high
-    else:
-        low /= 2
-        while not met(low):
-            low, high = low / 2, low
-    while high / low > 1 + precision:
-        middle = (low * high) ** 0.5
-        low, high = (middle, high) if met(middle) else (low, middle)
-    return (low * high) ** 0.5
