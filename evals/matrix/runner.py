@@ -28,6 +28,7 @@ from dualpath_sgl.evals.agents.replay import Pace, Replay, RequestRecord, replay
 from dualpath_sgl.evals.agents.talk import Answer
 from dualpath_sgl.evals.common.errors import EvalError
 from dualpath_sgl.evals.compare.run import link_rate, mismatched, storage_limit_s
+from dualpath_sgl.evals.compare.summary import EngineRead
 from dualpath_sgl.evals.matrix import results
 from dualpath_sgl.evals.matrix.cells import Cell, cells, counts, fingerprint
 from dualpath_sgl.evals.matrix.experiment import CapacityLoad, Experiment, OfflineLoad, OnlineLoad
@@ -314,7 +315,7 @@ class Runner:
         self,
         cell: Cell,
         measured: Measured,
-        engines: dict,
+        engines: dict[str, EngineRead],
         fallbacks: dict[str, int],
         duplicates: int | None,
     ) -> CellResult:

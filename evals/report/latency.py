@@ -20,7 +20,10 @@ FIELDS = {
     "ttst_s": "first to second token",
     "tpot_s": "time per output token",
 }
-_LEAST_S = 1e-4
+_LEAST_S = 1e-3
+"""Shorter times are the clock's and the network's: they are drawn at the left edge."""
+_WIDE = 30
+"""Where the axis spans more than this ratio only powers of ten are named."""
 
 
 def distributions(
@@ -74,7 +77,9 @@ def _line(axes: Axes, values_s: list[float], look: style.Look, theme: Theme) -> 
 def _seconds(axes: Axes) -> None:
     axes.set_xscale("log")
     axes.set_ylim(0, 101)
-    axes.xaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0), numticks=12))
+    left, right = axes.get_xlim()
+    named = (1.0,) if right / left > _WIDE else (1.0, 2.0, 5.0)
+    axes.xaxis.set_major_locator(LogLocator(subs=named, numticks=12))
     axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
     axes.xaxis.set_minor_formatter(NullFormatter())
     axes.tick_params(axis="x", labelsize=8)

@@ -40,7 +40,7 @@ def busy(name: str, found: Sequence[Comparison]) -> Picture | None:
         for axes in grid[-1]:
             axes.set_xlabel("time since the first request (s)")
         is_share = all(cell.link_bits_per_s for cell in cells.values())
-        figure.supylabel("storage link in use (% of its rate)" if is_share else "read from the store (MB/s)")
+        figure.supylabel("link use (% of rate)" if is_share else "read (MB/s)", fontsize=9.5)
         handles: list[Artist] = []
         for engine in engines:
             look = style.of_engine(engine, engines)
@@ -107,7 +107,7 @@ def paths(name: str, found: Sequence[Comparison]) -> Picture | None:
                     _path_panel(axes, comparison.modes[mode].first, theme)
         for axes in grid[-1]:
             axes.set_xlabel("time since the first request (s)")
-        figure.supylabel("requests planned")
+        figure.supylabel("requests planned", fontsize=9.5)
         handles = [
             Patch(
                 facecolor=look.colour(theme),

@@ -112,7 +112,8 @@ def _pictures(
     )
     yield "Load paths in time, as the scheduler planned them.", links.paths(f"{number}-paths", found)
     yield (
-        "Latencies of single requests. Read upwards: at 50% stands the median. Further left is better.",
+        "Latencies of single requests. Read upwards: at 50% stands the median. Further left is better. Tokens that "
+        "arrive together have no time between them: some routers hold the first ones back.",
         latency.distributions(f"{number}-latency", found, modes, level),
     )
     yield (
@@ -134,7 +135,10 @@ def _across(compared: Sequence[Comparison], experiment: Experiment) -> Iterator[
                 )
     for field in ("append", "generation"):
         if picture := throughput.sweep(f"sweep-{field}", field, compared, modes):
-            yield f"What longer or shorter {field} lengths change.", picture
+            yield (
+                f"What longer or shorter {field} lengths change: how many times as fast as the first mode.",
+                picture,
+            )
 
 
 def _about(cell: CellResult) -> str:

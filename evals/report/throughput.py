@@ -8,6 +8,7 @@ from typing import Any
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
+from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
 from dualpath_sgl.evals.matrix.experiment import ServiceLevel
 from dualpath_sgl.evals.report import style
@@ -58,6 +59,7 @@ def against_load(
             right.set_ylim(bottom=0)
         for axes in grid[-1]:
             axes.set_xlabel(label)
+            axes.set_xticks(sorted(places), [f"{place:g}" for place in sorted(places)])
         _legend(figure, modes, theme)
 
     return style.picture(name, f"Throughput and mean TTFT over {label}.", 2.3 * len(by_topology) + 0.9, draw)
@@ -80,6 +82,9 @@ def capacity(
             axes.set_title(comparison.topology.upper())
             axes.set_xlabel("arriving agents per second")
             axes.set_yscale("log")
+            axes.yaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
+            axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+            axes.yaxis.set_minor_formatter(NullFormatter())
         row[0].set_ylabel("mean TTFT of the last window (s)")
         _legend(figure, modes, theme)
 
@@ -104,44 +109,54 @@ def _probes(axes: Axes, group: Group, look: style.Look, theme: Theme) -> None:
         axes.axvline(group.first.agents_per_s, color=colour, linestyle=":", linewidth=1.2)
 
 
-def _legend(figure: Figure, modes: Sequence[str], theme: Theme) -> None:
+def _legend(figure: Figure, modes: Sequence[str], theme: Theme, level: bool = True) -> None:
     handles = []
     for mode in modes:
         look = style.of_mode(mode, modes)
         handles.append(
             Line2D([], [], color=look.colour(theme), linestyle=look.dashes, marker=look.marker, label=mode)
         )
-    handles.append(Line2D([], [], color=theme.limit, linewidth=1.5, label="service level"))
+    if level:
+        handles.append(Line2D([], [], color=theme.limit, linewidth=1.5, label="service level"))
     style.legend_below(figure, handles, min(len(handles), 8))
 
 
 def sweep(name: str, field: str, found: Sequence[Comparison], modes: Sequence[str]) -> Picture | None:
-    """How the gain over the base changes with `append` or `generation` lengths; None without a sweep."""
+    """How the gain over the first mode changes with `append` or `generation` lengths; None without a sweep.
+
+    Columns are topologies, rows loads; agents who come at random are left out, their JCT is mostly waiting.
+    """
+    other = {"append": "generation", "generation": "append"}[field]
     lines: dict[tuple[str, str], dict[str, list[tuple[float, float]]]] = {}
+    fixed: float | None = None
     for comparison in found:
-        place = getattr(comparison.any, field)
+        cell = comparison.any
+        fixed = getattr(cell, other) if fixed is None else fixed
+        if cell.kind != "offline" or getattr(cell, other) != fixed:
+            continue
+        panel = lines.setdefault((comparison.load, comparison.topology), {})
         for mode in list(comparison.modes)[1:]:
-            of_load = lines.setdefault((comparison.topology, comparison.load), {})
-            of_load.setdefault(mode, []).append((place, comparison.gain(mode)))
-    shown = {
-        key: of for key, of in lines.items() if any(len({x for x, _ in line}) > 1 for line in of.values())
-    }
-    if not shown:
+            panel.setdefault(mode, []).append((getattr(cell, field), comparison.gain(mode)))
+    if len({place for panel in lines.values() for line in panel.values() for place, _ in line}) < 2:
         return None
+    loads, topologies = (list(dict.fromkeys(key[part] for key in lines)) for part in (0, 1))
 
     def draw(figure: Figure, theme: Theme) -> None:
-        (row,) = style.panels(figure, 1, len(shown), sharey=True)
-        for axes, ((topology, load), of_mode) in zip(row, shown.items(), strict=True):
-            for mode, line in of_mode.items():
-                look = style.of_mode(mode, modes)
-                xs, ys = zip(*sorted(line), strict=True)
-                axes.plot(
-                    xs, ys, color=look.colour(theme), linestyle=look.dashes, marker=look.marker, linewidth=1.8
-                )
-            axes.axhline(1, color=theme.quiet, linewidth=1)
-            axes.set_title(f"{topology.upper()}  {load}", fontsize=9)
-            axes.set_xlabel(f"{field} lengths (times the trace's)")
-        row[0].set_ylabel("times as fast as the first mode")
-        _legend(figure, [mode for mode in modes if any(mode in of for of in shown.values())], theme)
+        grid = style.panels(figure, len(loads), len(topologies), sharex=True, sharey=True)
+        for row, load in zip(grid, loads, strict=True):
+            for axes, topology in zip(row, topologies, strict=True):
+                for mode, line in lines.get((load, topology), {}).items():
+                    look = style.of_mode(mode, modes)
+                    places, gains = zip(*sorted(line), strict=True)
+                    axes.plot(
+                        places, gains, color=look.colour(theme), linestyle=look.dashes, marker=look.marker,
+                        linewidth=1.8,
+                    )  # fmt: skip
+                axes.axhline(1, color=theme.quiet, linewidth=1)
+                axes.set_title(f"{topology.upper()}  {load.replace('-', ' ')}", fontsize=9.5)
+            row[0].set_ylabel("times as fast")
+        for axes in grid[-1]:
+            axes.set_xlabel(f"{field} length (times the trace's)")
+        _legend(figure, modes[1:], theme, level=False)
 
-    return style.picture(name, f"Gain over {field} length.", 3.2, draw)
+    return style.picture(name, f"Gain over {field} length.", 2.3 * len(loads) + 0.9, draw)
