@@ -41,7 +41,7 @@ async def serving(handler):
         await runner.cleanup()
 
 
-def played_against(handler, agents: int = 1, monkeypatch=None):
+def played_against(handler, agents: int = 1, monkeypatch=None, pace: Pace | None = None, **how):
     """Run the client in its own event loop, with the server in the same."""
     workload = build([SESSION], agents=agents, turns=None, max_context_tokens=200, page_size=4)
     tracer = init_tracing("tester", None)
@@ -53,7 +53,8 @@ def played_against(handler, agents: int = 1, monkeypatch=None):
 
     monkeypatch.setattr(module._Player, "play", with_server)
     try:
-        return replay(workload, "", pace=Pace(concurrency=agents), vocab_size=100, seed=0, tracer=tracer)
+        pace = pace or Pace(concurrency=agents)
+        return replay(workload, "", pace=pace, vocab_size=100, seed=0, tracer=tracer, **how)
     finally:
         shutdown()
 
@@ -140,6 +141,30 @@ def test_one_failure_ends_the_whole_replay_and_nothing_is_retried(monkeypatch):
     with pytest.raises(ReplayError, match="HTTP 500"):
         played_against(handler, agents=3, monkeypatch=monkeypatch)
     assert len(requests) <= 3
+
+
+def test_agents_come_when_the_pace_says_and_think_between_their_turns(monkeypatch):
+    slept = []
+    sleep = module.asyncio.sleep
+
+    async def noted(seconds):
+        slept.append(seconds)
+        await sleep(0)
+
+    monkeypatch.setattr(module.asyncio, "sleep", noted)
+    thinking = SESSION.requests[1].model_copy(update={"think_s": 40.0})
+    monkeypatch.setattr(
+        "test_evals_replay.SESSION", SESSION.model_copy(update={"requests": (SESSION.requests[0], thinking)})
+    )
+    pace = Pace(starts_s=[0.5, 2.5], think=0.5, longest_think_s=15)
+    run = played_against(streamed(generated), 2, monkeypatch, pace)
+    # The second agent begins with a round of its own.
+    assert len(run.records) == 5 and sorted(filter(None, slept)) == [0.5, 2.5, 15, 15]
+
+
+def test_a_replay_ends_when_it_has_shown_enough(monkeypatch):
+    run = played_against(streamed(generated), 3, monkeypatch, until=lambda record: record.turn == 1)
+    assert 2 <= len(run.records) < 8 and run.records[-1].turn == 1
 
 
 def test_a_server_that_is_not_there_is_a_failure():
