@@ -3,13 +3,14 @@
 The next prompt is the messages so far, what was really answered included, and a new user message.  Texts
 are cut to one share of their characters, the same for all, so that the longest session fits.  Tokens
 are counted with the model's own tokenizer; the forced length of an answer is that of the trace's, cut
-alike.
+alike.  Every agent begins with a line of random letters, longer than a page, so that agents, and runs with
+other seeds, share nothing.
 """
 
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -96,8 +97,7 @@ def build(
 ) -> ChatWorkload:
     """`agents` agents, each with the first `turns` requests of one session.
 
-    A session that is used again begins with a line of random letters, longer than a page, so that copies
-    share nothing.  Raises EvalError when the turns cannot be cut down to `max_context_tokens`.
+    Raises EvalError when the turns cannot be cut down to `max_context_tokens`.
     """
     if agents < 1 or (turns is not None and turns < 1):
         raise EvalError(f"agents is {agents} and turns is {turns}; give at least 1 of each")
@@ -107,8 +107,9 @@ def build(
         copy, source = divmod(agent, len(sessions))
         session = sessions[source]
         name = f"{session.id}#{copy}" if copy else session.id
-        prelude = _random_line(name, page_size) if copy else ""
-        return ChatPlan(name, tuple(_cut(session.turns[:turns], factor, prelude, count, outputs, stretch)))
+        opening_tokens = count(opening(name, 0, page_size))
+        cut = _cut(session.turns[:turns], factor, opening_tokens, count, outputs, stretch)
+        return ChatPlan(name, tuple(cut))
 
     def longest(factor: float) -> int:
         return max(_longest(plan(agent, factor).turns) for agent in range(agents))
@@ -131,17 +132,17 @@ def build(
 def _cut(
     turns: Sequence[TextTurn],
     factor: float,
-    prelude: str,
+    opening_tokens: int,
     count: Count,
     outputs: dict[str, int],
     stretch: Stretch,
-):
-    context = 0
+) -> Iterator[ChatTurn]:
+    context = opening_tokens
     for turn in turns:
         share = factor * (stretch.append if turn.continues else 1.0)
         text = _stretched(turn.text, share)
         if not turn.continues:
-            text, context = prelude + text, 0
+            context = opening_tokens
         output_tokens = max(MIN_OUTPUT_TOKENS, round(outputs[turn.output] * factor * stretch.generation))
         prompt_tokens = context + count(text) + TEMPLATE_TOKENS
         yield ChatTurn(text, turn.continues, prompt_tokens, output_tokens, turn.think_s)
@@ -154,9 +155,10 @@ def _stretched(text: str, share: float) -> str:
     return (text * (wanted // max(1, len(text)) + 1))[:wanted] or "."
 
 
-def _random_line(name: str, page_size: int) -> str:
-    letters = random.Random(name)
-    return "".join(letters.choice("abcdefghijklmnopqrstuvwxyz ") for _ in range(8 * page_size)) + "\n"
+def opening(session: str, seed: int, page_size: int) -> str:
+    """What an agent's first message begins with; other seeds and sessions get other letters."""
+    letters = random.Random(f"{seed}/{session}")
+    return "".join(letters.choice("abcdefghijklmnopqrstuvwxyz ") for _ in range(4 * page_size)) + "\n"
 
 
 def _longest(turns: Sequence[ChatTurn]) -> int:

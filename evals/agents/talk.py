@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any, NamedTuple, Protocol
 
-from dualpath_sgl.evals.agents.chat import ChatPlan, ChatWorkload
+from dualpath_sgl.evals.agents.chat import ChatPlan, ChatWorkload, opening
 from dualpath_sgl.evals.agents.conversation import Conversation
 from dualpath_sgl.evals.agents.workload import Workload
 
@@ -77,9 +77,10 @@ class Talk(Protocol):
 
 
 def talks(workload: Workload | ChatWorkload, vocab_size: int, seed: int) -> Sequence[Talk]:
-    """The agents of a workload; `vocab_size` bounds the random tokens of those that talk in ids."""
+    """The agents of a workload; `seed` draws what is random in their prompts, from `vocab_size` tokens where they
+    talk in ids."""
     if isinstance(workload, ChatWorkload):
-        return [ChatTalk(plan, workload.page_size) for plan in workload.sessions]
+        return [ChatTalk(plan, workload.page_size, seed) for plan in workload.sessions]
     return [TokenTalk(Conversation(plan, vocab_size, seed), workload.page_size) for plan in workload.sessions]
 
 
@@ -167,9 +168,10 @@ class ChatReply:
 class ChatTalk:
     path = "/v1/chat/completions"
 
-    def __init__(self, plan: ChatPlan, page_size: int) -> None:
+    def __init__(self, plan: ChatPlan, page_size: int, seed: int) -> None:
         self._plan = plan
         self._page_size = page_size
+        self._opening = opening(plan.id, seed, page_size)
         self._messages: list[dict[str, str]] = []
         self._asked = 0
         self._known_tokens = 0
@@ -188,9 +190,11 @@ class ChatTalk:
     def ask(self) -> Question:
         turn = self._plan.turns[self._asked]
         self._asked += 1
+        text = turn.text
         if not turn.continues:
             self._messages, self._known_tokens = [], 0
-        self._messages.append({"role": "user", "content": turn.text})
+            text = self._opening + text
+        self._messages.append({"role": "user", "content": text})
         body = {
             "model": "default",
             "messages": list(self._messages),

@@ -30,7 +30,7 @@ class Prepared(NamedTuple):
         """Run what is not finished; what must hold of any run, and does not."""
         failures = self.runner.run().failures
         wrong = [cell.name for cell in finished_cells(self.out) if cell.tokens_equal is False]
-        return [f"{failure.cell} failed: {failure.problem}" for failure in failures] + [
+        return [f"{failure.cell} failed: {failure.problem.splitlines()[0]}" for failure in failures] + [
             f"{name}: tokens differ from the single server's" for name in wrong
         ]
 

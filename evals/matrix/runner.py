@@ -120,10 +120,11 @@ class Runner:
                         self._cell(todo[0], target)
                         todo.pop(0)
             except _RECOVERABLE as error:
+                problem = str(error) or type(error).__name__
                 for cell in tried:
                     todo.remove(cell)
-                    self._say(f"{cell.name}: FAILED: {error}")
-                    yield Failure(cell=cell.name, problem=str(error))
+                    self._say(f"{cell.name}: FAILED: {problem.splitlines()[0]}")
+                    yield Failure(cell=cell.name, problem=problem)
 
     # -- what is wanted --------------------------------------------------------------------------------
 
