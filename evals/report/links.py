@@ -72,8 +72,7 @@ def _link_panel(axes: Axes, cell: CellResult, engines: Sequence[str], theme: The
         shown = [100 * rate / bits_per_s if bits_per_s else rate / 8e6 for rate in rates]
         colour = look.colour(theme)
         axes.stairs(shown, times_s, color=colour, fill=True, alpha=0.18)
-        middles = [(begin + end) / 2 for begin, end in pairwise(times_s)]
-        axes.plot(middles, shown, color=colour, linestyle=look.dashes, linewidth=1.8)
+        axes.stairs(shown, times_s, color=colour, linestyle=look.dashes, linewidth=1.6, baseline=None)
     shares = utilisation(cell)
     told = " / ".join(f"{shares[engine]:.0%}" for engine in engine_order(shares))
     axes.text(
@@ -138,16 +137,19 @@ _PATH_LABELS = {
 
 def _path_panel(axes: Axes, cell: CellResult, theme: Theme) -> None:
     times_s = cell.samples.at_s
-    width_s = max(cell.job_s, times_s[-1]) / _BINS
-    bottoms = [0.0] * _BINS
-    middles = [(place + 0.5) * width_s for place in range(_BINS)]
+    ended_s = max(cell.job_s, times_s[-1])
+    # Two looks a bar: with fewer, bars would show when somebody looked.
+    bins = max(1, min(_BINS, len(times_s) // 2))
+    width_s = ended_s / bins
+    bottoms = [0.0] * bins
+    middles = [(place + 0.5) * width_s for place in range(bins)]
     for path in [*style.PATHS, *(path for path in cell.samples.paths if path not in style.PATHS)]:
         counts = cell.samples.paths.get(path)
         if not counts:
             continue
-        heights = [0.0] * _BINS
+        heights = [0.0] * bins
         for (before, after), (begin, end) in zip(pairwise(counts), pairwise(times_s), strict=True):
-            heights[min(_BINS - 1, int((begin + end) / 2 / width_s))] += after - before
+            heights[min(bins - 1, int((begin + end) / 2 / width_s))] += after - before
         look = style.of_path(path)
         axes.bar(
             middles, heights, width_s, bottoms, color=look.colour(theme), hatch=look.hatch,

@@ -1,4 +1,8 @@
-"""The report of recorded cells (recorded_matrix/, measured on a shaped 1P1D): sentences, plots, page."""
+"""The report of recorded cells (recorded_matrix/, from shaped 1P1D clusters): sentences, plots, page.
+
+The cells are of two runs on a busy machine, `basic` with 12 agents instead of 14: what is drawn and told is tested
+here, not how large a gain is.
+"""
 
 import io
 import shutil
@@ -90,7 +94,7 @@ def test_the_page_opens_in_a_browser_without_errors_and_every_plot_is_seen(out, 
     assert "CONSOLE" not in done.stderr
 
 
-def test_plots_have_the_papers_colour_of_their_theme_and_something_on_it(out):
+def test_plots_lie_on_the_paper_of_their_theme_and_something_on_it(out):
     write_report(out)
     for name, theme in (("01-jct.png", style.LIGHT), ("01-links-dark.png", style.DARK)):
         pixels = image.imread(out / "report" / name)[..., :3]
@@ -108,9 +112,13 @@ def test_the_story_says_how_much_faster_why_and_where_it_does_not_help(cells):
     assert "basic takes" in story.gains(many).opening and "decode-0 0%" in story.gains(many).opening
     (cost,) = story.costs(few).lines
     assert "nothing is read from the store" in cost and "TTFT" in cost and story.gains(few).lines == []
-    best, busy, worst, tokens = story.cards([many, few])
+    best, busy, tokens = story.cards([many, few])
     assert best.value == f"{gain:.2f}{story.TIMES}" and "dualpath on 1P1D" in best.what
-    assert "→" in busy.value and "2 agents" in worst.what and tokens.value == "4 of 4"
+    assert "→" in busy.value and tokens.value == "4 of 4"
+    slow = many.modes["dualpath"].first.model_copy(update={"topology": "1p2d", "job_s": 90.0})
+    other = many.base.first.model_copy(update={"topology": "1p2d"})
+    _, _, worst, _ = story.cards([many, *comparisons([other, slow])])
+    assert worst.value.startswith("0.30") and "dualpath on 1P2D" in worst.what
 
 
 def test_what_does_not_help_is_explained_by_what_was_measured(cells):
@@ -143,7 +151,7 @@ def test_wrong_tokens_missing_cells_and_failures_stand_at_the_top(out, cells):
     results.write(failures, out / results.FAILURES)
     text = write_report(out).read_text()
     top = text[: text.index("<nav>")]
-    assert f"Tokens differ from the single server&#39;s in {wrong.name}" in top
+    assert f"Tokens differ from the single server's in {wrong.name}" in top
     assert "1 cells are not measured" in top and "&lt;b&gt;no memory&lt;/b&gt;" in top
 
 
