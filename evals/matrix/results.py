@@ -129,10 +129,11 @@ class CellResult(Record):
     """Job completion time (JCT)."""
     storage_limit_s: Seconds | None
     """What the storage links alone need for the bytes that were read, spread evenly over the engines that may
-    read; None where no rate is known."""
+    read; None where no rate is known, and of a capacity search."""
     link_bits_per_s: int | None
     """Of one engine's storage link."""
     requests: list[Request]
+    """Of a capacity search: of the last probe that kept the level; counters are of all probes."""
     engines: dict[str, EngineRead]
     fallbacks: dict[str, Count]
     duplicate_store_pages: Count | None

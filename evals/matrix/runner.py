@@ -345,7 +345,7 @@ class Runner:
             tokens_equal=None if expected is None else not wrong,
             mismatches=wrong,
             job_s=measured.replay.job_s,
-            storage_limit_s=storage_limit_s(config, read),
+            storage_limit_s=None if measured.probes else storage_limit_s(config, read),
             link_bits_per_s=link_rate(config),
             requests=[Request(**record._asdict()) for record in measured.replay.records],
             engines=engines,

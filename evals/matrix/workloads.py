@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import random
 import zlib
+from collections.abc import Sequence
+from functools import lru_cache
+from pathlib import Path
 from typing import NamedTuple
 
 from dualpath_sgl.evals.agents import chat, lmcache, mooncake, table2, trace
-from dualpath_sgl.evals.agents.chat import ChatWorkload
+from dualpath_sgl.evals.agents.chat import ChatWorkload, TextSession
 from dualpath_sgl.evals.agents.replay import Pace
 from dualpath_sgl.evals.agents.workload import Stretch, Workload, build
 from dualpath_sgl.evals.matrix.experiment import (
@@ -32,9 +35,8 @@ def play(variant: TraceVariant, agents: int, config: ClusterConfig, seed: int) -
     """Read or draw the sessions and scale them.  Raises EvalError."""
     choice, stretch = variant.choice, Stretch(variant.append, variant.generation)
     if choice.format == "lmcache-agent":
-        assert choice.path is not None, "checked with the experiment"
         texts = chat.build(
-            lmcache.load_text_sessions(choice.path),
+            _texts(_path(variant)),
             agents=agents,
             turns=choice.turns,
             max_context_tokens=choice.max_context,
@@ -54,14 +56,27 @@ def play(variant: TraceVariant, agents: int, config: ClusterConfig, seed: int) -
     return Play(workload, _traffic(variant, workload, seed))
 
 
-def _sessions(variant: TraceVariant, agents: int, seed: int) -> list[trace.TraceSession]:
+def _sessions(variant: TraceVariant, agents: int, seed: int) -> Sequence[trace.TraceSession]:
     choice = variant.choice
     if choice.format == "table2":
         return table2.trajectories(table2.ROWS[choice.row], agents, seed)
-    assert choice.path is not None, "checked with the experiment"
-    if choice.format == "mooncake-fast25":
-        return mooncake.load_mooncake(choice.path)
-    return trace.load_sessions(choice.path)
+    return _recorded(choice.format, _path(variant))
+
+
+def _path(variant: TraceVariant) -> Path:
+    assert variant.choice.path is not None, "checked with the experiment"
+    return variant.choice.path
+
+
+@lru_cache(maxsize=4)
+def _texts(path: Path) -> list[TextSession]:
+    return lmcache.load_text_sessions(path)
+
+
+@lru_cache(maxsize=4)
+def _recorded(trace_format: str, path: Path) -> list[trace.TraceSession]:
+    """Read once for all loads: a set may have hundreds of files."""
+    return mooncake.load_mooncake(path) if trace_format == "mooncake-fast25" else trace.load_sessions(path)
 
 
 def _source(variant: TraceVariant) -> str:

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 from matplotlib.artist import Artist
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
+from matplotlib.patches import Patch
 
 from dualpath_sgl.evals.report import style
 from dualpath_sgl.evals.report.groups import Comparison, engine_order
@@ -28,8 +30,7 @@ def reads_and_hits(name: str, found: Sequence[Comparison], modes: Sequence[str])
             _hits(right, comparison, modes, theme)
         handles: list[Artist] = []
         for engine in engines:
-            colour = style.of_engine(engine, engines).colour(theme)
-            handles.append(Line2D([], [], color=colour, linewidth=6, label=f"read by {engine}"))
+            handles.append(Patch(**_fill(engine, engines, theme), label=f"read by {engine}"))
         handles.append(Line2D([], [], color=theme.limit, linewidth=2.5, label="theoretical hit rate"))
         style.legend_below(figure, handles)
 
@@ -50,8 +51,7 @@ def _reads(axes: Axes, comparison: Comparison, engines: Sequence[str], theme: Th
         left = 0.0
         for engine in engines:
             megabytes = group.read_bytes.get(engine, 0) / 1e6
-            colour = style.of_engine(engine, engines).colour(theme)
-            axes.barh(place, megabytes, 2 * _HALF_BAR, left, color=colour, edgecolor=theme.paper)
+            axes.barh(place, megabytes, 2 * _HALF_BAR, left, **_fill(engine, engines, theme))
             left += megabytes
         told = "nothing read" if group.imbalance is None else f"max/avg {group.imbalance:.2f}"
         axes.text(left + 0.015 * (most or 1), place, told, va="center", fontsize=8.5)
@@ -61,6 +61,11 @@ def _reads(axes: Axes, comparison: Comparison, engines: Sequence[str], theme: Th
     _names(axes, comparison)
 
 
+def _fill(engine: str, engines: Sequence[str], theme: Theme) -> dict[str, Any]:
+    look = style.of_engine(engine, engines)
+    return {"facecolor": look.colour(theme), "edgecolor": theme.paper, "hatch": look.hatch}
+
+
 def _hits(axes: Axes, comparison: Comparison, modes: Sequence[str], theme: Theme) -> None:
     for place, (mode, group) in enumerate(comparison.modes.items()):
         look = style.of_mode(mode, modes)
@@ -68,8 +73,7 @@ def _hits(axes: Axes, comparison: Comparison, modes: Sequence[str], theme: Theme
             place, 100 * group.hit_rate, 2 * _HALF_BAR, color=look.colour(theme), hatch=look.hatch,
             edgecolor=theme.paper, linewidth=0,
         )  # fmt: skip
-        ends = (place - 1.25 * _HALF_BAR, place + 1.25 * _HALF_BAR)
-        axes.vlines(100 * group.theoretical_hit_rate, *ends, color=theme.limit, linewidth=2.5)
+        style.mark(axes, 100 * group.theoretical_hit_rate, place, 1.25 * _HALF_BAR, theme)
         right = 100 * max(group.hit_rate, group.theoretical_hit_rate)
         axes.text(right + 1.5, place, f"{group.hit_rate:.1%}", va="center", fontsize=8.5)
     axes.set_xlim(0, 118)

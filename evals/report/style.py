@@ -68,11 +68,11 @@ _OTHERS = (
     Look("#8a7d00", "#f0e442", (0, (5, 2)), "||", "<"),
     Look("#5d4a9c", "#a796e6", (0, (1, 2)), "oo", ">"),
 )
-_PREFILL = (Look("#0072b2", "#4aa8e0", "-"), Look("#56b4e9", "#8ccdf2", (0, (5, 1))))
+_PREFILL = (Look("#0072b2", "#4aa8e0", "-"), Look("#56b4e9", "#8ccdf2", (0, (5, 1)), "//"))
 _DECODE = (
-    Look("#d55e00", "#ff8f4d", (0, (4, 1))),
-    Look("#c79a00", "#f0c23f", (0, (1, 1))),
-    Look("#8a4b08", "#c98a4b", (0, (3, 1, 1, 1))),
+    Look("#d55e00", "#ff8f4d", (0, (4, 1)), "\\\\"),
+    Look("#c79a00", "#f0c23f", (0, (1, 1)), "xx"),
+    Look("#8a4b08", "#c98a4b", (0, (3, 1, 1, 1)), ".."),
 )
 PATHS = {
     "none": Look("#a9b2bc", "#5b6570", "-", ""),
@@ -162,6 +162,12 @@ def panels(
 ) -> list[list[Axes]]:
     """`rows` x `columns` axes, as lists."""
     return [list(row) for row in figure.subplots(rows, columns, squeeze=False, sharex=sharex, sharey=sharey)]
+
+
+def mark(axes: Axes, value: float, place: float, half: float, theme: Theme) -> None:
+    """A limit across the bar at `place`, with an edge that shows on a bar as dark as it is."""
+    for colour, width in ((theme.paper, 6.0), (theme.limit, 2.5)):
+        axes.vlines(value, place - half, place + half, color=colour, linewidth=width, zorder=5)
 
 
 def legend_below(figure: Figure, handles: Sequence[Artist], columns: int | None = None) -> None:

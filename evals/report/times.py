@@ -58,8 +58,7 @@ def _panel(axes: Axes, comparison: Comparison, modes: Sequence[str], theme: Them
             each = [cell.job_s for cell in group.cells]
             axes.scatter(each, [place] * len(each), color=theme.ink, s=10, zorder=4)
         if group.limit_s:
-            ends = (place - 1.25 * HALF_BAR, place + 1.25 * HALF_BAR)
-            axes.vlines(group.limit_s, *ends, color=theme.limit, linewidth=2.5, zorder=5)
+            style.mark(axes, group.limit_s, place, 1.25 * HALF_BAR, theme)
         gain = "" if group is comparison.base else f"  {comparison.gain(mode):.2f}{TIMES}"
         right_s = max(group.job_s, group.limit_s or 0)
         axes.text(
