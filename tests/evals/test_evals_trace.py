@@ -13,6 +13,7 @@ from dualpath_sgl.evals.agents.trace import (
     sharings,
     theoretical_hit_rate,
 )
+from dualpath_sgl.evals.agents.workload import build
 from dualpath_sgl.evals.common.errors import EvalError
 
 SHIPPED = Path(__file__).parents[2] / "evals" / "agents" / "data" / "claude-code-weka"
@@ -112,3 +113,18 @@ def test_a_missing_path_and_an_empty_folder_are_refused(tmp_path):
         load_sessions(tmp_path / "absent")
     with pytest.raises(EvalError, match="holds no .json"):
         load_sessions(tmp_path)
+
+
+def test_think_times_are_read_where_there_are_some_and_never_run_backwards(tmp_path):
+    requests = [{"in": 70, "out": 4, "hash_ids": [1]} | extra for extra in ({}, {"think_time": None})]
+    requests += [{"in": 70, "out": 4, "hash_ids": [1], "think_time": think} for think in (3, 2.5, -1.0)]
+    file = tmp_path / "s.json"
+    file.write_text(json.dumps({"id": "s", "block_size": 64, "requests": requests}))
+    session = load_session(file)
+    assert [request.think_s for request in session.requests] == [None, None, 3, 2.5, -1]
+    workload = build([session], agents=1, turns=None, max_context_tokens=100, page_size=16)
+    assert [turn.think_s for turn in workload.sessions[0].turns] == [0, 0, 3, 2.5, 0]
+    requests[0]["think_time"] = "long"
+    file.write_text(json.dumps({"id": "s", "block_size": 64, "requests": requests}))
+    with pytest.raises(EvalError, match="field requests.0.think_time"):
+        load_session(file)
