@@ -8,7 +8,9 @@ from dualpath_sgl.launch.config.cluster import ClusterConfig, Mode
 ORACLE = "oracle"
 """Upstream with a prefill pool that holds every agent's context: nothing is read from the store, so it shows what is
 left when loading costs nothing."""
-MODES: tuple[str, ...] = (*run.MODES, ORACLE)
+DEFAULT = "default"
+"""As the cluster file says."""
+MODES: tuple[str, ...] = (*run.MODES, DEFAULT, ORACLE)
 _SLACK = 1.1
 
 
@@ -22,6 +24,8 @@ def cluster_of(
             "decode": base.decode.model_copy(update={"count": decode}),
         }
     )
+    if mode == DEFAULT:
+        return config
     if mode != ORACLE:
         return run.cluster_config(config, mode)
     prefill_group, pool = config.prefill, config.prefill.max_total_tokens

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
-from dualpath_sgl.evals.matrix.modes import ORACLE
+from dualpath_sgl.evals.matrix.modes import DEFAULT, ORACLE
 from dualpath_sgl.evals.report.groups import Comparison, Group, engine_order
 from dualpath_sgl.terminal.units import duration, size
 
@@ -18,6 +18,7 @@ BUSY = 0.7
 MODES = {
     "basic": "SGLang as it is: only prefill engines read the store.",
     "both": "SGLang as it is, with its decode-side prefetch: prefill and decode engines both read every page.",
+    DEFAULT: "The mode and the path policy of the cluster file.",
     "dualpath": "DualPath with the cluster file's path policy.",
     "auto": "DualPath in the mode that suits the model, with the cluster file's path policy.",
     "relay": "DualPath: relay processes read on behalf of prefill engines.",

@@ -57,8 +57,7 @@ _MODES = {
     "basic": _GREY,
     "both": Look("#b65f92", "#d98cb8", (0, (5, 1, 1, 1)), "\\\\", "v"),
     "oracle": _ORACLE,
-    "dualpath": Look("#0072b2", "#4aa8e0", "-", "", "o"),
-    "auto": Look("#0072b2", "#4aa8e0", "-", "", "o"),
+    "default": Look("#0072b2", "#4aa8e0", "-", "", "o"),
     "decode": Look("#c77f00", "#f0b23f", (0, (3, 1)), "//", "^"),
     "shorter_queue": Look("#009e73", "#2fcf9f", (0, (6, 1)), "xx", "D"),
 }

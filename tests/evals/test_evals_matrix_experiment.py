@@ -142,6 +142,7 @@ def test_the_oracles_prefill_pool_holds_all_contexts_and_other_modes_keep_theirs
     basic = cluster_of(CLUSTER, "basic", 2, 1, context_tokens=50_000)
     assert (basic.prefill.max_total_tokens, basic.prefill.count) == (CLUSTER.prefill.max_total_tokens, 2)
     assert cluster_of(CLUSTER, "prefill", 1, 1, 0).scheduler.policy == "prefill"
+    assert cluster_of(CLUSTER, "default", 1, 1, 0) == CLUSTER
 
 
 def test_agents_come_at_random_at_the_given_rate_and_the_same_seed_repeats_them():

@@ -34,7 +34,7 @@ def out(tmp_path) -> Path:
 @pytest.fixture(scope="module")
 def cells() -> list[CellResult]:
     found = {cell.name: cell for cell in finished_cells(RECORDED)}
-    names = [f"1p1d--{mode}--coding--{load}" for mode in ("basic", "dualpath") for load in (MANY, FEW)]
+    names = [f"1p1d--{mode}--coding--{load}" for mode in ("basic", "default") for load in (MANY, FEW)]
     return [found[name] for name in names]
 
 
@@ -105,20 +105,20 @@ def test_plots_lie_on_the_paper_of_their_theme_and_something_on_it(out):
 
 def test_the_story_says_how_much_faster_why_and_where_it_does_not_help(cells):
     many, few = comparisons(cells)
-    gain = many.base.job_s / many.modes["dualpath"].job_s
+    gain = many.base.job_s / many.modes["default"].job_s
     (line,) = story.gains(many).lines
-    assert line.startswith(f"dualpath: {gain:.2f} times as fast; its storage links alone would allow")
+    assert line.startswith(f"default: {gain:.2f} times as fast; its storage links alone would allow")
     assert "Storage links in use: prefill-0" in line and story.costs(many).lines == []
     assert "basic takes" in story.gains(many).opening and "decode-0 0%" in story.gains(many).opening
     (cost,) = story.costs(few).lines
     assert "nothing is read from the store" in cost and "TTFT" in cost and story.gains(few).lines == []
     best, busy, tokens = story.cards([many, few])
-    assert best.value == f"{gain:.2f}{story.TIMES}" and "dualpath on 1P1D" in best.what
+    assert best.value == f"{gain:.2f}{story.TIMES}" and "default on 1P1D" in best.what
     assert "→" in busy.value and tokens.value == "4 of 4"
-    slow = many.modes["dualpath"].first.model_copy(update={"topology": "1p2d", "job_s": 90.0})
+    slow = many.modes["default"].first.model_copy(update={"topology": "1p2d", "job_s": 90.0})
     other = many.base.first.model_copy(update={"topology": "1p2d"})
     _, _, worst, _ = story.cards([many, *comparisons([other, slow])])
-    assert worst.value.startswith("0.30") and "dualpath on 1P2D" in worst.what
+    assert worst.value.startswith("0.30") and "default on 1P2D" in worst.what
 
 
 def test_what_does_not_help_is_explained_by_what_was_measured(cells):
@@ -206,6 +206,6 @@ def test_a_deployment_whose_counters_nobody_reads_still_has_times(cells):
 def test_engines_and_modes_keep_their_looks():
     names = ["decode-10", "prefill-1", "decode-2", "prefill-0"]
     assert engine_order(names) == ["prefill-0", "prefill-1", "decode-2", "decode-10"]
-    modes = ["basic", "prefill", "split", "dualpath"]
+    modes = ["basic", "prefill", "split", "default"]
     looks = [style.of_mode(mode, modes) for mode in modes]
     assert len({look.light for look in looks}) == len({look.dark for look in looks}) == 4
