@@ -10,16 +10,13 @@ def activate() -> None:
     global activated
     from dualpath_sgl.start.config import settings
 
-    if settings().enabled or settings().relay:
-        from dualpath_sgl import intake
-
-        intake.register()
     if settings().enabled:
-        from dualpath_sgl import hooks, relay_hooks
+        from dualpath_sgl import hooks, intake, relay_hooks
         from dualpath_sgl.relay.client.register import register
         from dualpath_sgl.start import facts
         from scheduler_svc.wire.protocol import Mode
 
+        intake.register()
         register()
         facts.register_checks()
         hooks.register(decode_side=settings().asked_mode is not Mode.RELAY)

@@ -69,8 +69,8 @@ def compare(
     config: ClusterConfig, asking: Mapping[str, Client], out: Path, console: Console
 ) -> list[Compared]:
     """Raises EvalError.  `config`: with the Rust router; `out`: an empty folder for results and logs."""
-    if config.mode is not Mode.DUALPATH or config.router.kind is not RouterKind.RUST:
-        raise EvalError("the cluster must have mode dualpath and router.kind rust: the placing one is added")
+    if config.mode in (Mode.BASIC, Mode.BOTH) or config.router.kind is not RouterKind.RUST:
+        raise EvalError("the cluster must be DualPath's, with router.kind rust: the placing one is added")
     with SingleServer(config, _folder(out, "single-server")) as server:
         right = _ask_all("single server", server.url, asking, out, console)
     results: list[Compared] = []

@@ -19,7 +19,6 @@ MODES = {
     "basic": "SGLang as it is: only prefill engines read the store.",
     "both": "SGLang as it is, with its decode-side prefetch: prefill and decode engines both read every page.",
     DEFAULT: "The mode and the path policy of the cluster file.",
-    "dualpath": "DualPath with the cluster file's path policy.",
     "auto": "DualPath in the mode that suits the model, with the cluster file's path policy.",
     "relay": "DualPath: relay processes read on behalf of prefill engines.",
     "decode-side": "DualPath: decode engines read too, and forward pages to prefill engines.",
