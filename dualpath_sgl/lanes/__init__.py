@@ -9,6 +9,7 @@ peer_lanes.py     PE: one lane for each DE it has work with
 page_server.py    DE: where pinned pages lie, and until when
 peer_protocol.py  what those two tell each other: read it first
 peer_keys.py      who is admitted between engines
+door.py           a socket that others ask (relays, and decode engines that hold pages)
 forward.py        one-sided reads with Mooncake, each followed to its end
 rank_sync.py      several ranks agree on what has landed (tp_size > 1)
 """

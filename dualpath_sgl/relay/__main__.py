@@ -9,13 +9,14 @@ import sys
 from collections.abc import Callable
 
 from dualpath_sgl.control.relay_channel import RelayChannel
+from dualpath_sgl.lanes.door import BindRefused
 from dualpath_sgl.lanes.forward import Forwarder, bound_mooncakes_patience
 from dualpath_sgl.lanes.peer_keys import PeerKeys
 from dualpath_sgl.limits.read_limit import ReadLimit
 from dualpath_sgl.relay.memory import Memory, stay_on_node
 from dualpath_sgl.relay.metrics import Metrics
 from dualpath_sgl.relay.ring import Ring
-from dualpath_sgl.relay.server import BindRefused, Server
+from dualpath_sgl.relay.server import Server
 from dualpath_sgl.relay.settings import Settings, load
 from dualpath_sgl.relay.store import LimitedReads, MooncakeReads, PolledReads, Store, StoreRefused
 from scheduler_svc.telemetry.tracing import init_tracing, shutdown

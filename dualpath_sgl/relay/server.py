@@ -18,6 +18,7 @@ import zmq
 from msgspec.structs import replace
 from opentelemetry.trace import Tracer
 
+from dualpath_sgl.lanes.door import Door
 from dualpath_sgl.lanes.peer_keys import PeerKeys
 from dualpath_sgl.relay import wire
 from dualpath_sgl.relay.fair_queue import Asked, FairQueue
@@ -46,10 +47,7 @@ from dualpath_sgl.threads.mailbox import Mailbox
 from scheduler_svc.telemetry.faults import Faults
 from scheduler_svc.telemetry.log_limit import LimitedLog
 from scheduler_svc.telemetry.tracing import context_from
-from scheduler_svc.wire.addresses import in_url, is_ipv6
-from scheduler_svc.wire.connections import Connections, fd_of
-from scheduler_svc.wire.liveness import notice_dead_peers
-from scheduler_svc.wire.protocol import MAX_COUNT, MAX_RATE, RelayLoad, Wire, common_version, encode
+from scheduler_svc.wire.protocol import MAX_COUNT, MAX_RATE, RelayLoad, Wire, common_version
 
 logger = logging.getLogger(__name__)
 
@@ -57,8 +55,6 @@ POLL_MS = 20
 """How often leases and reads that hang are looked for."""
 ALIVE_S = 0.2
 """How often a client that waits is told that it waits for a relay that lives."""
-MESSAGES_AT_A_TIME = 256
-"""Then reads are begun and leases looked after, however many messages wait."""
 MOST_CLIENTS = 4096
 """The one that was quiet for longest is forgotten when there are more."""
 BESIDE_READERS = 1
@@ -67,13 +63,7 @@ NOT_RELEASED = 3
 """Fetches of a client that may be ready and not released: it pulls one after another."""
 MOST_QUEUED = 512
 """Of all clients together: at most 256 MiB of messages."""
-MOST_UNFINISHED_BYTES = 4 * wire.MAX_MESSAGE_BYTES
-"""Beyond this without an end of the message a connection is cut."""
 FAULT_PAUSE_S = 0.05
-
-
-class BindRefused(ValueError):
-    """The address cannot be bound."""
 
 
 @dataclass(eq=False)
@@ -96,14 +86,13 @@ class Server:
     ) -> None:
         """Binds at once.  `mooncake_address`: Mooncake's name of the ring's memory on the compute network.
 
-        With `keys` it speaks CURVE, and only with the holders of those.  Raises BindRefused.
+        With `keys` it speaks CURVE, and only with the holders of those.  Raises door.BindRefused.
         """
         self._settings = settings
         self._mooncake_address = mooncake_address
         self._ring = ring
         self._metrics = metrics
         self._tracer = tracer
-        self._keys = keys
         self._most_fetches = settings.readers + BESIDE_READERS + NOT_RELEASED
         self._queue = FairQueue(settings.patience_s)
         self._leases = Leases(settings.lease_s)
@@ -119,26 +108,16 @@ class Server:
         self._ended: Mailbox[Read] = Mailbox()
         self._readers = Readers(store, settings.readers, settings.hang_s, self._ended.put)
         self._fetches = Fetches(ring, self._readers, metrics)
-        self._socket = keys.server_socket() if keys else zmq.Context.instance().socket(zmq.ROUTER)
-        self._socket.setsockopt(zmq.LINGER, 200)
-        self._socket.setsockopt(zmq.ROUTER_MANDATORY, 1)
-        self._socket.setsockopt(zmq.MAXMSGSIZE, 2 * wire.MAX_MESSAGE_BYTES)
-        self._socket.setsockopt(zmq.IPV6, int(is_ipv6(settings.host)))
-        notice_dead_peers(self._socket)
-        self._connections = Connections(
-            self._socket,
-            MOST_UNFINISHED_BYTES,
-            lambda reason: metrics.refused_connections.labels(reason).inc(),
+        self._door = Door(
+            settings.host,
+            settings.port,
+            wire.decode_to_relay,
+            wire.MAX_MESSAGE_BYTES,
+            keys,
+            on_malformed=metrics.malformed.inc,
+            on_refused=lambda reason: metrics.refused_connections.labels(reason).inc(),
         )
-        try:
-            self._socket.bind(f"tcp://{in_url(settings.host)}:{settings.port or '*'}")
-        except zmq.ZMQError as error:
-            self._close()
-            raise BindRefused(
-                f"cannot bind port {settings.port} of {settings.host}: {error.strerror}; is another "
-                "relay there?"
-            ) from None
-        self.endpoint: str = self._socket.getsockopt_string(zmq.LAST_ENDPOINT)
+        self.endpoint = self._door.endpoint
         self._load = RelayLoad(ring_free_bytes=ring.free_bytes)
         """As of the last tick."""
 
@@ -156,9 +135,8 @@ class Server:
     def run(self) -> None:
         """Serve until nothing is left after `stop`, then close the socket."""
         poller = zmq.Poller()
-        poller.register(self._socket, zmq.POLLIN)
+        self._door.watch(poller)
         poller.register(self._ended.fd, zmq.POLLIN)
-        poller.register(self._connections.monitor, zmq.POLLIN)
         try:
             while not self._may_end():
                 try:
@@ -174,11 +152,7 @@ class Server:
                     self._faults.record("the loop", "it goes on")
                     time.sleep(FAULT_PAUSE_S)
         finally:
-            self._close()
-
-    def _close(self) -> None:
-        self._connections.close()
-        self._socket.close()
+            self._door.close()
 
     def _guarded(self, step: Callable[[], None], name: str) -> bool:
         """False when it has failed."""
@@ -195,7 +169,7 @@ class Server:
 
     def _tick(self) -> None:
         now_s = time.monotonic()
-        self._guarded(self._connections.tick, "looking at connections")
+        self._guarded(self._door.tick, "looking at connections")
         for name in self._leases.expired(now_s):
             self._end_lease(name, now_s, "expired")
             self._log.log(logging.WARNING, "lease %d ended before it was released", name[1])
@@ -234,20 +208,7 @@ class Server:
     # -- what clients say -----------------------------------------------------------------------
 
     def _receive_some(self) -> None:
-        for _ in range(MESSAGES_AT_A_TIME):
-            if not self._socket.poll(0):
-                return
-            sender, *frames = self._socket.recv_multipart(copy=False)
-            self._connections.heard(fd_of(sender))
-            if self._keys is not None and not self._keys.admits(sender):
-                continue
-            identity = sender.bytes
-            try:
-                message = wire.decode_to_relay(b"".join(frame.bytes for frame in frames))
-            except ValueError as error:
-                self._metrics.malformed.inc()
-                self._log.log(logging.WARNING, "ignored a malformed message: %s", error)
-                continue
+        for identity, message in self._door.receive():
             handled = self._guarded(partial(self._handle, identity, message), "handling a message")
             if not handled and isinstance(message, Fetch):
                 self._refuse(identity, message.lease, Reason.FAULT)
@@ -435,12 +396,5 @@ class Server:
         span.end(end_time=now_ns)
 
     def _send(self, identity: bytes, message: Wire) -> None:
-        try:
-            self._socket.send_multipart([identity, encode(message)], zmq.NOBLOCK)
-        except zmq.ZMQError as error:
-            if error.errno == zmq.EHOSTUNREACH:
-                self._forget(identity)
-            elif error.errno != zmq.EAGAIN:
-                raise
-            else:
-                self._log.log(logging.WARNING, "a client takes no messages; one is lost")
+        if not self._door.send(identity, message):
+            self._forget(identity)
