@@ -26,13 +26,15 @@ from dualpath_sgl.relay.fetches import Begun, Fetches
 from dualpath_sgl.relay.leases import LeaseName, Leases
 from dualpath_sgl.relay.metrics import Metrics
 from dualpath_sgl.relay.readers import Read, Readers
-from dualpath_sgl.relay.ring import Ring
+from dualpath_sgl.relay.ring import Extent, Ring
 from dualpath_sgl.relay.settings import Settings
 from dualpath_sgl.relay.store import Store
 from dualpath_sgl.relay.wire import (
     Alive,
     Fetch,
+    Held,
     Hello,
+    Holds,
     Leaving,
     Ready,
     Reason,
@@ -47,7 +49,7 @@ from dualpath_sgl.threads.mailbox import Mailbox
 from scheduler_svc.telemetry.faults import Faults
 from scheduler_svc.telemetry.log_limit import LimitedLog
 from scheduler_svc.telemetry.tracing import context_from
-from scheduler_svc.wire.protocol import MAX_COUNT, MAX_RATE, RelayLoad, Wire, common_version
+from scheduler_svc.wire.protocol import MAX_COUNT, MAX_RATE, RelayLoad, Wire
 
 logger = logging.getLogger(__name__)
 
@@ -95,7 +97,7 @@ class Server:
         self._tracer = tracer
         self._most_fetches = settings.readers + BESIDE_READERS + NOT_RELEASED
         self._queue = FairQueue(settings.patience_s)
-        self._leases = Leases(settings.lease_s)
+        self._leases: Leases[Extent] = Leases(settings.lease_s)
         self._clients: OrderedDict[bytes, _Client] = OrderedDict()
         self._alive_s = 0.0
         self._leaving = threading.Event()
@@ -225,14 +227,11 @@ class Server:
                 self._revoke(identity, message.lease)
             case Release():
                 self._release(identity, message.lease)
+            case Holds():
+                self._send(identity, Held(message.question, ()))
 
     def _hello(self, identity: bytes, hello: Hello) -> None:
-        version = common_version(hello.version, hello.oldest_version, (wire.VERSION, wire.OLDEST_VERSION))
-        if version is None:
-            reason = (
-                f"relay protocol {hello.oldest_version} to {hello.version}, this relay speaks "
-                f"{wire.OLDEST_VERSION} to {wire.VERSION}: give both the same release"
-            )
+        if (reason := wire.disagreement(hello)) is not None:
             self._log.log(logging.WARNING, "rejected %s: %s", hello.engine, reason)
             self._send(identity, Rejected(reason))
             return
@@ -243,7 +242,7 @@ class Server:
         self._send(
             identity,
             Welcome(
-                version=version,
+                version=min(hello.version, wire.VERSION),
                 mooncake_address=self._mooncake_address,
                 address=self._ring.address,
                 lease_s=self._settings.lease_s,

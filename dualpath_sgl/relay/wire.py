@@ -1,4 +1,4 @@
-"""Wire models between a prefill engine rank (the client) and a relay.
+"""Wire models between a prefill engine rank (the client) and a relay, or a decode engine that holds objects.
 
     client -> Hello       who I am, which versions I speak
     relay -> Welcome      what I take at a time; or Rejected, and why
@@ -10,13 +10,18 @@
     client -> Release     "I have pulled what I need"; also of a lease that was given up
     relay -> Released     `valid`: the objects lay there all that time
     relay -> Leaving      ask for nothing more, the relay is about to stop
+    client -> Holds       "which of these do you hold?"; Held is the answer
+
+A decode engine is a relay that reads nothing: its `Ready` comes at once, and says `NOT_HELD` of objects that do
+not lie in its host memory.  A relay holds nothing by itself.
 
 One ZeroMQ frame holds one JSON object whose `type` names the model.  The client has a DEALER socket, the
 relay a ROUTER; a connection is a client, so that what one has asked for ends with its connection.
 
 What was pulled counts only after `Released(valid=True)`: memory of the ring is given to other objects
-after a lease is over and never before.  So whatever a client has read before that answer are the bytes of the
-keys that it asked for, however late it was.
+after a lease is over and never before, and a decode engine says `valid` only if none of these pages was given
+back meanwhile.  So whatever a client has read before that answer are the bytes of the keys that it asked for,
+however late it was.
 """
 
 from __future__ import annotations
@@ -27,7 +32,18 @@ from typing import Annotated
 import msgspec
 from msgspec import Meta
 
-from scheduler_svc.wire.protocol import Count, Name, Rank, Seconds, Text, Traceparent, Version, Wire, decode
+from scheduler_svc.wire.protocol import (
+    Count,
+    Name,
+    Rank,
+    Seconds,
+    Text,
+    Traceparent,
+    Version,
+    Wire,
+    common_version,
+    decode,
+)
 
 VERSION = 1
 """The newest that is spoken here; raised when something gets another meaning."""
@@ -41,8 +57,14 @@ MOST_KEY_CHARACTERS = 512
 MOST_KEYS_CHARACTERS = 256 * 1024
 """Of all keys of one Fetch."""
 MAX_OBJECT_BYTES = 2**40
+MOST_ASKED = 256
+"""Keys of one Holds: a decode engine answers between two of its steps."""
+NOT_HELD = -(2**20)
+"""As a result: it does not lie here.  That says nothing of the store."""
 
 Lease = Annotated[int, Meta(ge=1, le=2**63 - 1)]
+Position = Annotated[int, Meta(ge=0, le=MOST_ASKED)]
+Question = Annotated[int, Meta(ge=1, le=2**63 - 1)]
 Key = Annotated[str, Meta(min_length=1, max_length=MOST_KEY_CHARACTERS)]
 Address = Annotated[int, Meta(ge=0, le=2**63 - 1)]
 Got = Annotated[int, Meta(ge=-(2**31), le=MAX_OBJECT_BYTES)]
@@ -81,6 +103,11 @@ class Release(Wire, frozen=True, tag="release"):
     lease: Lease
 
 
+class Holds(Wire, frozen=True, tag="holds"):
+    question: Question
+    keys: Annotated[tuple[Key, ...], Meta(min_length=1, max_length=MOST_ASKED)]
+
+
 class Welcome(Wire, frozen=True, tag="welcome", kw_only=True):
     version: Version
     """The newest that both speak."""
@@ -107,7 +134,7 @@ class Ready(Wire, frozen=True, tag="ready", kw_only=True):
     mooncake_address: Name
     addresses: Annotated[tuple[Address, ...], Meta(max_length=MOST_OBJECTS)]
     got: Annotated[tuple[Got, ...], Meta(max_length=MOST_OBJECTS)]
-    """Bytes of each object in the order asked, or Mooncake's negative code."""
+    """Bytes of each object in the order asked, `NOT_HELD`, or Mooncake's negative code."""
 
     def __post_init__(self) -> None:
         if len(self.addresses) != len(self.got):
@@ -148,11 +175,27 @@ class Leaving(Wire, frozen=True, tag="leaving"):
     pass
 
 
-ToRelay = Hello | Fetch | Revoke | Release
-ToClient = Welcome | Rejected | Ready | Refused | Released | Alive | Leaving
+class Held(Wire, frozen=True, tag="held"):
+    question: Question
+    runs: Annotated[tuple[tuple[Position, Position], ...], Meta(max_length=MOST_ASKED)]
+    """First key and number of keys of each run that is held."""
+
+
+ToRelay = Hello | Fetch | Revoke | Release | Holds
+ToClient = Welcome | Rejected | Ready | Refused | Released | Alive | Leaving | Held
 
 _to_relay = msgspec.json.Decoder(ToRelay)
 _to_client = msgspec.json.Decoder(ToClient)
+
+
+def disagreement(hello: Hello) -> str | None:
+    """Why a client cannot be spoken with; None when it can, in the newest version that both know."""
+    if common_version(hello.version, hello.oldest_version, (VERSION, OLDEST_VERSION)) is not None:
+        return None
+    return (
+        f"relay protocol {hello.oldest_version} to {hello.version}, this side speaks {OLDEST_VERSION} to "
+        f"{VERSION}: give both the same release"
+    )
 
 
 def decode_to_relay(frame: bytes) -> ToRelay:

@@ -47,6 +47,9 @@ class Tree:
         rank: int = 0,
         ranks: int = 1,
         policy: str = "wait_complete",
+        role: str = "prefill",
+        core: str = "python",
+        device_tokens: int = 4096,
     ) -> None:
         """`backend`: of `--hicache-storage-backend`, `extra`: its extra configuration; `policy`: when prefetches
         are cut short.
@@ -70,7 +73,7 @@ class Tree:
         config = CacheConfig(
             page_size=page_tokens,
             components=COMPONENTS[kind],
-            kv_size=4096,
+            kv_size=device_tokens,
             dtype=torch.float32,
             head_dim=16,
             **shape,
@@ -78,7 +81,7 @@ class Tree:
         if ranks > 1:
             group = torch.distributed.group.WORLD
             fixtures.CacheInitParams = partial(fixtures.CacheInitParams, tp_cache_group=group)
-        self.tree, _, _ = fixtures.build_fixture(config, tree_core_backend="python")
+        self.tree, self.allocator, _ = fixtures.build_fixture(config, tree_core_backend=core)
         args = ServerArgs(
             model_path="dummy",
             page_size=page_tokens,
@@ -105,7 +108,7 @@ class Tree:
                 moe_tp_rank=rank,
                 moe_tp_size=ranks,
             ),
-            get_disagg().override(disaggregation_mode="prefill"),
+            get_disagg().override(disaggregation_mode=role),
         ]
         for override in self._overrides:
             override.__enter__()

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from dualpath_sgl.lanes.forward import merge_runs
 from dualpath_sgl.relay.client.claims import Claim, Load
 from dualpath_sgl.relay.client.memory.bounce import Room, copy_blocks
-from dualpath_sgl.relay.wire import Fetch, Ready
+from dualpath_sgl.relay.wire import NOT_HELD, Fetch, Ready
 
 
 @dataclass(eq=False)
@@ -56,6 +56,12 @@ class Batch:
                 source += size
         copy_blocks(targets, sources, sizes)
         return whole
+
+    def not_held(self) -> list[int]:
+        """Objects that others may have."""
+        assert self.ready is not None
+        results = zip(self.claim.indices, self.ready.got, strict=True)
+        return [index for index, got in results if got == NOT_HELD]
 
     def _whole(self) -> list[tuple[int, int, int]]:
         """Index, address in the room and address in the relay of each object that has the size asked for."""

@@ -8,7 +8,7 @@ from __future__ import annotations
 import threading
 import time
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -18,7 +18,9 @@ from dualpath_sgl.relay.client.spans import OWN
 LEAST_BATCH_BYTES = 256 * 1024
 """Towards the end of a load batches shrink to this: what is left then takes all lanes about as long."""
 ANYBODY = ""
-"""Part of the list that belongs to no relay."""
+"""Part of the list that belongs to no helper."""
+
+NOTHING: deque[int] = deque()
 
 Pointers = int | Sequence[int]
 """Address of an object's bytes, or of each of the blocks that they are cut into."""
@@ -68,9 +70,16 @@ class Load:
     """Any thread may call anything."""
 
     def __init__(
-        self, keys: Sequence[str], destinations: Sequence[Blocks], relay_of: Sequence[str] | None = None
+        self,
+        keys: Sequence[str],
+        destinations: Sequence[Blocks],
+        helper_of: Sequence[str] | None = None,
+        holders: Collection[str] = (),
     ) -> None:
-        """`relay_of`: the relay that shall read each object, or `ANYBODY`; None when that holds for all."""
+        """`helper_of`: who shall bring each object, or `ANYBODY`; None when that holds for all.
+
+        `holders`: those of them that claim only what is theirs, and share it with nobody.
+        """
         self.keys = keys
         self.destinations = destinations
         self.sizes = [blocks.byte_count for blocks in destinations]
@@ -85,8 +94,11 @@ class Load:
         """Objects that a relay had claimed and did not bring."""
         self._parts: dict[str, deque[int]] = {}
         for index in range(len(keys)):
-            part = relay_of[index] if relay_of is not None else ANYBODY
+            part = helper_of[index] if helper_of is not None else ANYBODY
             self._parts.setdefault(part, deque()).append(index)
+        self._holders = frozenset(holders)
+        self._reserved = self._holders
+        """Whose part nobody else may have."""
         self._returned: deque[int] = deque()
         self._own: deque[int] = deque()
         """For the own client alone."""
@@ -100,8 +112,15 @@ class Load:
         """Of open objects."""
         return self._left_bytes
 
+    def reserve_only(self, holders: Collection[str]) -> bool:
+        """What belongs to others than these holders is anybody's from now on; whether that is news."""
+        with self._change:
+            freed = self._reserved.difference(holders)
+            self._reserved -= freed
+            return any(self._parts.get(holder) for holder in freed)
+
     def claim(self, relay: str, limits: Limits) -> Claim | None:
-        """The next batch for a relay, from the front; None when nothing is open for it."""
+        """The next batch for a helper, from the front; None when nothing is open for it."""
         with self._change:
             if self._closed:
                 return None
@@ -129,8 +148,11 @@ class Load:
             self._landing += 1
             return True
 
-    def land(self, claim: Claim, whole: Sequence[int]) -> None:
-        """The objects `whole` of the claim have been written; the own client is asked for the others."""
+    def land(self, claim: Claim, whole: Sequence[int], not_held: Sequence[int] = ()) -> None:
+        """The objects `whole` of the claim have been written.
+
+        Anybody may bring those that were `not_held`; the own client is asked for the others.
+        """
         with self._change:
             self._landing -= 1
             for index in whole:
@@ -141,9 +163,8 @@ class Load:
                 self.landed_s = time.monotonic()
             missing = set(claim.indices).difference(whole)
             self.came_back += len(missing)
-            self._own.extend(sorted(missing))
-            self._left_bytes += sum(self.sizes[i] for i in missing)
-            self._change.notify_all()
+            self._reopen(self._own, sorted(missing.difference(not_held)))
+            self._reopen(self._returned, not_held)
 
     def land_own(self, indices: Sequence[int], results: Sequence[int]) -> None:
         """What the own client says is the last word."""
@@ -235,6 +256,8 @@ class Load:
         """Where the next object comes from, and whether from its front."""
         if relay is None and self._own:
             return self._own, True
+        if relay in self._holders:
+            return self._parts.get(relay, NOTHING) if relay in self._reserved else NOTHING, True
         if self._returned:
             return self._returned, True
         if relay is not None:
@@ -242,6 +265,6 @@ class Load:
             if part:
                 return part, True
         elif only_leftovers:
-            return self._parts.get(ANYBODY, self._own), False
-        longest = max(self._parts.values(), key=len, default=self._own)
-        return longest, False
+            return self._parts.get(ANYBODY, NOTHING), False
+        others = (part for helper, part in self._parts.items() if helper not in self._reserved)
+        return max(others, key=len, default=NOTHING), False

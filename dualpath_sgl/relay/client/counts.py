@@ -7,14 +7,14 @@ from dataclasses import dataclass, field
 
 @dataclass
 class LaneCounts:
-    """Of one relay; its lane's thread adds."""
+    """Of one helper; its lane's thread adds."""
 
     batches: int = 0
     """Landed."""
     bytes: int = 0
     objects: int = 0
     failed_objects: int = 0
-    """That the relay could not read; the own client was asked for them."""
+    """That it could not bring; others were asked for them."""
     given_back: int = 0
     """Objects claimed for it that did not come, whatever the reason."""
     refused: int = 0
@@ -39,6 +39,8 @@ class Counts:
     overdue: int = 0
     """Objects taken from a relay at a load's end because they had not come."""
     relays: dict[str, LaneCounts] = field(default_factory=dict)
+    residents: dict[str, LaneCounts] = field(default_factory=dict)
+    """Of decode engines' ranks, by `Helper.label`."""
 
     @property
     def relay_bytes(self) -> int:
@@ -55,3 +57,8 @@ class Counts:
     @property
     def hung_pulls(self) -> int:
         return sum(lane.hung_pulls for lane in list(self.relays.values()))
+
+    @property
+    def forwarded_bytes(self) -> int:
+        """Out of decode engines' host memory: nobody read them from the store."""
+        return sum(lane.bytes for lane in list(self.residents.values()))

@@ -1,4 +1,4 @@
-"""One relay's lane: a thread that claims batches for it, asks, pulls, confirms and copies.
+"""One helper's lane: a thread that claims batches for it, asks, pulls, confirms and copies.
 
     claim -> Fetch -> Ready -> pull into bounce memory -> Release -> Released -> copy -> landed
 
@@ -30,11 +30,13 @@ from dualpath_sgl.relay.client.batch_size import BatchSize
 from dualpath_sgl.relay.client.claims import Claim, Limits, Load
 from dualpath_sgl.relay.client.counts import LaneCounts
 from dualpath_sgl.relay.client.memory.transports import Transports
-from dualpath_sgl.relay.client.relays import Helper
+from dualpath_sgl.relay.client.relays import Helper, Kind
 from dualpath_sgl.relay.client.standing import Standing
 from dualpath_sgl.relay.wire import (
     Alive,
+    Held,
     Hello,
+    Holds,
     Leaving,
     Ready,
     Reason,
@@ -85,6 +87,7 @@ class RelayLane(threading.Thread):
         loads: Callable[[], Iterable[Load]],
         limits: Callable[[int], Limits],
         traceparent: Callable[[Load], str | None],
+        heard: Callable[[str, Held], None],
         transports: Transports,
         silence_s: float,
         batch_size: BatchSize,
@@ -92,14 +95,15 @@ class RelayLane(threading.Thread):
         secure: Secure | None = None,
     ) -> None:
         """`loads`: those that are open, oldest first.  `limits`: of a claim of so many bytes.  `traceparent`: of a load's
-        trace.  All three are called on the lane's thread.
+        trace.  `heard`: an answer of a helper's.  All four are called on the lane's thread.
         """
-        super().__init__(name=f"dualpath-relay-lane {helper.name}", daemon=True)
+        super().__init__(name=f"dualpath-relay-lane {helper.label}", daemon=True)
         self.helper = helper
         self._hello = hello
         self._loads = loads
         self._limits = limits
         self._traceparent = traceparent
+        self._on_held = heard
         self._transports = transports
         self._transport: Forwarder | None = None
         """Of the memory that was met."""
@@ -120,7 +124,7 @@ class RelayLane(threading.Thread):
         self._ended = False
         self._door = threading.Lock()
         """Of the mailbox: nothing is put in once the lane has ended."""
-        self._orders: Mailbox[Load | _Greeted | None] = Mailbox()
+        self._orders: Mailbox[Load | Holds | _Greeted | None] = Mailbox()
         self._log = LimitedLog(logger)
         self._socket: zmq.Socket[bytes] = zmq.Context.instance().socket(zmq.DEALER)
         self._socket.setsockopt(zmq.LINGER, 0)
@@ -150,6 +154,10 @@ class RelayLane(threading.Thread):
         self._retiring = True
         self._order(None)
 
+    def ask(self, question: Holds) -> None:
+        """The answer is heard."""
+        self._order(question)
+
     def stop(self) -> None:
         """What it has claimed goes back; the thread ends soon."""
         self._stopping = True
@@ -163,7 +171,7 @@ class RelayLane(threading.Thread):
     def _owed(self) -> bool:
         return bool(self._asked or self._ready or self._confirming)
 
-    def _order(self, order: Load | _Greeted | None) -> bool:
+    def _order(self, order: Load | Holds | _Greeted | None) -> bool:
         """False when the lane has ended."""
         with self._door:
             if not self._ended:
@@ -229,6 +237,8 @@ class RelayLane(threading.Thread):
                 self._greeted(order)
             elif isinstance(order, Load):
                 self._revoke_newest(order)
+            elif isinstance(order, Holds):
+                self._send(order)
 
     def _revoke_newest(self, load: Load) -> None:
         """One at a time: while the own client reads it, the relay may come to the others."""
@@ -296,7 +306,7 @@ class RelayLane(threading.Thread):
         limits = limits._replace(most_bytes=min(limits.most_bytes, welcome.most_bytes))
         for load in self._loads():
             while self._wants_more(welcome):
-                claim = load.claim(self.helper.name, limits)
+                claim = load.claim(self.helper.label, limits)
                 if claim is None:
                     break
                 if not self._ask_for(load, claim):
@@ -353,6 +363,8 @@ class RelayLane(threading.Thread):
                 self._released(message)
             case Leaving():
                 self._standing.leaves()
+            case Held():
+                self._on_held(self.helper.label, message)
             case Alive():
                 pass
 
@@ -390,9 +402,10 @@ class RelayLane(threading.Thread):
         try:
             if released.valid:
                 self._land(batch)
-            else:  # it was pulled too late: relay or network are slower than its leases
+            else:
                 self._counts.invalid += 1
-                self._standing.pause(PAUSE_S)
+                if self.helper.kind is Kind.RELAY:  # pulled too late: it or the network is slower than leases
+                    self._standing.pause(PAUSE_S)
         finally:
             self._give_back(batch)  # unless it has landed
             self._bounce.give_back(batch.room)
@@ -449,7 +462,7 @@ class RelayLane(threading.Thread):
         try:
             whole = batch.copy()
         finally:
-            load.land(claim, whole)
+            load.land(claim, whole, batch.not_held() if self.helper.kind is Kind.RESIDENT else ())
         self._batch_size.landed(claim.byte_count, claim.since_s)
         counts = self._counts
         counts.copy_s += time.monotonic() - begun_s

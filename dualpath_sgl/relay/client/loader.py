@@ -20,9 +20,10 @@ from dualpath_sgl.relay.client.memory.destinations import Destinations
 from dualpath_sgl.relay.client.memory.transports import Transports
 from dualpath_sgl.relay.client.options import Options
 from dualpath_sgl.relay.client.prefetch.call import Call, present
-from dualpath_sgl.relay.client.relays import Helper, Relays
+from dualpath_sgl.relay.client.relays import Helper, Kind, Relays
 from dualpath_sgl.relay.client.spans import OWN, Told, of_load
 from dualpath_sgl.relay.client.spread import spread
+from dualpath_sgl.relay.resident.whereabouts import Whereabouts
 from dualpath_sgl.relay.wire import Hello
 
 logger = logging.getLogger(__name__)
@@ -70,6 +71,7 @@ class Loader:
         self._tracer = tracer
         self._bounce = transports.bounce
         self._own_size = BatchSize(options.batch_bytes)
+        self._whereabouts = Whereabouts()
         self._lock = threading.Lock()
         self._lanes: dict[Helper, RelayLane] = {}
         self._open: dict[Load, str | None] = {}
@@ -85,8 +87,27 @@ class Loader:
         """Pulls that hang: rooms of bounce memory that nobody can use."""
         return self._bounce.kept_back
 
-    def lanes_up(self) -> list[RelayLane]:
-        return [lane for lane in list(self._lanes.values()) if lane.up]
+    def lanes_up(self, kind: Kind = Kind.RELAY) -> list[RelayLane]:
+        return [lane for lane in list(self._lanes.values()) if lane.up and lane.helper.kind is kind]
+
+    def exist(self, keys: list[str], stored: Callable[[list[str]], Sequence[int]]) -> list[int]:
+        """As `stored` says, 1 for each object that is there; those that a decode engine holds are there, too.
+
+        To be called before these objects are loaded: it asks decode engines, and the load goes by their answers.
+        """
+        lanes = self.lanes_up(Kind.RESIDENT)
+        if lanes:
+            for question in self._whereabouts.ask(keys, [lane.helper.label for lane in lanes]):
+                for lane in lanes:
+                    lane.ask(question)
+        exist = list(stored(keys))
+        missing = [index for index, there in enumerate(exist) if there != 1] if lanes else []
+        if missing:
+            self._whereabouts.settle()
+            for index in missing:
+                if self._whereabouts.holders(keys[index]):
+                    exist[index] = 1
+        return exist
 
     def load(self, keys: Sequence[str], pointers: Sequence[Pointers], sizes: Sequence[Pointers]) -> list[int]:
         """Bring each object to its place: its bytes, or a negative code, in the order of `keys`.
@@ -99,11 +120,9 @@ class Loader:
         call = present()
         with of_load(self._tracer, call) as told:
             told.objects = len(keys)
-            lanes = self.lanes_up()
-            if not lanes or not self._is_worth_asking(blocks):
+            load = self._load_through_helpers(keys, blocks)
+            if load is None:
                 return self._load_directly(keys, pointers, sizes, blocks, told)
-            names = [lane.helper.name for lane in lanes]
-            load = Load(keys, blocks, self._relay_of(keys, blocks, names) if self._is_shared else None)
             told.brought = load.brought
             self._run(load, pointers, sizes, call, told.traceparent)
             if load.came_back:
@@ -121,7 +140,7 @@ class Loader:
         self.counts.direct_calls += 1
         if not self._is_worth_asking(blocks):
             told.reason = "not worth asking relays"
-        elif any(lane.share for lane in list(self._lanes.values())):
+        elif any(lane.share for lane in list(self._lanes.values()) if lane.helper.kind is Kind.RELAY):
             told.fallback = "no relay answers"
         elif self._lanes:
             told.reason = "the scheduler has no relay help"
@@ -139,10 +158,40 @@ class Loader:
                 lane.stop()
             self._lanes.clear()
 
+    def _load_through_helpers(self, keys: Sequence[str], blocks: Sequence[Blocks]) -> Load | None:
+        """None when nobody can help, or it takes less time without help."""
+        relays = [lane.helper.label for lane in self.lanes_up()]
+        holders = [lane.helper.label for lane in self.lanes_up(Kind.RESIDENT)]
+        if not (relays or holders) or not self._is_worth_asking(blocks):
+            return None
+        holder_of = self._holder_of(keys, blocks, holders) if holders else None
+        if holder_of is None and not relays:
+            return None
+        helper_of = self._relay_of(keys, blocks, relays) if self._is_shared and relays else None
+        if holder_of is not None:
+            others = helper_of or [ANYBODY] * len(keys)
+            helper_of = [holder or other for holder, other in zip(holder_of, others, strict=True)]
+        return Load(keys, blocks, helper_of, holders)
+
     def _relay_of(self, keys: Sequence[str], blocks: Sequence[Blocks], relays: list[str]) -> list[str]:
         assert self._is_shared is not None
         chosen = spread(keys, [place.byte_count for place in blocks], relays)
         return [relay if self._is_shared(key) else ANYBODY for key, relay in zip(keys, chosen, strict=True)]
+
+    def _holder_of(
+        self, keys: Sequence[str], blocks: Sequence[Blocks], holders: Sequence[str]
+    ) -> list[str] | None:
+        """The decode engine that shall bring each object, or `ANYBODY`; None when none has any."""
+        self._whereabouts.settle()
+        load_of = dict.fromkeys(holders, 0)
+        chosen: list[str] = []
+        for key, place in zip(keys, blocks, strict=True):
+            having = [holder for holder in self._whereabouts.holders(key) if holder in load_of]
+            holder = min(having, key=lambda name: load_of[name], default=ANYBODY)
+            if holder != ANYBODY:
+                load_of[holder] += place.byte_count
+            chosen.append(holder)
+        return chosen if any(load_of.values()) else None
 
     def _is_worth_asking(self, blocks: Sequence[Blocks]) -> bool:
         total = sum(place.byte_count for place in blocks)
@@ -176,8 +225,13 @@ class Loader:
         more = True
         while more and not call.given_up:
             lanes = self.lanes_up()
-            relays_get_on = bool(lanes) and time.monotonic() < load.landed_s + OVERDUE_S
+            helpers_get_on = time.monotonic() < load.landed_s + OVERDUE_S
+            relays_get_on = bool(lanes) and helpers_get_on
             shared = self._is_shared is not None
+            holders = self.lanes_up(Kind.RESIDENT) if helpers_get_on else ()
+            if load.reserve_only([lane.helper.label for lane in holders]):
+                for lane in lanes:
+                    lane.wake()
             limits = Limits(self._own_size.wanted_bytes, self._bounce.most_bytes, 1 + len(lanes))
             indices = load.claim_own(limits, only_leftovers=shared and relays_get_on)
             if indices:
@@ -218,9 +272,9 @@ class Loader:
         return results
 
     def _limits(self, wanted_bytes: int) -> Limits:
-        """Of a relay: all of them find room in bounce memory."""
+        """Of a helper: all of them find room in bounce memory."""
         relays = len(self.lanes_up())
-        share = self._bounce.byte_count // (HELD * max(1, relays))
+        share = self._bounce.byte_count // (HELD * max(1, relays + len(self.lanes_up(Kind.RESIDENT))))
         batch_bytes = min(wanted_bytes, max(share, self._options.batch_bytes))
         return Limits(batch_bytes, self._bounce.most_bytes, 1 + relays)
 
@@ -247,10 +301,13 @@ class Loader:
             partial(list, self._open),
             self._limits,
             self._open.get,
+            self._whereabouts.heard,
             self._transports,
             self._options.silence_s,
             BatchSize(self._options.batch_bytes),
-            self.counts.relays.setdefault(helper.name, LaneCounts()),
+            (self.counts.relays if helper.kind is Kind.RELAY else self.counts.residents).setdefault(
+                helper.label, LaneCounts()
+            ),
             secure,
         )
         lane.start()

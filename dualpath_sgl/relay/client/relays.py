@@ -1,9 +1,10 @@
-"""Who may help: the relays that a prefill engine knows of, from its flags or from the scheduler."""
+"""Who may help: relays, from a prefill engine's flags or from the scheduler, and decode engines that hold objects."""
 
 from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Iterable, Mapping
+from enum import StrEnum
 from types import MappingProxyType
 from typing import NamedTuple
 
@@ -11,11 +12,26 @@ from scheduler_svc.wire.addresses import check_endpoint
 from scheduler_svc.wire.protocol import Helpers
 
 
+class Kind(StrEnum):
+    RELAY = "relay"
+    """Reads from the store whatever it is asked for."""
+    RESIDENT = "resident"
+    """One rank of a decode engine, which has what lies in its host memory."""
+
+
 class Helper(NamedTuple):
     name: str
-    """The relay's; with CURVE its public key is `NAME.key`."""
+    """The relay's or the decode engine's; with CURVE its public key is `NAME.key`."""
     endpoint: str
     """`tcp://HOST:PORT` of its ZeroMQ socket."""
+    kind: Kind = Kind.RELAY
+    rank: int = 0
+    """Of a decode engine: its ranks have the same name."""
+
+    @property
+    def label(self) -> str:
+        """A name that no other helper has."""
+        return self.name if self.kind is Kind.RELAY else f"{self.name}#{self.rank}"
 
 
 class Relays:
@@ -64,10 +80,13 @@ told = Relays()
 """By the scheduler, to this process; whenever its storage is attached."""
 
 
-def parse_helper(text: str) -> Helper:
-    """`NAME=tcp://HOST:PORT`.  Raises ValueError."""
+def parse_helper(text: str, kind: Kind = Kind.RELAY) -> Helper:
+    """`NAME=tcp://HOST:PORT`, for a decode engine's rank above 0 `NAME#RANK=...`.  Raises ValueError."""
     name, equals, endpoint = text.partition("=")
     if not name or not equals:
-        raise ValueError(f"relay {text!r} is not NAME=tcp://HOST:PORT")
+        raise ValueError(f"{kind} {text!r} is not NAME=tcp://HOST:PORT")
     check_endpoint(endpoint)
-    return Helper(name, endpoint)
+    if kind is Kind.RELAY:
+        return Helper(name, endpoint)
+    name, _, rank = name.partition("#")
+    return Helper(name, endpoint, kind, int(rank or 0))

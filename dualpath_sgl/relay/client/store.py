@@ -12,8 +12,10 @@ import re
 import socket
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from functools import cache, partial
+from pathlib import Path
 from typing import Any
 
 from sglang.srt.mem_cache.hicache_storage import HiCacheStorageConfig
@@ -28,6 +30,9 @@ from dualpath_sgl.relay.client.memory.destinations import Destinations
 from dualpath_sgl.relay.client.memory.transports import Transports
 from dualpath_sgl.relay.client.options import options
 from dualpath_sgl.relay.client.relays import Relays, told
+from dualpath_sgl.relay.resident.noting import NotingStore
+from dualpath_sgl.relay.resident.server import ResidentServer
+from dualpath_sgl.relay.resident.serving import Serving
 from dualpath_sgl.relay.wire import Hello
 from dualpath_sgl.spans import stages
 from dualpath_sgl.start.config import settings
@@ -44,7 +49,24 @@ def _transports(host: str, protocol: str, device: str, bounce_bytes: int) -> Tra
     return Transports(partial(Forwarder, host, protocol, device, []), bounce_bytes)
 
 
-class RelayStore(MooncakeStore):  # type: ignore[misc]
+@cache
+def _serving(host: str, port: int, protocol: str, device: str, keys: PeerKeys | None) -> Serving:
+    """One for the process, as its memory is."""
+    return Serving(Forwarder(host, protocol, device, []), partial(ResidentServer, host, port, keys=keys))
+
+
+@cache
+def _peer_keys(key_file: Path, directory: Path) -> PeerKeys:
+    return PeerKeys(key_file, directory)
+
+
+class _Look(threading.local):
+    """Whether the calling thread asks what the store has of a prompt, as it does before a load."""
+
+    before_a_load = False
+
+
+class RelayStore(NotingStore):
     calls_may_overlap = True
     """SGLang's prefetch may have several under way (`prefetch/hooks.py`)."""
     dualpath_mode: Mode | None = Mode.RELAY
@@ -58,11 +80,12 @@ class RelayStore(MooncakeStore):  # type: ignore[misc]
         self._read_limit = read_limit(extra_config)
         self._thread = threading.local()
         """Whether a thread that waits for the store has lowered its priority."""
+        self._look = _Look()
+        self.loader: Loader | None = None
         # SGLang gives the host pool to backends that it knows by name, and a dictionary to `dynamic` ones.
         super().__init__(storage_config, None if isinstance(pool_or_kwargs, dict) else pool_or_kwargs)
         self._destinations = Destinations()
         self.relays = Relays(self._options.helpers) if self._options.helpers else told
-        self.loader: Loader | None = None
 
     def open_relays(self) -> None:
         """Begin to connect to them.  Raises RuntimeError when the transfer engine does not start."""
@@ -70,7 +93,7 @@ class RelayStore(MooncakeStore):  # type: ignore[misc]
         tracer = init_tracing(own.engine_id or "prefill", own.otlp_endpoint) if own.otlp_endpoint else None
         if tracer is not None:
             stages.follow(tracer)
-        keys = PeerKeys(own.key_file, own.peer_keys) if own.key_file and own.peer_keys else None
+        keys = _peer_keys(own.key_file, own.peer_keys) if own.key_file and own.peer_keys else None
         self.loader = Loader(
             self._read_by_own_client,
             self.relays,
@@ -99,6 +122,22 @@ class RelayStore(MooncakeStore):  # type: ignore[misc]
         self._may_be_filled(mem_pool_host)
         if self.dualpath_mode is Mode.RELAY:
             self.open_relays()
+            if _is_decode_engine():
+                self._serve(mem_pool_host)
+
+    def _serve(self, pool: Any) -> None:
+        """Answer for what lies in it.  Raises what `Serving` raises."""
+        own, config = settings(), self.storage_config
+        port = self._options.port
+        if port:
+            port += config.dp_rank * config.tp_size + config.tp_rank
+        keys = _peer_keys(own.key_file, own.peer_keys) if own.key_file and own.peer_keys else None
+        serving = _serving(own.host, port, own.protocol, own.device, keys)
+        if pool.kv_buffer is None:
+            return
+        lives = serving.serve(pool, self._iter_host_pool_buffers(pool))
+        if lives is not None:
+            self.note_in(serving.index, lives)
 
     def register_mem_host_pool_v2(self, host_pool: Any, host_pool_name: Any) -> None:
         super().register_mem_host_pool_v2(host_pool, host_pool_name)
@@ -107,7 +146,32 @@ class RelayStore(MooncakeStore):  # type: ignore[misc]
     def close(self) -> None:
         if self.loader is not None:
             self.loader.close()
+        self.note_no_more()
         super().close()
+
+    def batch_exists(self, keys: list[str], extra_info: Any = None) -> int:
+        with self._before_a_load():
+            pages: int = super().batch_exists(keys, extra_info)
+        return pages
+
+    def batch_exists_v2(self, keys: list[str], pool_transfers: Any = None, extra_info: Any = None) -> Any:
+        with self._before_a_load():
+            return super().batch_exists_v2(keys, pool_transfers, extra_info)
+
+    def _batch_exist(self, key_strs: list[str]) -> list[int]:
+        """Also asked before a write, where only what the store itself has counts."""
+        stored = super()._batch_exist
+        if self.loader is None or not self._look.before_a_load:
+            return list(stored(key_strs))
+        return self.loader.exist(key_strs, stored)
+
+    @contextmanager
+    def _before_a_load(self) -> Iterator[None]:
+        before, self._look.before_a_load = self._look.before_a_load, True
+        try:
+            yield
+        finally:
+            self._look.before_a_load = before
 
     def _may_be_filled(self, pool: Any) -> None:
         for buffer in self._iter_host_pool_buffers(pool):
@@ -119,14 +183,16 @@ class RelayStore(MooncakeStore):  # type: ignore[misc]
     ) -> list[int]:
         if self.loader is None:
             return list(self._read_by_own_client(key_strs, buffer_ptrs, buffer_sizes))
-        return self.loader.load(key_strs, buffer_ptrs, buffer_sizes)
+        results = self.loader.load(key_strs, buffer_ptrs, buffer_sizes)
+        self.note_read(key_strs, buffer_ptrs, buffer_sizes, results)
+        return results
 
     def _read_by_own_client(
         self, keys: list[str], pointers: list[Pointers], sizes: list[Pointers]
     ) -> Sequence[int]:
         self._wait_politely()
         begun_s = time.monotonic()
-        results: list[int] = super()._get_batch_zero_copy_impl(keys, pointers, sizes)
+        results: list[int] = MooncakeStore._get_batch_zero_copy_impl(self, keys, pointers, sizes)
         if self._read_limit is not None:
             self._read_limit.pace(sum(result for result in results if result > 0), begun_s)
         return results
@@ -137,3 +203,12 @@ class RelayStore(MooncakeStore):  # type: ignore[misc]
         if threading.current_thread() is not threading.main_thread() and not vars(self._thread):
             self._thread.is_polite = True
             wait_politely()
+
+
+def _is_decode_engine() -> bool:
+    from sglang.srt.runtime_context import get_disagg
+
+    try:
+        return bool(get_disagg().disaggregation_mode == "decode")
+    except ValueError:  # a backend alone, with no engine around it
+        return False
