@@ -23,7 +23,8 @@ from dualpath_sgl.relay.client.relays import Helper, Kind
 from dualpath_sgl.relay.memory import Memory
 
 PAGE_TOKENS = 16
-DEVICE_PAGES = 4096 // PAGE_TOKENS
+DEVICE_PAGES = 96
+HOST_PAGES = 2 * DEVICE_PAGES
 
 
 class DecodeTree(Tree):
@@ -44,7 +45,13 @@ class DecodeTree(Tree):
             "interface_v1": 1,
         }
         super().__init__(
-            "full", PAGE_TOKENS, "dynamic", {"relay": options, **names}, role="decode", core=core
+            "full",
+            PAGE_TOKENS,
+            "dynamic",
+            {"relay": options, **names},
+            role="decode",
+            core=core,
+            device_tokens=DEVICE_PAGES * PAGE_TOKENS,
         )
         self.server = self.backend._serving.server
         self.helper = Helper("decode-0", self.server.endpoint, Kind.RESIDENT)
@@ -68,13 +75,16 @@ class DecodeTree(Tree):
         key = RadixKey(array("q", tokens)).page_aligned(PAGE_TOKENS)
         missing = len(key) - self.allocator.available_size()
         if missing > 0:
+            self.settles()  # a page that is being copied to the host cannot be evicted
             self.tree.evict(EvictParams(num_tokens=missing))
         slots = self.allocator.alloc(len(key))
         for end in range(PAGE_TOKENS, len(key) + 1, PAGE_TOKENS):
             chance = torch.Generator().manual_seed(hash(tuple(tokens[:end])) % 2**63)
             rows = slots[end - PAGE_TOKENS : end]
-            for buffer in (*self.kv.k_buffer, *self.kv.v_buffer):
-                buffer[rows] = torch.rand(buffer[rows].shape, generator=chance)
+            buffers = (*self.kv.k_buffer, *self.kv.v_buffer)
+            page = torch.rand((len(buffers), *buffers[0][rows].shape), generator=chance)
+            for buffer, part in zip(buffers, page, strict=True):
+                buffer[rows] = part
         self.tree.insert(InsertParams(key=key, value=slots))
 
     def step(self) -> None:
