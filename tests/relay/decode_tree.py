@@ -57,15 +57,7 @@ class DecodeTree(Tree):
         self.helper = Helper("decode-0", self.server.endpoint, Kind.RESIDENT)
         self.kv = self.allocator.get_kvcache()
         self.bytes_of: dict[str, bytes] = {}
-        """Of each key, as the engine wrote it to the store first."""
-        put = self.backend._put_batch_zero_copy_impl
-
-        def noted(keys, addresses, sizes, *more, **named):
-            for key, address, size in zip(keys, addresses, sizes, strict=True):
-                self.bytes_of.setdefault(key, ctypes.string_at(address, size))
-            return put(keys, addresses, sizes, *more, **named)
-
-        self.backend._put_batch_zero_copy_impl = noted
+        """Of each key."""
 
     def compute(self, tokens: list[int]) -> None:
         """A request with these tokens ends: its whole pages enter the tree, and are written through.
@@ -78,6 +70,7 @@ class DecodeTree(Tree):
             self.settles()  # a page that is being copied to the host cannot be evicted
             self.tree.evict(EvictParams(num_tokens=missing))
         slots = self.allocator.alloc(len(key))
+        names = self.names(tokens)
         for end in range(PAGE_TOKENS, len(key) + 1, PAGE_TOKENS):
             chance = torch.Generator().manual_seed(hash(tuple(tokens[:end])) % 2**63)
             rows = slots[end - PAGE_TOKENS : end]
@@ -85,6 +78,9 @@ class DecodeTree(Tree):
             page = torch.rand((len(buffers), *buffers[0][rows].shape), generator=chance)
             for buffer, part in zip(buffers, page, strict=True):
                 buffer[rows] = part
+            number, layers = end // PAGE_TOKENS - 1, len(self.kv.k_buffer)
+            self.bytes_of[names[2 * number]] = page[:layers].numpy().tobytes()
+            self.bytes_of[names[2 * number + 1]] = page[layers:].numpy().tobytes()
         self.tree.insert(InsertParams(key=key, value=slots))
 
     def step(self) -> None:
@@ -106,6 +102,7 @@ class DecodeTree(Tree):
     def flush(self) -> None:
         self.settles()
         self.tree.reset()
+        self.allocator.clear()  # as SGLang's scheduler does
 
     def names(self, tokens: list[int]) -> list[str]:
         """Keys in the store of the whole pages of `tokens`."""

@@ -16,11 +16,14 @@ from functools import partial
 os.environ.setdefault("SGLANG_USE_CPU_ENGINE", "1")
 
 import torch
+from sglang.srt.environ import envs
+from sglang.srt.mem_cache.allocator.paged import PagedTokenToKVPoolAllocator
 from sglang.srt.mem_cache.base_prefix_cache import CacheRequestHandle
 from sglang.srt.mem_cache.hicache_storage import PoolName, PoolTransfer
 from sglang.srt.mem_cache.pool_host.base import host_memory_budget_scope
 from sglang.srt.mem_cache.radix_cache import RadixKey
 from sglang.srt.mem_cache.unified_cache.components.base import ComponentType
+from sglang.srt.mem_cache.unified_radix_cache import UnifiedRadixCache
 from sglang.srt.mem_cache.utils import get_storage_hash_str
 from sglang.srt.runtime_context import get_disagg, get_parallel
 from sglang.srt.server_args import ServerArgs, set_global_server_args_for_scheduler
@@ -48,13 +51,14 @@ class Tree:
         ranks: int = 1,
         policy: str = "wait_complete",
         role: str = "prefill",
-        core: str = "python",
+        core: str | None = None,
         device_tokens: int = 4096,
     ) -> None:
         """`backend`: of `--hicache-storage-backend`, `extra`: its extra configuration; `policy`: when prefetches
         are cut short.
 
-        With several ranks torch's process group must be there.
+        With several ranks torch's process group must be there.  `core`: SGLang's, of a tree that has computed
+        pages on the device.
         """
         activate()  # copies that sgl-kernel makes on a GPU
         # SGLang's kit of cache fixtures wants its own base of test cases, which wants a GPU.
@@ -81,7 +85,20 @@ class Tree:
         if ranks > 1:
             group = torch.distributed.group.WORLD
             fixtures.CacheInitParams = partial(fixtures.CacheInitParams, tp_cache_group=group)
-        self.tree, self.allocator, _ = fixtures.build_fixture(config, tree_core_backend=core)
+        self.tree, self.allocator, _ = fixtures.build_fixture(config, tree_core_backend="python")
+        params = self.tree.cache_init_params
+        if core is not None:
+            # The kit's allocator gives slots from 1 on; a controller that copies to the host copies whole pages.
+            self.allocator = params.token_to_kv_pool_allocator = PagedTokenToKVPoolAllocator(
+                device_tokens,
+                page_tokens,
+                dtype=torch.float32,
+                device="cpu",
+                kvcache=self.allocator.get_kvcache(),
+                need_sort=False,
+            )
+            with envs.SGLANG_UNIFIED_RADIX_TREE_CORE_BACKEND.override(core):
+                self.tree = UnifiedRadixCache(params)
         args = ServerArgs(
             model_path="dummy",
             page_size=page_tokens,
@@ -113,7 +130,7 @@ class Tree:
         for override in self._overrides:
             override.__enter__()
         with host_memory_budget_scope(POOLS_BYTES):  # else SGLang wants 10 GiB to stay free
-            self.tree.init_hicache(args, self.tree.cache_init_params)
+            self.tree.init_hicache(args, params)
         self.controller = self.tree.cache_controller
         self.backend = self.controller.storage_backend
         self._note_reads()

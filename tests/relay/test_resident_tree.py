@@ -7,6 +7,7 @@ import threading
 import pytest
 from decode_tree import (
     DEVICE_PAGES,
+    HOST_PAGES,
     PAGE_TOKENS,
     DecodeTree,
     Wanted,
@@ -113,15 +114,15 @@ def test_what_an_engine_has_read_it_serves(scene, tree, wanted):
 
 def _rewritten(tree: DecodeTree) -> None:
     """Every page is evicted, and its memory holds another prompt."""
-    tree.evict(4 * DEVICE_PAGES)
-    for seed in range(4):
-        tree.compute(prompt(100, 100 + seed))
+    tree.evict(HOST_PAGES)
+    for seed in range(3):
+        tree.compute(prompt(DEVICE_PAGES, 100 + seed))
         tree.settles()
 
 
 def _flushed(tree: DecodeTree) -> None:
     tree.flush()
-    tree.compute(prompt(200, 200))
+    tree.compute(prompt(DEVICE_PAGES, 200))
     tree.settles()
 
 

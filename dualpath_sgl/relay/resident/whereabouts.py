@@ -67,10 +67,13 @@ class Whereabouts:
             question.open.discard(engine)
             if not question.open:
                 del self._questions[held.question]
-            for first, count in held.runs:
-                for key in question.keys[first : first + count]:
+            there = {position for first, count in held.runs for position in range(first, first + count)}
+            for position, key in enumerate(question.keys):
+                if position in there:
                     self._holders.setdefault(key, {})[engine] = now_s
                     self._holders.move_to_end(key)
+                elif key in self._holders:
+                    self._holders[key].pop(engine, None)
             while len(self._holders) > MOST_KEYS:
                 self._holders.popitem(last=False)
             self._change.notify_all()
