@@ -18,4 +18,5 @@ metrics.py    Prometheus
 ../control/   its heartbeats to the scheduler (relay_channel.py)
 __main__.py   `python -m dualpath_sgl.relay`
 client/       the prefill engine's side
+resident/     decode engines answer, too, for what lies in their host memory
 """

@@ -27,17 +27,22 @@ DEVICE_PAGES = 96
 HOST_PAGES = 2 * DEVICE_PAGES
 
 
+def store_at(master: str) -> None:
+    """Where SGLang's backend looks for the store."""
+    for name, value in {
+        "MASTER": master,
+        "PROTOCOL": "tcp",
+        "TE_META_DATA_SERVER": "P2PHANDSHAKE",
+        "GLOBAL_SEGMENT_SIZE": "0",
+        "LOCAL_HOSTNAME": HOST,
+    }.items():
+        os.environ[f"MOONCAKE_{name}"] = value
+
+
 class DecodeTree(Tree):
-    def __init__(self, scene: Scene, monkeypatch, core: str = "python") -> None:
-        for name, value in {
-            "MASTER": scene.store.master,
-            "PROTOCOL": "tcp",
-            "TE_META_DATA_SERVER": "P2PHANDSHAKE",
-            "GLOBAL_SEGMENT_SIZE": "0",
-            "LOCAL_HOSTNAME": HOST,
-        }.items():
-            monkeypatch.setenv(f"MOONCAKE_{name}", value)
-        options = {"bounce_bytes": 8 * 2**20}
+    def __init__(self, master: str, core: str = "python") -> None:
+        """`master`: of the store.  In a process of its own."""
+        store_at(master)
         names = {
             "backend_name": "relay",
             "module_path": "dualpath_sgl.relay.client.store",
@@ -48,7 +53,7 @@ class DecodeTree(Tree):
             "full",
             PAGE_TOKENS,
             "dynamic",
-            {"relay": options, **names},
+            names,
             role="decode",
             core=core,
             device_tokens=DEVICE_PAGES * PAGE_TOKENS,

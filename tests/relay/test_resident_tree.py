@@ -25,8 +25,8 @@ PAGES, TURN = 40, 30
 
 
 @pytest.fixture
-def tree(own_process, scene, monkeypatch):
-    return DecodeTree(scene, monkeypatch)
+def tree(own_process, scene):
+    return DecodeTree(scene.store.master)
 
 
 @pytest.fixture

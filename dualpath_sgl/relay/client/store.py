@@ -42,6 +42,9 @@ from scheduler_svc.wire.protocol import Mode
 
 logger = logging.getLogger(__name__)
 
+DECODE_BOUNCE_BYTES = 8 * 2**20
+"""Of a decode engine that no relay helps."""
+
 
 @cache
 def _transports(host: str, protocol: str, device: str, bounce_bytes: int) -> Transports:
@@ -94,6 +97,9 @@ class RelayStore(NotingStore):
         if tracer is not None:
             stages.follow(tracer)
         keys = _peer_keys(own.key_file, own.peer_keys) if own.key_file and own.peer_keys else None
+        bounce_bytes = chosen.bounce_bytes
+        if _is_decode_engine() and not chosen.helpers:
+            bounce_bytes = DECODE_BOUNCE_BYTES
         self.loader = Loader(
             self._read_by_own_client,
             self.relays,
@@ -101,7 +107,7 @@ class RelayStore(NotingStore):
                 engine=own.engine_id or f"{socket.gethostname()}-{os.getpid()}",
                 rank=config.tp_rank,
             ),
-            _transports(own.host, own.protocol, own.device, chosen.bounce_bytes),
+            _transports(own.host, own.protocol, own.device, bounce_bytes),
             self._destinations,
             chosen,
             is_shared=self._is_shared() if config.is_mla_model and config.tp_size > 1 else None,

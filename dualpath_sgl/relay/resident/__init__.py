@@ -3,11 +3,17 @@
 What a decode engine writes to the store, or has read from it, lies in its host pool under the same keys.
 It answers `Fetch` with the addresses there.
 
-    decode engine:   SGLang's backend (../client/store.py) says which key lies where
-                     lives.py        until when the bytes of a page are the same
-                     index.py        key -> address, as long as they are
-                     server.py       Holds, Fetch, Release: a thread that SGLang's scheduler never waits for
-    prefill engine:  whereabouts.py  which decode engine said that it holds what
+On a decode engine:
+
+    noting.py       SGLang's backend says here which key lies where
+    lives.py        until when the bytes of a page are the same
+    index.py        key -> address, as long as they are
+    server.py       Holds, Fetch, Release: a thread that SGLang's scheduler never waits for
+    serving.py      puts these together
+
+On a prefill engine:
+
+    whereabouts.py  which decode engine said that it holds what
 
 Nothing is pinned.  SGLang may evict a page at any time, and then the page's *life* ends: that is counted
 before anybody else gets the memory.  `Released(valid)` says whether every page lived until the client had

@@ -1,0 +1,70 @@
+"""SGLang's prefetch on a prefill engine gets a prompt out of a decode engine's host memory."""
+
+from __future__ import annotations
+
+import signal
+import sys
+from pathlib import Path
+
+import pytest
+from decode_tree import PAGE_TOKENS, prompt, store_at
+from sglang_tree import Tree
+
+from dualpath_sgl.evals.relay.world import MIB, Child, eventually
+from dualpath_sgl.relay.client.relays import Kind
+
+PAGES, SEED = 40, 77
+PROGRAM = Path(__file__).with_name("decode_program.py")
+
+
+@pytest.fixture
+def decode(scene):
+    child = Child([sys.executable, str(PROGRAM), scene.store.master, str(PAGES), str(SEED)], "serves at")
+    yield child
+    child.end()
+
+
+@pytest.fixture
+def prefill(own_process, scene, decode):
+    store_at(scene.store.master)
+    endpoint = decode.greeting.split()[-1]
+    options = {"decode_engines": [f"decode-0={endpoint}"], "least_call_bytes": 0, "bounce_bytes": 16 * MIB}
+    names = {
+        "backend_name": "relay",
+        "module_path": "dualpath_sgl.relay.client.store",
+        "class_name": "RelayStore",
+        "interface_v1": 1,
+    }
+    tree = Tree("full", PAGE_TOKENS, "dynamic", {"relay": options, **names})
+    eventually(lambda: tree.backend.loader.lanes_up(Kind.RESIDENT), "the decode engine may be asked")
+    return tree
+
+
+def test_a_prompt_that_is_nowhere_else_comes_from_the_decode_engine(scene, prefill):
+    tokens = prompt(PAGES, SEED)
+    scene.store.client.remove_all(True)
+    assert prefill.prefetch(tokens) == len(tokens)
+    counts = prefill.backend.loader.counts
+    assert counts.own_objects == 0
+    assert sum(len(keys) for keys, _, _ in prefill.read) == sum(
+        lane.objects for lane in counts.residents.values()
+    )
+
+
+def test_a_decode_engine_that_is_killed_is_not_missed(scene, decode, prefill):
+    """What it holds is in the store, too."""
+    tokens = prompt(PAGES, SEED)
+    assert prefill.backend.batch_exists(prefill.hashes(tokens)) == PAGES
+    decode.send(signal.SIGKILL)
+    assert prefill.prefetch(tokens) == len(tokens)
+    counts = prefill.backend.loader.counts
+    assert counts.forwarded_bytes == 0 and counts.own_objects == 2 * PAGES
+
+
+def test_a_decode_engine_that_hangs_costs_its_part_of_the_links(scene, decode, prefill):
+    tokens = prompt(PAGES, SEED)
+    assert prefill.backend.batch_exists(prefill.hashes(tokens)) == PAGES
+    decode.send(signal.SIGSTOP)
+    assert prefill.prefetch(tokens) == len(tokens)
+    counts = prefill.backend.loader.counts
+    assert counts.forwarded_bytes == 0 and counts.own_objects == 2 * PAGES
