@@ -49,8 +49,11 @@ class Options(BaseModel):
 
     @property
     def helpers(self) -> tuple[Helper, ...]:
-        relays = [parse_helper(relay) for relay in self.relays]
-        return (*relays, *(parse_helper(engine, Kind.RESIDENT) for engine in self.decode_engines))
+        return tuple(parse_helper(relay) for relay in self.relays)
+
+    @property
+    def holders(self) -> tuple[Helper, ...]:
+        return tuple(parse_helper(engine, Kind.RESIDENT) for engine in self.decode_engines)
 
 
 def _named_once(texts: tuple[str, ...], kind: Kind) -> tuple[str, ...]:

@@ -41,6 +41,7 @@ class Relays:
         self._lock = threading.Lock()
         self._helpers = tuple(helpers)
         self._shares: Mapping[str, float] = MappingProxyType({})
+        self._kept: tuple[Helper, ...] = ()
         self._followers: list[Callable[[tuple[Helper, ...]], None]] = []
 
     @property
@@ -54,6 +55,11 @@ class Relays:
             {relay.name: relay.share for relay in helpers.relays},
         )
 
+    def keep(self, holders: tuple[Helper, ...]) -> None:
+        """These may help whatever the scheduler says, which knows of relays only."""
+        self._kept = holders
+        self.replace([helper for helper in self._helpers if helper.kind is Kind.RELAY], self._shares)
+
     def share(self, name: str) -> float:
         """Of what the relay of that name may be asked ahead, this engine's part; 0: it is asked for nothing."""
         return self._shares.get(name, 1.0)
@@ -61,7 +67,7 @@ class Relays:
     def replace(self, helpers: Iterable[Helper], shares: Mapping[str, float] = MappingProxyType({})) -> None:
         """From now on these may help and no others.  `shares` by name, 1 where there is none."""
         with self._lock:
-            self._helpers, self._shares = tuple(helpers), shares
+            self._helpers, self._shares = (*helpers, *self._kept), shares
             for follower in self._followers:
                 follower(self._helpers)
 

@@ -89,6 +89,7 @@ class RelayStore(NotingStore):
         super().__init__(storage_config, None if isinstance(pool_or_kwargs, dict) else pool_or_kwargs)
         self._destinations = Destinations()
         self.relays = Relays(self._options.helpers) if self._options.helpers else told
+        self.relays.keep(self._options.holders)
 
     def open_relays(self) -> None:
         """Begin to connect to them.  Raises RuntimeError when the transfer engine does not start."""
