@@ -85,6 +85,8 @@ class RelayStore(NotingStore):
         """Whether a thread that waits for the store has lowered its priority."""
         self._look = _Look()
         self.loader: Loader | None = None
+        self._serving: Serving | None = None
+        """Of a decode engine in mode relay."""
         # SGLang gives the host pool to backends that it knows by name, and a dictionary to `dynamic` ones.
         super().__init__(storage_config, None if isinstance(pool_or_kwargs, dict) else pool_or_kwargs)
         self._destinations = Destinations()
@@ -139,12 +141,12 @@ class RelayStore(NotingStore):
         if port:
             port += config.dp_rank * config.tp_size + config.tp_rank
         keys = _peer_keys(own.key_file, own.peer_keys) if own.key_file and own.peer_keys else None
-        serving = _serving(own.host, port, own.protocol, own.device, keys)
+        self._serving = _serving(own.host, port, own.protocol, own.device, keys)
         if pool.kv_buffer is None:
             return
-        lives = serving.serve(pool, self._iter_host_pool_buffers(pool))
+        lives = self._serving.serve(pool, self._iter_host_pool_buffers(pool))
         if lives is not None:
-            self.note_in(serving.index, lives)
+            self.note_in(self._serving.index, lives)
 
     def register_mem_host_pool_v2(self, host_pool: Any, host_pool_name: Any) -> None:
         super().register_mem_host_pool_v2(host_pool, host_pool_name)
