@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from dualpath_sgl import relay_hooks
+from dualpath_sgl import intake, relay_hooks
 from dualpath_sgl.hooks import HOOKS, NAMING
 from dualpath_sgl.relay.client.prefetch import hooks as prefetch
 from dualpath_sgl.start.config import Settings, settings
@@ -120,12 +120,14 @@ def test_without_the_switch_no_hook_is_registered():
 
 
 def test_with_the_switch_every_hook_is_registered_and_no_other():
-    targets = sorted({target for target, _, _ in (*HOOKS, *prefetch.HOOKS)})
+    targets = sorted({target for target, _, _ in (*HOOKS, *prefetch.HOOKS, *intake.HOOKS)})
     assert registered(DUALPATH_ENABLED="1", DUALPATH_ENGINE_ID="prefill-0") == targets
 
 
 def test_in_mode_relay_those_of_decode_side_loads_are_not_registered():
-    targets = sorted({target for target, _, _ in (*NAMING, *prefetch.HOOKS, *relay_hooks.HOOKS)})
+    targets = sorted(
+        {target for target, _, _ in (*NAMING, *prefetch.HOOKS, *relay_hooks.HOOKS, *intake.HOOKS)}
+    )
     found = registered(DUALPATH_ENABLED="1", DUALPATH_ENGINE_ID="prefill-0", DUALPATH_MODE="relay")
     assert found == targets
 

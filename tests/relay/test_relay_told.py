@@ -79,7 +79,8 @@ def test_a_relay_that_the_scheduler_tells_of_helps_and_the_scheduler_hears_of_th
     scheduler, scene, monkeypatch
 ):
     for name, value in {
-        "DUALPATH_RELAY": "1",
+        "DUALPATH_ENABLED": "1",
+        "DUALPATH_MODE": "relay",
         "DUALPATH_ENGINE_ID": "p0",
         "DUALPATH_SCHEDULER": scheduler.address,
         "MOONCAKE_MASTER": scene.store.master,
