@@ -36,7 +36,6 @@ from dualpath_sgl.evals.load.outcome.figures import Found
 from dualpath_sgl.evals.load.outcome.report import describe
 from dualpath_sgl.evals.load.outcome.summary import LoadSummary, Setting, summarise
 from dualpath_sgl.evals.load.plan import (
-    DECODE_SIDE,
     REQUESTS,
     CellPlan,
     ClusterPlan,
@@ -250,7 +249,7 @@ class _Bench:
 
     def _prepare(self, on: _On, cell: CellPlan, numbers: list[int], places: list[Place]) -> None:
         """Relays, links, scheduler and caches as the cell wants them."""
-        if on.plan.mode is DECODE_SIDE and cell.mode in POLICIES:
+        if on.plan.mode is Mode.DECODE_SIDE and cell.mode in POLICIES:
             self._set_policy(on, cell.mode)
         if on.plan.mode is Mode.RELAY:
             lone = len(self._prompts) - 1
@@ -276,7 +275,7 @@ class _Bench:
         unshaped = links is Links.UNSHAPED
         on.load.shape_storage(None if unshaped else storage)
         on.load.shape_compute(None if unshaped else compute)
-        if on.plan.mode is DECODE_SIDE:
+        if on.plan.mode is Mode.DECODE_SIDE:
             engines = on.plan.topology
             count = LEARNING_REQUESTS * max(engines.prefill, engines.decode)
             places = [Place(n % engines.prefill, n % engines.decode) for n in range(count)]

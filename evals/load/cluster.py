@@ -14,10 +14,11 @@ from prometheus_client.parser import text_string_to_metric_families
 from dualpath_sgl.evals.common.errors import EvalError
 from dualpath_sgl.evals.load.client import Burst, Pair, send_to
 from dualpath_sgl.evals.load.outcome.cells import FaultSeen, Sample
-from dualpath_sgl.evals.load.plan import DECODE_SIDE, Place
+from dualpath_sgl.evals.load.plan import Place
 from dualpath_sgl.evals.load.raw_rates import Place as RawPlace
 from dualpath_sgl.evals.load.raw_rates import raw_reads
 from dualpath_sgl.evals.spans import jaeger
+from dualpath_sgl.launch.config.cluster import Mode
 from dualpath_sgl.launch.supervision.cluster import Cluster
 from dualpath_sgl.launch.supervision.direct_http import fetch
 from dualpath_sgl.launch.topology.network import Network
@@ -244,7 +245,7 @@ class LoadCluster:
 
     def _settled(self) -> Status | None:
         """The scheduler's state once no room is open any more; None where none makes plans."""
-        if self.cluster.config.mode is not DECODE_SIDE:
+        if self.cluster.config.mode is not Mode.DECODE_SIDE:
             return None
         deadline_s = time.monotonic() + ROOMS_TIMEOUT_S
         with self.cluster.ask_scheduler() as client:

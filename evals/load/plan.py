@@ -24,8 +24,7 @@ LONE_REPETITIONS = 2
 UNSHAPED_REPETITIONS = 10
 """For each one of a burst: without a link to wait for they vary most."""
 RELAY = "relay"
-DECODE_SIDE = Mode.DECODE_SIDE
-CLUSTER_MODES = {"basic": Mode.BASIC, "both": Mode.BOTH, "split": DECODE_SIDE, RELAY: Mode.RELAY}
+CLUSTER_MODES = {"basic": Mode.BASIC, "both": Mode.BOTH, "split": Mode.DECODE_SIDE, RELAY: Mode.RELAY}
 
 
 class Fault(StrEnum):
@@ -204,7 +203,7 @@ def _decode_side(repetitions: int) -> ClusterPlan:
         (CellPlan(ONE_ONE, "split", "near_bound", repetitions, links=Links.NEAR_BOUND),),
         (CellPlan(ONE_ONE, "split", "halved", repetitions, fault=Fault.HALVED),),
     )
-    return ClusterPlan("decode-side", DECODE_SIDE, TWO_TWO, series, forwards=True)
+    return ClusterPlan("decode-side", Mode.DECODE_SIDE, TWO_TWO, series, forwards=True)
 
 
 def _relay(repetitions: int) -> ClusterPlan:
