@@ -65,7 +65,7 @@ def test_a_request_s_trace_says_who_loaded(cluster):
     # Loads stand in the trace of SGLang's request, beside the stages that SGLang runs.
     assert all(facts["prompt_tokens"] and facts["services"] > 1 for facts in helped)
     shown = dualpath(cluster, "trace", "show", helped[0]["trace"])
-    assert "by relays" in shown and "own " in shown and "relay-0 " in shown
+    assert "by relays" in shown and "own " in shown and "relay-0" in shown
     assert "load_back" in shown and "kv_send" in shown
 
 
