@@ -23,6 +23,7 @@ from dualpath_sgl.pools import weights
 from dualpath_sgl.pools.key_tag import BESIDE_KV, TAG, after_generate_storage_config
 from dualpath_sgl.pools.layout import fingerprint, page_blocks
 from dualpath_sgl.pools.weights import Weights
+from dualpath_sgl.relay.client.store import RelayStore
 from dualpath_sgl.start.dp_rank import dp_place
 from dualpath_sgl.storage import DualPathStorage
 
@@ -177,8 +178,7 @@ def store_of(master: str, config: HiCacheStorageConfig, pool: MHATokenToKVPoolHo
         "global_segment_size": 64 << 20,
     }
     store = kind.__new__(kind)
-    MooncakeStore.__init__(store, config)
-    store.loader = store._read_limit = None
+    (RelayStore if issubclass(kind, RelayStore) else MooncakeStore).__init__(store, config)
     MooncakeStore.register_mem_pool_host(store, pool)
     return store
 

@@ -232,5 +232,10 @@ def test_a_retracted_request_is_not_told_of_again(monkeypatch):
 def test_every_process_of_an_engine_that_reads_has_a_rank_of_its_own(place, rank, ranks):
     alone = dict.fromkeys(("attn_tp_rank", "attn_cp_rank", "attn_dp_rank", "pp_rank"), 0)
     alone |= dict.fromkeys(("attn_tp_size", "attn_cp_size", "attn_dp_size", "pp_size"), 1)
-    with get_parallel().override(**alone | place):
+    given = alone | place
+    # As SGLang lays its ranks out; it accepts nothing else.
+    given["tp_size"] = given["attn_dp_size"] * given["attn_cp_size"] * given["attn_tp_size"]
+    within = given["attn_dp_rank"] * given["attn_cp_size"] + given["attn_cp_rank"]
+    given["tp_rank"] = within * given["attn_tp_size"] + given["attn_tp_rank"]
+    with get_parallel().override(**given):
         assert relay_engine._rank() == (rank, ranks)
