@@ -15,7 +15,10 @@ from dualpath_sgl.launch.config.cluster import Mode
 PROOFS = {case.name: case for case in on_cpu.CASES}
 
 
-@pytest.mark.parametrize("case", [PROOFS["swa"], PROOFS["gdn"]], ids=lambda case: case.name)
+@pytest.mark.parametrize(
+    "case",
+    [pytest.param(PROOFS["swa"], id="swa"), pytest.param(PROOFS["gdn"], id="gdn", marks=pytest.mark.slow)],
+)
 def test_windows_and_states_come_through_a_relay_and_the_tokens_are_those_of_one_server(
     case: Case, one_cluster, capsys
 ):
