@@ -27,7 +27,7 @@ from dualpath_sgl.launch.checks.choice import groups as of_roles
 from dualpath_sgl.launch.checks.flag_check import Judgement, judge
 from dualpath_sgl.launch.config.cluster import ClusterConfig, Mode
 from dualpath_sgl.launch.processes.commands import asks_for_placement
-from dualpath_sgl.launch.setup.patching import PatchError, State, Tree, stacks
+from dualpath_sgl.launch.setup.patching import NotInstalled, PatchError, State, Tree, stacks
 from dualpath_sgl.launch.setup.pins import Profile, pins
 from dualpath_sgl.launch.setup.system_check import missing_libraries
 from dualpath_sgl.start.checks import Problem
@@ -116,7 +116,8 @@ def _patches(config: ClusterConfig | None) -> Iterable[Finding]:
             try:
                 report = Tree(stack).check()
             except PatchError as error:
-                yield Finding(MACHINE, level, str(error))
+                missing = isinstance(error, NotInstalled)
+                yield Finding(MACHINE, Level.REFUSED if missing else level, str(error))
                 continue
             text = f"{package} {report.version}: patches {report.state}"
             if report.state is State.APPLIED:

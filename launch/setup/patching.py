@@ -39,6 +39,10 @@ class PatchError(Exception):
     """The message names the package or file, what was found, and the remedy."""
 
 
+class NotInstalled(PatchError):
+    """There is nothing to be patched."""
+
+
 class State(StrEnum):
     APPLIED = "applied"
     NOT_APPLIED = "not applied"
@@ -232,7 +236,7 @@ def _find(stack: Stack, site_packages: Path | None) -> metadata.Distribution:
     found = next(iter(metadata.distributions(name=stack.package, path=path)), None)
     pinned = f"{stack.package}=={stack.version}"
     if found is None:
-        raise PatchError(
+        raise NotInstalled(
             f"{stack.package} is not installed; the patches are for {pinned}. Install all that was tested: "
             f"dualpath setup cpu, or dualpath setup cuda; or only this: pip install {pinned}"
         )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dualpath_sgl.launch.config.cluster import ClusterConfig, Mode
 from dualpath_sgl.launch.processes.commands import asks_for_placement
-from dualpath_sgl.launch.setup.patching import PatchError, State, Tree, stacks
+from dualpath_sgl.launch.setup.patching import NotInstalled, PatchError, State, Tree, stacks
 from dualpath_sgl.launch.setup.system_check import explain, missing_libraries
 
 
@@ -13,7 +13,7 @@ class NotReady(RuntimeError):
 
 
 def require_ready(config: ClusterConfig) -> None:
-    """Raises NotReady: system libraries, patches (mode decode-side), network namespaces (`network`)."""
+    """Raises NotReady: system libraries, SGLang, patches (mode decode-side), namespaces (`network`)."""
     if missing := missing_libraries():
         raise NotReady(explain(missing))
     if config.network is not None:
@@ -23,8 +23,20 @@ def require_ready(config: ClusterConfig) -> None:
             raise NotReady("\n".join(found))
     if config.mode is Mode.DECODE_SIDE:
         _require_patches("sglang")
+    else:
+        _require_installed("sglang")
     if asks_for_placement(config):
         _require_patches("sglang-router")
+
+
+def _require_installed(package: str) -> None:
+    for stack in stacks(package):
+        try:
+            Tree(stack).check()
+        except NotInstalled as error:
+            raise NotReady(str(error)) from None
+        except PatchError:  # another release, which may do
+            pass
 
 
 def _require_patches(package: str) -> None:
