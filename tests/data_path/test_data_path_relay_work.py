@@ -182,9 +182,10 @@ def test_the_compute_rate_counts_time_with_a_batch_under_way_only(prefill, overl
 def test_memory_that_is_counted_some_other_way_is_not_known_and_no_fault(prefill):
     prefill.step()
     assert prefill.load.device_free_tokens == 1000
+    before = prefill.load.faults  # of the whole process
     del prefill.tree.evictable_size
     prefill.step()
-    assert prefill.load.device_free_tokens == 0 and prefill.load.faults == 0
+    assert prefill.load.device_free_tokens == 0 and prefill.load.faults == before
 
 
 def test_a_decode_engine_tells_of_its_requests_and_counts_them_to_their_end(monkeypatch):

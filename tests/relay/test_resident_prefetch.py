@@ -25,7 +25,7 @@ def decode(scene):
 
 
 @pytest.fixture
-def prefill(own_process, scene, decode):
+def prefill(own_fresh_process, scene, decode):
     store_at(scene.store.master)
     endpoint = decode.greeting.split()[-1]
     options = {"decode_engines": [f"decode-0={endpoint}"], "least_call_bytes": 0, "bounce_bytes": 16 * MIB}

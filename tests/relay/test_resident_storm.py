@@ -47,7 +47,7 @@ class Reader(threading.Thread):
             wanted.free()
 
 
-def test_pages_that_come_and_go_are_never_mistaken(own_process, scene, storm_seed):
+def test_pages_that_come_and_go_are_never_mistaken(own_fresh_process, scene, storm_seed):
     chance = random.Random(storm_seed)
     tree = DecodeTree(scene.store.master, core=["rust", "python"][storm_seed % 2])
     documents = [prompt(MOST_PAGES // 2, 1000 * storm_seed + number) for number in range(DOCUMENTS)]

@@ -25,7 +25,7 @@ PAGES, TURN = 40, 30
 
 
 @pytest.fixture
-def tree(own_process, scene):
+def tree(own_fresh_process, scene):
     return DecodeTree(scene.store.master)
 
 
