@@ -236,6 +236,7 @@ def test_every_process_of_an_engine_that_reads_has_a_rank_of_its_own(place, rank
     given = alone | place
     # As SGLang lays its ranks out; it accepts nothing else.
     given["tp_size"] = given["attn_dp_size"] * given["attn_cp_size"] * given["attn_tp_size"]
+    given |= {"moe_tp_size": given["tp_size"], "moe_ep_size": 1, "moe_dp_size": 1}
     within = given["attn_dp_rank"] * given["attn_cp_size"] + given["attn_cp_rank"]
     given["tp_rank"] = within * given["attn_tp_size"] + given["attn_tp_rank"]
     with get_parallel().override(**given):
