@@ -151,7 +151,8 @@ def test_a_relay_that_drains_brings_what_it_was_asked_for(scene, scheduler, engi
     eventually(lambda: counts.relay_bytes, "the relay brings a part")
     relay.send(signal.SIGTERM)
     assert loading.ends() == objects.sizes and objects.wrong() == []
-    assert counts.relays["a"].lost == 0 and counts.relays["a"].given_back == 0
+    # At a load's end the own client may take a batch back that the relay has not begun: that is no loss.
+    assert counts.relays["a"].lost == 0
     assert relay.process.wait(20) == 0
 
 
