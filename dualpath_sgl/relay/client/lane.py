@@ -189,9 +189,10 @@ class RelayLane(threading.Thread):
         self._socket.connect(self.helper.endpoint)
         while not self._stopping and not (self._retiring and not self._owed):
             self._try(partial(poller.poll, 0 if self._ready else POLL_MS))
+            # What was said before a connection ended counts: a relay that drains ends with its last word.
+            self._try(self._listen)
             self._try(partial(self._follow, monitor))
             self._try(self._take_orders)
-            self._try(self._listen)
             self._try(self._hail)
             self._try(self._ask)
             self._try(self._pull)
