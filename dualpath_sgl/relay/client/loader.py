@@ -120,9 +120,10 @@ class Loader:
         call = present()
         with of_load(self._tracer, call) as told:
             told.objects = len(keys)
-            load = self._load_through_helpers(keys, blocks)
+            is_worth_asking = self._is_worth_asking(blocks)
+            load = self._load_through_helpers(keys, blocks) if is_worth_asking else None
             if load is None:
-                return self._load_directly(keys, pointers, sizes, blocks, told)
+                return self._load_directly(keys, pointers, sizes, blocks, told, is_worth_asking)
             told.brought = load.brought
             self._run(load, pointers, sizes, call, told.traceparent)
             if load.came_back:
@@ -136,9 +137,10 @@ class Loader:
         sizes: Sequence[Pointers],
         blocks: Sequence[Blocks],
         told: Told,
+        is_worth_asking: bool,
     ) -> list[int]:
         self.counts.direct_calls += 1
-        if not self._is_worth_asking(blocks):
+        if not is_worth_asking:
             told.reason = "not worth asking relays"
         elif any(lane.share for lane in list(self._lanes.values()) if lane.helper.kind is Kind.RELAY):
             told.fallback = "no relay answers"
@@ -159,11 +161,9 @@ class Loader:
             self._lanes.clear()
 
     def _load_through_helpers(self, keys: Sequence[str], blocks: Sequence[Blocks]) -> Load | None:
-        """None when nobody can help, or it takes less time without help."""
+        """None when nobody can help."""
         relays = [lane.helper.label for lane in self.lanes_up()]
         holders = [lane.helper.label for lane in self.lanes_up(Kind.RESIDENT)]
-        if not (relays or holders) or not self._is_worth_asking(blocks):
-            return None
         holder_of = self._holder_of(keys, blocks, holders) if holders else None
         if holder_of is None and not relays:
             return None
