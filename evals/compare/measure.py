@@ -10,6 +10,7 @@ from typing import NamedTuple
 from prometheus_client.parser import text_string_to_metric_families
 
 from dualpath_sgl.evals.common.errors import EvalError
+from dualpath_sgl.evals.common.nearest_rank import nearest_rank
 from dualpath_sgl.evals.compare.summary import EngineRead, Quantiles
 from dualpath_sgl.launch.config.cluster import Mode
 from dualpath_sgl.launch.supervision.cluster import Cluster
@@ -125,8 +126,6 @@ def quantiles(values_s: Sequence[float]) -> Quantiles:
     if not values_s:
         return Quantiles(p50=0, p99=0, mean=0)
     ordered = sorted(values_s)
-
-    def at(share: float) -> float:
-        return ordered[min(len(ordered) - 1, int(share * len(ordered)))]
-
-    return Quantiles(p50=at(0.5), p99=at(0.99), mean=statistics.fmean(ordered))
+    return Quantiles(
+        p50=nearest_rank(ordered, 0.5), p99=nearest_rank(ordered, 0.99), mean=statistics.fmean(ordered)
+    )

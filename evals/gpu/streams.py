@@ -14,6 +14,8 @@ from typing import NamedTuple, TypeVar
 
 import aiohttp
 
+from dualpath_sgl.evals.common.nearest_rank import nearest_rank
+
 PROMPT_TOKENS = 512
 TOKEN_VALUES = 250
 MOST_TOKENS = 8000
@@ -66,7 +68,7 @@ def token_times(gaps_s: list[float]) -> TokenTimes:
     ordered = sorted(1000 * gap for gap in gaps_s)
 
     def at(share: float) -> float:
-        return round(ordered[min(len(ordered) - 1, int(share * len(ordered)))], 3)
+        return round(nearest_rank(ordered, share), 3)
 
     return TokenTimes(
         round(statistics.fmean(ordered), 3), at(0.5), at(0.99), at(0.999), round(ordered[-1], 3), len(ordered)

@@ -7,15 +7,14 @@ from __future__ import annotations
 
 import hashlib
 import json
-import shutil
-import tempfile
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from pydantic import BaseModel, ConfigDict
 
-from dualpath_sgl.launch.setup.tiny_model import VOCABULARY_SIZE, cache_directory, write_tokenizer
+from dualpath_sgl.launch.setup.tiny_model import VOCABULARY_SIZE, built_once, cache_directory, write_tokenizer
 
 FORMAT = 1
 """Part of the cache key: raise it when the files written below change."""
@@ -42,19 +41,7 @@ def build(architecture: Architecture, cache: Path | None = None) -> Path:
     described = json.dumps([FORMAT, architecture.model_dump()], sort_keys=True)
     key = hashlib.sha256(described.encode()).hexdigest()[:16]
     directory = (cache or cache_directory()) / f"tiny-{architecture.model_type.replace('_', '-')}-{key}"
-    if directory.exists():
-        return directory
-    directory.parent.mkdir(parents=True, exist_ok=True)
-    staging = Path(tempfile.mkdtemp(dir=directory.parent, prefix=".building-"))
-    try:
-        _write(staging, architecture)
-        staging.rename(directory)
-    except OSError:
-        if not directory.exists():  # Otherwise another process was faster.
-            raise
-    finally:
-        shutil.rmtree(staging, ignore_errors=True)
-    return directory
+    return built_once(directory, partial(_write, architecture=architecture))
 
 
 def _write(directory: Path, architecture: Architecture) -> None:

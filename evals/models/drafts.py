@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import hashlib
 import json
-import shutil
-import tempfile
+from functools import partial
 from pathlib import Path
 
 from pydantic import BaseModel, ConfigDict
 
-from dualpath_sgl.launch.setup.tiny_model import VOCABULARY_SIZE, cache_directory
+from dualpath_sgl.launch.setup.tiny_model import VOCABULARY_SIZE, built_once, cache_directory
 
 
 class Draft(BaseModel):
@@ -30,19 +29,7 @@ class Draft(BaseModel):
 def build_draft(draft: Draft, cache: Path | None = None) -> Path:
     """Its directory, made on first use."""
     key = hashlib.sha256(draft.model_dump_json().encode()).hexdigest()[:16]
-    directory = (cache or cache_directory()) / f"tiny-eagle3-{key}"
-    if directory.exists():
-        return directory
-    directory.parent.mkdir(parents=True, exist_ok=True)
-    staging = Path(tempfile.mkdtemp(dir=directory.parent, prefix=".building-"))
-    _write(staging, draft)
-    try:
-        staging.rename(directory)
-    except OSError:
-        shutil.rmtree(staging)
-        if not directory.exists():  # Otherwise another process was faster.
-            raise
-    return directory
+    return built_once((cache or cache_directory()) / f"tiny-eagle3-{key}", partial(_write, draft=draft))
 
 
 def _write(directory: Path, draft: Draft) -> None:

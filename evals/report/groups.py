@@ -7,6 +7,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from typing import NamedTuple
 
 from dualpath_sgl.evals.common.imbalance import max_over_mean
+from dualpath_sgl.evals.common.nearest_rank import nearest_rank
 from dualpath_sgl.evals.matrix.results import CellResult, Request
 
 
@@ -98,7 +99,7 @@ class Group(NamedTuple):
     def quantile_s(self, field: str, share: float) -> float | None:
         """Of `ttft_s`, `ttst_s`, `tpot_s` or `e2e_s` (nearest rank); None without a value."""
         values = self.values_s(field)
-        return values[min(len(values) - 1, int(share * len(values)))] if values else None
+        return nearest_rank(values, share) if values else None
 
     def mean_s(self, field: str) -> float | None:
         values = self.values_s(field)

@@ -15,6 +15,7 @@ import os
 import shutil
 import tempfile
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 from pydantic import BaseModel, ConfigDict, Field
@@ -69,12 +70,17 @@ def build(model: TinyModel, cache: Path | None = None) -> Path:
     key = hashlib.sha256(json.dumps([FORMAT, model.model_dump()]).encode()).hexdigest()[:16]
     architecture = "qwen3" if model.kv_lora_rank is None else "deepseek-v2"
     directory = (cache or cache_directory()) / f"tiny-{architecture}-{key}"
+    return built_once(directory, partial(_write, model=model))
+
+
+def built_once(directory: Path, write: Callable[[Path], None]) -> Path:
+    """`directory`, which `write` fills on first use; safe when several processes build at once."""
     if directory.exists():
         return directory
     directory.parent.mkdir(parents=True, exist_ok=True)
     staging = Path(tempfile.mkdtemp(dir=directory.parent, prefix=".building-"))
     try:
-        _write(staging, model)
+        write(staging)
         staging.rename(directory)
     except OSError:
         if not directory.exists():  # Otherwise another process was faster.
