@@ -52,3 +52,6 @@ class Leases(Generic[T]):
 
     def of(self, client: bytes) -> list[LeaseName]:
         return [name for name in self._leases if name[0] == client]
+
+    def clients(self) -> set[bytes]:
+        return {client for client, _ in self._leases}

@@ -56,7 +56,7 @@ logger = logging.getLogger(__name__)
 POLL_MS = 20
 """How often leases and reads that hang are looked for."""
 ALIVE_S = 0.2
-"""How often a client that waits is told that it waits for a relay that lives."""
+"""How often a client that waits or holds a lease is told that the relay lives: sending finds who is gone."""
 MOST_CLIENTS = 4096
 """The one that was quiet for longest is forgotten when there are more."""
 BESIDE_READERS = 1
@@ -179,7 +179,7 @@ class Server:
             self._give_up(read)
         if now_s - self._alive_s >= ALIVE_S:
             self._alive_s = now_s
-            for identity in self._queue.clients() | self._fetches.clients():
+            for identity in self._queue.clients() | self._fetches.clients() | self._leases.clients():
                 self._send(identity, Alive())
         self._load = RelayLoad(
             queue_bytes=self._queue.bytes + self._readers.bytes_under_way,

@@ -3,7 +3,7 @@
     client -> Hello       who I am, which versions I speak
     relay -> Welcome      what I take at a time; or Rejected, and why
     client -> Fetch       "read these objects", under a number of the client's, the lease
-    relay -> Alive        now and then while something is asked for and not ready
+    relay -> Alive        now and then while something is asked for or leased
     relay -> Ready        where the objects lie, and how many bytes each has; the lease runs from here
     relay -> Refused      nothing will come of this lease
     client -> Revoke      "drop it if you have not begun"; Refused is the answer, or Ready

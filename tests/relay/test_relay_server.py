@@ -347,6 +347,15 @@ def test_a_client_that_is_gone_leaves_nothing(start):
     relay.is_idle()
 
 
+def test_a_client_that_is_gone_before_it_pulls_leaves_nothing(start):
+    relay = start(lease_s=600)
+    client = relay.client()
+    client.fetch("a")
+    client.hears(Ready)
+    client.leave()
+    relay.is_idle()
+
+
 def test_a_store_that_hangs_is_refused_and_its_memory_waits_for_it(start):
     relay = start(hang_s=0.1, readers=1)
     relay.store.may_return.clear()
@@ -418,7 +427,7 @@ def test_draining_tells_clients_serves_what_was_asked_and_ends(start):
     relay.store.may_return.clear()
     client = relay.client()
     leases = [client.fetch("a"), client.fetch("b")]
-    eventually(lambda: relay.store.reads, "the first one is read")
+    eventually(lambda: relay.store.reads and len(relay.server._queue), "one is read, one waits")
     relay.server.stop()
     client.hears(Leaving)
     client.fetch("c")
