@@ -84,8 +84,9 @@ class DecodeSide:
         store_lane: StoreLane,
         server: PageServer,
         restores: RestoreGuard,
+        left: Callable[[], None],
     ) -> None:
-        """`pool`: SGLang's KV host pool."""
+        """`pool`: SGLang's KV host pool.  `left` is called when requests have ended."""
         self._tp_size = tp_size
         self._pool = pool
         self._page_size: int = pool.page_size
@@ -94,7 +95,7 @@ class DecodeSide:
         self._store_lane = store_lane
         self._server = server
         self.restores = restores
-        self.work = DecodeWork()
+        self.work = DecodeWork(left)
         self._requests: dict[str, _Request] = {}
         """Until SGLang admits them, by request id."""
         self._rooms: dict[int, _Request] = {}

@@ -12,6 +12,7 @@ its prefetch I/O thread, `on_plan` and `on_no_plan` on the control channel's, `_
 from __future__ import annotations
 
 import threading
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING
@@ -58,8 +59,10 @@ class PrefillSide:
         loads: Loads,
         store_lane: StoreLane,
         peer_lanes: PeerLanes,
+        left: Callable[[], None],
     ) -> None:
-        """`page_size` in tokens."""
+        """`page_size` in tokens.  `left` is called when SGLang has finished with a request."""
+        self._left = left
         self._rank = rank
         self._page_size = page_size
         self._reports = reports
@@ -120,6 +123,7 @@ class PrefillSide:
                 return
             if self._by_room.get(request.room) is request:
                 del self._by_room[request.room]
+        self._left()
         if request.state is PrefillState.WAITING:
             # SGLang frees the operation's memory on its last acknowledgement: the lanes give it.
             self._start(request)

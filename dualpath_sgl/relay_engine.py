@@ -26,6 +26,7 @@ from dualpath_sgl.start.dp_rank import dp_place
 from dualpath_sgl.threads import faults
 from scheduler_svc.wire.engine_names import engine_name
 from scheduler_svc.wire.protocol import (
+    LEADER_RANK,
     MAX_COUNT,
     MAX_RATE,
     Done,
@@ -43,7 +44,6 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-LEADER_RANK = 0
 NO_LAYOUT = "relay"
 """In place of a layout's fingerprint: pages are asked for by their keys, which name it."""
 
@@ -79,8 +79,8 @@ class RelayEngine:
         self.control = ControlChannel(
             settings.scheduler, self._info, key_files, alone="keeps the relays that it knows"
         )
-        self.prefill = PrefillWork(self._arrived)
-        self.decode = DecodeWork()
+        self.prefill = PrefillWork(self._arrived, self.control.left)
+        self.decode = DecodeWork(self.control.left)
         self._free_tokens = 0
         self._queued_tokens = 0
 

@@ -116,6 +116,7 @@ class Runtime:
                 store_lane=self.store_lane,
                 server=self.server,
                 restores=RestoreGuard(self._tracer),
+                left=self.control.left,
             )
         else:
             new_lane = partial(
@@ -129,6 +130,7 @@ class Runtime:
                 loads=self.loads,
                 store_lane=self.store_lane,
                 peer_lanes=self._peer_lanes,
+                left=self.control.left,
             )
 
         self.pool_check = PoolCheck(pool)

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-from scheduler_svc.ledger.engines import LEADER_RANK, EngineState, EngineTable, RankKey
+from scheduler_svc.ledger.engines import EngineState, EngineTable, RankKey
 from scheduler_svc.ledger.relays import RelayTable
 from scheduler_svc.policies.help_policy import Help, Reader, Ring, help_for
-from scheduler_svc.wire.protocol import Helper, Helpers
+from scheduler_svc.wire.protocol import LEADER_RANK, Helper, Helpers
 
 PERIOD_S = 0.5
 """Between two looks at shares."""

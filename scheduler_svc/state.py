@@ -24,7 +24,7 @@ from scheduler_svc.events import (
     ReadEnded,
 )
 from scheduler_svc.helping import Helping
-from scheduler_svc.ledger.engines import LEADER_RANK, EngineConflict, EngineState, EngineTable, RankKey
+from scheduler_svc.ledger.engines import EngineConflict, EngineState, EngineTable, RankKey
 from scheduler_svc.ledger.intervals import pages
 from scheduler_svc.ledger.relays import RelayConflict, RelayTable
 from scheduler_svc.ledger.rooms import Claim, Moved, Room, RoomTable, Side
@@ -41,6 +41,7 @@ from scheduler_svc.policies.placement_policies import NoEngine, PlacementPolicy
 from scheduler_svc.policies.placement_rules import expected_wait_s
 from scheduler_svc.telemetry.faults import Faults
 from scheduler_svc.wire.protocol import (
+    LEADER_RANK,
     MAX_COUNT,
     OLDEST_VERSION,
     PROTOCOL_VERSION,

@@ -17,6 +17,7 @@ import zmq
 
 from dualpath_sgl.control.link import SchedulerLink, Words
 from scheduler_svc.wire.protocol import (
+    LEADER_RANK,
     OLDEST_PEER_VERSION,
     PROTOCOL_VERSION,
     Done,
@@ -36,7 +37,7 @@ from scheduler_svc.wire.protocol import (
 PREFILL_PATH = "uses the prefill path"
 
 
-class ControlChannel(SchedulerLink[Report | Done | RankInfo]):
+class ControlChannel(SchedulerLink[Report | Done | RankInfo | None]):
     def __init__(
         self,
         address: str,
@@ -78,6 +79,11 @@ class ControlChannel(SchedulerLink[Report | Done | RankInfo]):
         """A `RankInfo` is what this rank is from now on (new weights); the scheduler hears of it at once."""
         self._mailbox.put(message)
 
+    def left(self) -> None:
+        """A request has left this rank: the scheduler hears soon how much is left.  From any thread."""
+        if self._engine.rank == LEADER_RANK:
+            self._mailbox.put(None)
+
     def _lost(self) -> None:
         for room in list(self._unanswered):
             self._no_plan(room)
@@ -95,7 +101,10 @@ class ControlChannel(SchedulerLink[Report | Done | RankInfo]):
             hello=hello,
         )
 
-    def _pass_on(self, socket: zmq.Socket, order: Report | Done | RankInfo) -> None:
+    def _pass_on(self, socket: zmq.Socket, order: Report | Done | RankInfo | None) -> None:
+        if order is None:
+            self._beat_soon()
+            return
         if isinstance(order, RankInfo):
             self._engine = order
             self._beat(socket)

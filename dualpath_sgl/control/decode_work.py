@@ -9,7 +9,7 @@ every request that was reported before it (scheduler_svc/ledger/placed_work.py).
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from itertools import chain
 from typing import TYPE_CHECKING
 
@@ -26,9 +26,13 @@ COUNT_INTERVAL_S = 0.25
 class DecodeWork:
     """Everything but `with_queued` is called on SGLang's scheduler thread."""
 
-    def __init__(self) -> None:
+    def __init__(self, left: Callable[[], None]) -> None:
+        """`left` is called when requests have ended."""
+        self._left = left
         self._queue: DecodePreallocQueue | None = None
         self._next_count_s = 0.0
+        self._entries = 0
+        """In SGLang's lists at the last count."""
         self._tokens: dict[str, int] = {}
         """Prompt tokens by request id."""
 
@@ -41,14 +45,19 @@ class DecodeWork:
         self._tokens[req.rid] = len(req.origin_input_ids)
 
     def count(self) -> None:
-        """Called once per scheduler iteration; looks only when a count is due."""
-        now_s = time.monotonic()
-        if self._queue is None or now_s < self._next_count_s:
+        """Called once per scheduler iteration; looks when requests came or went, or a count is due."""
+        if self._queue is None:
             return
-        self._next_count_s = now_s + COUNT_INTERVAL_S
+        now_s, entries = time.monotonic(), sum(map(len, _lists(self._queue)))
+        if entries == self._entries and now_s < self._next_count_s:
+            return
+        self._next_count_s, self._entries = now_s + COUNT_INTERVAL_S, entries
+        before = self._tokens
         self._tokens = {
             req.rid: len(req.origin_input_ids) for req in _unfinished(self._queue) if is_real(req)
         }
+        if before.keys() - self._tokens.keys():
+            self._left()
 
     def with_queued(self, queued: Mapping[str, int]) -> tuple[int, int]:
         """Requests and their prompt tokens; from any thread.
@@ -60,18 +69,25 @@ class DecodeWork:
         return len(tokens), sum(tokens.values())
 
 
-def _unfinished(queue: DecodePreallocQueue) -> list[Req]:
-    """Every request between the queue and its last token, in any order.
+def _lists(queue: DecodePreallocQueue) -> tuple[list, ...]:
+    """Where requests are between the queue and their last token; the first two are of `DecodeRequest`.
 
     The batch in flight is the running one in a DE's loops (event_loop_overlap_disagg_decode).
     """
     scheduler = queue.scheduler
-    connecting = chain(queue.queue, queue.transfer_queue.queue)
-    requests = chain(
-        (decode_req.req for decode_req in connecting),
+    return (
+        queue.queue,
+        queue.transfer_queue.queue,
         queue.retracted_queue,
         queue.held_rebootstrap_reqs,
         scheduler.waiting_queue,
         scheduler.running_batch.reqs,
     )
+
+
+def _unfinished(queue: DecodePreallocQueue) -> list[Req]:
+    """Every request between the queue and its last token, in any order."""
+    preallocating, transferring, *rest = _lists(queue)
+    connecting = chain(preallocating, transferring)
+    requests = chain((decode_req.req for decode_req in connecting), *rest)
     return [req for req in requests if not req.finished()]

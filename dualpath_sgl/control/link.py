@@ -28,13 +28,9 @@ from scheduler_svc.telemetry.log_limit import LimitedLog
 from scheduler_svc.wire import protocol
 from scheduler_svc.wire.keys import secure_client
 from scheduler_svc.wire.liveness import notice_dead_peers, stop_monitor
-from scheduler_svc.wire.protocol import Accepted, Error, Malformed, Reply, Wire
+from scheduler_svc.wire.protocol import FRESH_S, HEARTBEAT_S, Accepted, Error, Malformed, Reply, Wire
 
 logger = logging.getLogger(__name__)
-
-HEARTBEAT_S = 1.0
-"""The one after (re)connecting comes sooner, at random: peers that all lost the same scheduler would
-otherwise report in step from then on, and plans wait behind their heartbeats."""
 
 RETRY_S = 1.0
 """Until a new socket, after a fault of ours or a refusal: ZeroMQ itself tries no more after one."""
@@ -101,6 +97,7 @@ class SchedulerLink(threading.Thread, Generic[Order]):
         self._log = LimitedLog(logger)
         self._mailbox: Mailbox[Order] = Mailbox()
         self._stopping = threading.Event()
+        self._beat_s = self._next_beat_s = 0.0
         self._socket = self._new_socket()
 
     # What each kind of peer says and hears, on the thread.
@@ -162,17 +159,19 @@ class SchedulerLink(threading.Thread, Generic[Order]):
         poller = zmq.Poller()
         for source in (socket, monitor, self._mailbox.fd):
             poller.register(source, zmq.POLLIN)
-        next_heartbeat_s, interval_s = 0.0, HEARTBEAT_S
+        self._next_beat_s, interval_s = 0.0, HEARTBEAT_S
         while not self._stopping.is_set():
-            wait_s = max(0.0, min(next_heartbeat_s - time.monotonic(), HEARTBEAT_S))
+            wait_s = max(0.0, min(self._next_beat_s - time.monotonic(), HEARTBEAT_S))
             ready = dict(poller.poll(int(wait_s * 1000)))
             if monitor in ready:
                 if self._follow_connection(monitor):
                     return
-                next_heartbeat_s, interval_s = 0.0, random.uniform(0, HEARTBEAT_S)
-            if time.monotonic() >= next_heartbeat_s:
+                # Peers that all lost the same scheduler would otherwise report in step from then on, and plans
+                # wait behind their heartbeats.
+                self._next_beat_s, interval_s = 0.0, random.uniform(0, HEARTBEAT_S)
+            if time.monotonic() >= self._next_beat_s:
                 self._beat(socket)
-                next_heartbeat_s, interval_s = time.monotonic() + interval_s, HEARTBEAT_S
+                self._next_beat_s, interval_s = self._beat_s + interval_s, HEARTBEAT_S
             for order in self._mailbox.drain():
                 self._pass_on(socket, order)
             if socket in ready:
@@ -235,7 +234,13 @@ class SchedulerLink(threading.Thread, Generic[Order]):
 
     # Messages
 
+    def _beat_soon(self) -> None:
+        """What the last heartbeat said is no longer so."""
+        if self.connected:
+            self._next_beat_s = min(self._next_beat_s, self._beat_s + FRESH_S)
+
     def _beat(self, socket: zmq.Socket) -> None:
+        self._beat_s = time.monotonic()
         self._transmit(socket, self._heartbeat(hello=not self.connected))
 
     def _transmit(self, socket: zmq.Socket, message: Wire) -> bool:

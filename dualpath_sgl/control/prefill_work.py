@@ -65,9 +65,10 @@ class _Request:
 
 
 class PrefillWork:
-    def __init__(self, tell: Callable[[Arrived], None]) -> None:
-        """`tell` is called once for each request, on SGLang's scheduler thread."""
+    def __init__(self, tell: Callable[[Arrived], None], left: Callable[[], None]) -> None:
+        """`tell` is called once for each request, `left` when one has ended; on SGLang's scheduler thread."""
         self._tell = tell
+        self._left = left
         self._by_rid: dict[str, _Request] = {}
         self._untold: dict[str, _Request] = {}
         self._looked_s = 0.0
@@ -84,8 +85,7 @@ class PrefillWork:
         if req.rid not in self._by_rid:
             self._by_rid[req.rid] = self._untold[req.rid] = _Request(req)
             # At once: a heartbeat must count every request that was reported before it.
-            tokens = self._now.tokens + len(req.origin_input_ids)
-            self._now = self._now._replace(sequences=self._now.sequences + 1, tokens=tokens)
+            self._change(1, req)
 
     def arrived(self, req: Req, tree: Any) -> None:
         """SGLang has asked the store, or has no reason to."""
@@ -106,7 +106,10 @@ class PrefillWork:
 
     def ended(self, rid: str) -> None:
         self._untold.pop(rid, None)
-        self._by_rid.pop(rid, None)
+        request = self._by_rid.pop(rid, None)
+        if request is not None:
+            self._change(-1, request.req)
+            self._left()
 
     def look(self, scheduler: Scheduler, tree: Any) -> None:
         """Once an iteration of SGLang's scheduler loop."""
@@ -143,6 +146,11 @@ class PrefillWork:
                 traceparent_of(request.req.time_stats),
             )
         )
+
+    def _change(self, requests: int, req: Req) -> None:
+        now = self._now
+        tokens = now.tokens + requests * len(req.origin_input_ids)
+        self._now = now._replace(sequences=now.sequences + requests, tokens=tokens)
 
     def _count(self, waiting: set[str]) -> None:
         """`waiting`: requests in SGLang's queue."""

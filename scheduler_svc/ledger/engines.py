@@ -19,7 +19,16 @@ from scheduler_svc.ledger.kept_pages import KeptPages
 from scheduler_svc.ledger.placed_work import PlacedWork
 from scheduler_svc.ledger.token_rate import TokenRate
 from scheduler_svc.telemetry.faults import Faults
-from scheduler_svc.wire.protocol import MAX_COUNT, MAX_RATE, EngineStatus, Mode, RankInfo, Role, Workload
+from scheduler_svc.wire.protocol import (
+    LEADER_RANK,
+    MAX_COUNT,
+    MAX_RATE,
+    EngineStatus,
+    Mode,
+    RankInfo,
+    Role,
+    Workload,
+)
 
 ENGINE_EXPIRY_S = 5.0
 """Five missed heartbeats."""
@@ -32,9 +41,6 @@ CANDIDATES = 64
 
 STATUS_ENGINES = 48
 """In one page of a status.  However long their names are, it fits into a message (a test sees to it)."""
-
-LEADER_RANK = 0
-"""The rank that speaks for its engine's compute (paper section 6: only the leader talks)."""
 
 
 class EngineConflict(ValueError):
@@ -172,7 +178,7 @@ class EngineState:
 
     def count_reads(self) -> None:
         """To be called when a rank's reported or planned reads have changed."""
-        # Heartbeats are up to a second old and the engine counts our plans too, once it has
+        # Heartbeats may be a second old and the engine counts our plans too, once it has
         # them: adding the two would count a read twice, the larger one never misses it.
         total = 0
         for rank in self.ranks.values():

@@ -1,6 +1,6 @@
 """Work an engine was given that its heartbeats do not show yet.
 
-Heartbeats are up to a second old.  Without this count every request placed between two of them
+Heartbeats do not tell of arrivals.  Without this count every request placed between two of them
 would go to the engine that was idle at the last one, and after the next one to another: all
 engines would swing between idle and overloaded.  So a placed request counts at once,
 

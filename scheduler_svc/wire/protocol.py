@@ -54,11 +54,18 @@ with its connection (`ZMQ_MAXMSGSIZE`)."""
 PLAN_TIMEOUT_S = 3.0
 """An engine that has no plan this long after its report goes on with the prefill path."""
 
+HEARTBEAT_S = 1.0
+"""Between the heartbeats of a peer with which nothing happens."""
+FRESH_S = 0.05
+"""Between the heartbeats of an engine rank that requests leave: placement draws on no older load."""
+
 MAX_COUNT = 2**53
 MAX_RATE = 1e15
 """Bytes per second."""
 MAX_RANKS = 1024
 """Most ranks of one engine: their page servers fit into one message."""
+LEADER_RANK = 0
+"""It speaks for its engine's compute (paper section 6: only the leader talks)."""
 MAX_LANES = 16
 """Records of one load; three are usual."""
 MAX_HELPERS = 64
@@ -185,7 +192,8 @@ class Workload(Wire, frozen=True):
 
 
 class Heartbeat(Wire, frozen=True, tag="heartbeat"):
-    """Sent every second and on connect; registers the engine and refreshes its load."""
+    """Sent every `HEARTBEAT_S`, on connect, and within `FRESH_S` when a request has left the leader rank;
+    registers the engine and refreshes its load."""
 
     engine: RankInfo
     load: Workload = Workload()

@@ -32,9 +32,13 @@ class Channel:
     def __init__(self, connected: bool = True) -> None:
         self.connected = connected
         self.sent: list[Report | Done] = []
+        self.departures = 0
 
     def send(self, message: Report | Done) -> None:
         self.sent.append(message)
+
+    def left(self) -> None:
+        self.departures += 1
 
 
 class EngineParts:
@@ -67,6 +71,7 @@ class EngineParts:
                 loads=self.loads,
                 store_lane=self.store_lane,
                 peer_lanes=PeerLanes(new_lane, fingerprint),
+                left=self.channel.left,
             )
         else:
             self.server = PageServer("127.0.0.1", "nowhere", fingerprint, LONG_S, LONG_S)
@@ -78,6 +83,7 @@ class EngineParts:
                 store_lane=self.store_lane,
                 server=self.server,
                 restores=RestoreGuard(NoOpTracer()),
+                left=self.channel.left,
             )
         self.workload = RankWorkload(
             side=self.side,

@@ -12,6 +12,7 @@ from queue import Queue
 import zmq
 from data_path_world import WAIT_S, eventually
 
+from dualpath_sgl.control import link
 from dualpath_sgl.control.channel import ControlChannel
 from scheduler_svc.wire import protocol
 from scheduler_svc.wire.client import SchedulerClient
@@ -134,6 +135,18 @@ def test_engines_register_get_plans_and_find_a_restarted_scheduler_again():
                 eventually(lambda: known_engines(address).keys() == {"p0", "d0"}, "both are known again")
                 assert {plan.room for plan in plan_between(prefill, decode, room=3)} == {3}
                 assert prefill.plans.empty() and decode.plans.empty()
+
+
+def test_a_request_that_leaves_brings_a_heartbeat_long_before_the_next_one_is_due(monkeypatch):
+    monkeypatch.setattr(link, "HEARTBEAT_S", 1000.0)
+    with scheduler() as (_, address), Peer(address, "p0", Role.PREFILL) as peer:
+        eventually(lambda: peer.channel.connected, "it is known")
+        for sequences in (2, 1, 0):
+            peer.load = Workload(sequences=sequences)
+            peer.channel.left()
+            eventually(lambda: known_engines(address)["p0"].sequences == sequences, "it is told")  # noqa: B023
+        monkeypatch.undo()
+        peer.channel.left()  # out of its long sleep
 
 
 def test_a_channel_whose_scheduler_never_came_is_not_connected_and_stops():

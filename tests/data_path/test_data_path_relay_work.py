@@ -54,10 +54,15 @@ class Engine:
             engine_id="p0", role=role, rank=rank, tp_size=2, url="http://127.0.0.1:1", fingerprint="relay",
             page_size=PAGE, page_bytes=PAGE_BYTES, mode=Mode.RELAY,
         )  # fmt: skip
+        self.departures = 0
         self.engine.control = SimpleNamespace(send=self.said.append)
-        self.engine.prefill, self.engine.decode = PrefillWork(self.engine._arrived), DecodeWork()
+        self.engine.prefill = PrefillWork(self.engine._arrived, self._left)
+        self.engine.decode = DecodeWork(self._left)
         self.engine._free_tokens = self.engine._queued_tokens = 0
         monkeypatch.setattr(relay_engine, "_current", self.engine)
+
+    def _left(self) -> None:
+        self.departures += 1
 
     def arrive(self, tokens: int, local: int = 0, loads: bool = True):
         """SGLang's arrival path, of a request that the tree holds a part of."""
@@ -120,6 +125,7 @@ def test_a_request_that_reads_nothing_is_told_of_too(prefill, loads):
 def test_a_request_that_is_aborted_before_that_is_not_told_of(prefill):
     req = prefill.arrive(10 * PAGE)
     relay_hooks.after_finish(None, prefill.tree, SimpleNamespace(rid=req.rid), None)
+    assert prefill.load.held == 0 and prefill.departures == 1, "before the next look"
     prefill.step()
     assert prefill.said == [] and prefill.load.held == 0
 

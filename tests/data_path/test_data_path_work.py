@@ -109,6 +109,7 @@ def test_a_request_counts_once_from_its_arrival_at_a_decode_engine_to_its_last_t
     req.finished_reason = FINISH_LENGTH(4)
     engine.step()
     assert engine.load == (0, 0), "finished, and still in its batch"
+    assert engine.parts.channel.departures == 1
 
 
 def test_a_request_that_is_admitted_between_two_counts_is_never_missing(engine, monkeypatch):
@@ -146,12 +147,18 @@ def test_health_checks_are_no_work(engine):
     assert engine.load == (0, 0)
 
 
-def test_a_decode_engines_queues_are_looked_through_a_few_times_a_second_only(engine, monkeypatch):
+def test_a_decode_engines_queues_are_looked_through_when_they_change_or_a_count_is_due(engine, monkeypatch):
     monkeypatch.setattr(decode_work, "COUNT_INTERVAL_S", 3600.0)
+    batch = engine.scheduler.running_batch.reqs
+    batch.append(request(tokens=100))
     engine.step()
-    engine.scheduler.running_batch.reqs.append(request())
+    assert engine.load == (1, 100)
+    batch[0].finished_reason = FINISH_LENGTH(4)
     engine.step()
-    assert engine.load == (0, 0)
+    assert engine.load == (1, 100), "it is still in its batch, and nothing else has changed"
+    batch.clear()
+    engine.step()
+    assert engine.load == (0, 0) and engine.parts.channel.departures == 1
 
 
 # Prefill

@@ -2,7 +2,7 @@
 
 Both run the objects of `scheduler_svc.policies.placement_policies` and `scheduler_svc.policies.path_policies` unchanged.
 `ServiceScheduler` sends `scheduler_svc.state.Cluster` the messages that routers and engines send,
-heartbeats every second included.  `PolicyScheduler` lets the policies look at the engines
+heartbeats included.  `PolicyScheduler` lets the policies look at the engines
 directly, at a fifth of the cost: what 48K agents need.  Messages take no time in either.
 """
 
@@ -28,6 +28,8 @@ from scheduler_svc.policies.placement_policies import (
 from scheduler_svc.policies.placement_rules import ALPHA_S
 from scheduler_svc.state import Cluster, Result
 from scheduler_svc.wire.protocol import (
+    FRESH_S,
+    HEARTBEAT_S,
     Done,
     Error,
     Heartbeat,
@@ -40,9 +42,6 @@ from scheduler_svc.wire.protocol import (
     Role,
     Workload,
 )
-
-HEARTBEAT_S = 1.0
-"""As engines send them (`scheduler_svc.wire.protocol.Heartbeat`)."""
 
 PLACEMENTS = tuple(name for name in PLACEMENT_POLICIES if name != "affinity")
 """Affinity lives from pages that engines still hold; the simulated engines hold none."""
@@ -185,6 +184,8 @@ class ServiceScheduler:
         self.cluster = Cluster(path, placement, started_s=0.0, rng=random.Random(f"rooms/{seed}"))
         self._placed = 0
         self._is_open = True
+        self._beat_s: dict[str, float] = {}
+        """When an engine's last heartbeat was sent, or, after a departure, the next one will be."""
         for index, engine in enumerate(engines):
             self._beat(engine)
             # Engines do not report in step.
@@ -195,7 +196,16 @@ class ServiceScheduler:
             self._beat(engine)
             self._loop.at(self._loop.now_s + HEARTBEAT_S, self._heartbeat, engine)
 
+    def _left(self, engine: SimEngine) -> None:
+        """A request has: the engine says so soon, in a heartbeat that tells of every one that leaves until then."""
+        now_s, beat_s = self._loop.now_s, self._beat_s[engine.engine_id]
+        if beat_s > now_s:
+            return
+        self._beat_s[engine.engine_id] = max(now_s, beat_s + FRESH_S)
+        self._loop.at(self._beat_s[engine.engine_id], self._beat, engine)
+
     def _beat(self, engine: SimEngine) -> None:
+        self._beat_s[engine.engine_id] = self._loop.now_s
         load = Workload(
             sequences=engine.sequences,
             tokens=engine.tokens,
@@ -275,9 +285,11 @@ class ServiceScheduler:
 
     def prefilled(self, request: SimRequest) -> None:
         _leave(request.prefill, request.turn.prompt_tokens)
+        self._left(request.prefill)
 
     def finished(self, request: SimRequest) -> None:
         _leave(request.decode, request.turn.prompt_tokens)
+        self._left(request.decode)
 
     def stop(self) -> None:
         self._is_open = False
