@@ -132,7 +132,7 @@ def trace_subset(
 @eval_app.command("clients")
 def clients(
     cluster: Annotated[
-        Path, typer.Option(help="Cluster description (YAML), with the Rust router.")
+        Path, typer.Option(help="Cluster description (YAML) of one of DualPath's modes.")
     ] = DEFAULT_CLUSTER,
     only: Annotated[str, typer.Option(help="Comma-separated names of clients; default: all.")] = "",
     environment: Annotated[

@@ -20,7 +20,7 @@ from dualpath_sgl.evals.clients.outcome import Outcome
 from dualpath_sgl.evals.clients.routers import placing_router
 from dualpath_sgl.evals.clients.sdks import sdk
 from dualpath_sgl.evals.common.errors import EvalError
-from dualpath_sgl.launch.config.cluster import ClusterConfig, Mode, RouterKind
+from dualpath_sgl.launch.config.cluster import ClusterConfig, Mode, Router, RouterKind
 from dualpath_sgl.launch.supervision.cluster import Cluster
 from dualpath_sgl.launch.supervision.single_server import SingleServer
 
@@ -68,9 +68,10 @@ def clients(model: Path, programs: Path, multiturn: Path | None) -> dict[str, Cl
 def compare(
     config: ClusterConfig, asking: Mapping[str, Client], out: Path, console: Console
 ) -> list[Compared]:
-    """Raises EvalError.  `config`: with the Rust router; `out`: an empty folder for results and logs."""
-    if config.mode in (Mode.BASIC, Mode.BOTH) or config.router.kind is not RouterKind.RUST:
-        raise EvalError("the cluster must be DualPath's, with router.kind rust: the placing one is added")
+    """Raises EvalError.  `out`: an empty folder for results and logs."""
+    if config.mode in (Mode.BASIC, Mode.BOTH):
+        raise EvalError(f"mode is {config.mode}: it has no placing router; take a cluster of DualPath's")
+    config = config.model_copy(update={"router": Router(kind=RouterKind.RUST)})
     with SingleServer(config, _folder(out, "single-server")) as server:
         right = _ask_all("single server", server.url, asking, out, console)
     results: list[Compared] = []

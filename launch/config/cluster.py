@@ -200,15 +200,16 @@ class Relays(_Section):
 
 
 class RouterKind(StrEnum):
-    RUST = "rust"
-    """SGLang's own: it chooses the engines, the scheduler only the load path."""
     PLACING = "placing"
-    """The patched Python router: the scheduler chooses the engines too (not in upstream's modes)."""
+    """The patched Python router: the scheduler chooses the engines and the load path."""
+    RUST = "rust"
+    """SGLang's own: it chooses the engines, the scheduler only the load path.  Upstream's modes have no other."""
 
 
 class Router(_Section):
-    kind: RouterKind = RouterKind.RUST
-    """`rust` is SGLang's own; with `placing` the scheduler chooses the engines, too."""
+    kind: RouterKind = RouterKind.PLACING
+    """With `placing` the scheduler chooses the engines, too; `rust` is SGLang's own, and the only one of modes
+    `basic` and `both`."""
     policy: Literal["random", "round_robin", "cache_aware", "power_of_two"] = "round_robin"
     """The Rust router's policy."""
 

@@ -154,5 +154,5 @@ def test_a_wrong_name_folder_or_cluster_is_refused(tmp_path):
     (earlier / "single-server").mkdir(parents=True)
     assert list(compare.fresh(earlier).iterdir()) == []
     config = load(compare.Path("launch/clusters/cpu-1p1d.yaml")).model_copy(update={"mode": Mode.BASIC})
-    with pytest.raises(EvalError, match="router.kind rust"):
+    with pytest.raises(EvalError, match="mode is basic: it has no placing router"):
         compare.compare(config, {}, tmp_path, Console())

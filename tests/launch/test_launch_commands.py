@@ -192,15 +192,15 @@ def router(config: ClusterConfig) -> str:
 
 
 def test_a_placing_router_asks_the_clusters_scheduler_and_exports_spans():
-    made = router(cluster(router={"kind": "placing"}))
+    made = router(cluster())
     assert "--mini-lb --dualpath-scheduler=tcp://127.0.0.1:3 " in made
     assert "--enable-trace --otlp-traces-endpoint=127.0.0.1:4" in made
-    untraced = cluster(router={"kind": "placing"}, tracing={"enabled": False})
+    untraced = cluster(tracing={"enabled": False})
     assert "--enable-trace" not in router(untraced)
 
 
-@pytest.mark.parametrize("fields", [{}, {"mode": "basic", "router": {"kind": "placing"}}])
-def test_the_rust_router_serves_by_default_and_wherever_there_is_no_scheduler(fields):
+@pytest.mark.parametrize("fields", [{"router": {"kind": "rust"}}, {"mode": "basic"}, {"mode": "both"}])
+def test_the_rust_router_serves_where_it_is_named_and_wherever_there_is_no_scheduler(fields):
     made = router(cluster(**fields))
     assert "--mini-lb" not in made and "--policy=round_robin" in made
 

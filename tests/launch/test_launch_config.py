@@ -151,4 +151,4 @@ def test_a_network_leaves_what_is_not_named_unshaped_but_must_name_the_storage_l
 
 def test_an_unknown_placement_or_router_names_the_known_ones(tmp_path):
     assert "affinity, paper, round_robin, random" in refusal(tmp_path, scheduler={"placement": "best"})
-    assert "'rust' or 'placing'" in refusal(tmp_path, router={"kind": "nginx"})
+    assert "'placing' or 'rust'" in refusal(tmp_path, router={"kind": "nginx"})

@@ -110,11 +110,11 @@ def test_an_ipv6_address_stands_in_brackets_wherever_a_port_follows():
     assert environment["DUALPATH_HOST"] == "::1"
     assert environment["MOONCAKE_MASTER"] == "[::1]:1"
     assert environment["MC_USE_IPV6"] == "1"
-    rust = set(router_command(config, addresses, ports, specs))
+    upstream = config.model_copy(update={"router": Router(kind=RouterKind.RUST)})
+    rust = set(router_command(upstream, addresses, ports, specs))
     assert {"http://[::1]:101", "http://[::1]:102", "--host=[::1]"} <= rust
-    placing = config.model_copy(update={"router": Router(kind=RouterKind.PLACING)})
     assert {"--host=::1", "--dualpath-scheduler=tcp://[::1]:3"} <= set(
-        router_command(placing, addresses, ports, specs)
+        router_command(config, addresses, ports, specs)
     )
     assert authority("127.0.0.1", 5) == "127.0.0.1:5"
 
