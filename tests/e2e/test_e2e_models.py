@@ -17,7 +17,7 @@ PROOFS = {case.name: case for case in on_cpu.CASES}
 
 @pytest.mark.parametrize(
     "case",
-    [pytest.param(PROOFS["swa"], id="swa"), pytest.param(PROOFS["gdn"], id="gdn", marks=pytest.mark.slow)],
+    [pytest.param(PROOFS[name], id=name, marks=pytest.mark.slow) for name in ("swa", "gdn")],
 )
 def test_windows_and_states_come_through_a_relay_and_the_tokens_are_those_of_one_server(
     case: Case, one_cluster, capsys

@@ -133,6 +133,7 @@ def test_a_request_larger_than_every_pool_gets_an_http_error_and_disturbs_nobody
     assert_right(sessions, mla_reference)
 
 
+@pytest.mark.slow
 def test_prompts_cut_by_the_attention_quota_get_the_single_servers_tokens(cluster, mla_reference):
     bounded = cluster.processes["prefill-0"]
     bounded.argv = [*bounded.argv, "--chunked-prefill-size=1024"]
@@ -150,6 +151,7 @@ def test_prompts_cut_by_the_attention_quota_get_the_single_servers_tokens(cluste
     assert len(steps) > 10
 
 
+@pytest.mark.slow
 def test_nothing_is_forwarded_between_engines_whose_layouts_differ_and_the_scheduler_says_so(
     cluster, mla_reference
 ):
