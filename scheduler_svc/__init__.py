@@ -3,6 +3,7 @@
 A message visits:
 
     server.py    the only socket: frames in, frames out, who may speak for whom
+    waiting_places.py  placements wait until engines' messages are handled
     state.py     `Cluster.handle`: one message in, replies, plans and events out
     ledger/      what is known: engines, relays, rooms, what is promised
     planning.py  from the reports of both sides to a plan

@@ -26,6 +26,7 @@ from scheduler_svc.ledger.engines import RankKey
 from scheduler_svc.metrics import Metrics
 from scheduler_svc.state import Cluster, Result
 from scheduler_svc.telemetry.log_limit import LimitedLog
+from scheduler_svc.waiting_places import WaitingPlaces
 from scheduler_svc.wire.authenticator import sender
 from scheduler_svc.wire.authorized_keys import AuthorizedKeys
 from scheduler_svc.wire.connections import LOOK_S, Connections, fd_of
@@ -39,6 +40,7 @@ from scheduler_svc.wire.protocol import (
     Heartbeat,
     Helpers,
     Malformed,
+    Place,
     Plan,
     Pong,
     RelayHeartbeat,
@@ -57,6 +59,9 @@ BURST_S = 0.001
 """How long messages are handled before what they led to is sent.  Each send wakes ZeroMQ's I/O thread
 if that sleeps, which costs as much as a decision; sent together, one waking serves them all.  A plan
 waits no longer than this for the messages after its own."""
+
+PLACES_S = BURST_S / 4
+"""For placements while engines' messages wait."""
 
 MAX_FRAME_BYTES = 4 * MAX_MESSAGE_BYTES
 """Beyond this the socket drops the peer's connection unread; up to it the peer gets an error."""
@@ -156,6 +161,9 @@ class Server:
         self._outbox: list[tuple[bytes, bytes]] = []
         """Receivers and frames of the burst under way."""
         self._events: list[Event] = []
+        self._places: WaitingPlaces[tuple[bytes, Peer]] = WaitingPlaces(
+            self._answer_place, self._refuse_place
+        )
         self._looked_s = -TICK_S
         self._rooms_forgotten = 0
         """As the metric says."""
@@ -266,8 +274,8 @@ class Server:
     # In
 
     def _take_burst(self) -> bool:
-        """Handle what has come, for `BURST_S`, and send what follows; False when nothing has come."""
-        received = False
+        """Handle what has come, for `BURST_S`, and send what follows; False when there was nothing to do."""
+        received, places_s = bool(self._places), PLACES_S
         begun_s = now_s = time.monotonic()
         try:
             while now_s - begun_s < BURST_S:
@@ -275,7 +283,8 @@ class Server:
                 received = True
                 now_s = time.monotonic()
         except zmq.Again:
-            pass
+            places_s = BURST_S
+        self._take_places(places_s)
         self._guarded(self._tell_helpers, "telling who may help")
         for identity, frame in self._outbox:
             try:
@@ -285,6 +294,11 @@ class Server:
         self._outbox.clear()
         self._observe()
         return received
+
+    def _take_places(self, for_s: float) -> None:
+        end_s = time.monotonic() + for_s
+        while self._places and time.monotonic() < end_s:
+            self._guarded(lambda: self._places.take_one(self._now_s()), "placing")
 
     def _take_one(self) -> None:
         """Raises zmq.Again when nothing has come."""
@@ -337,6 +351,19 @@ class Server:
             room, request_id = getattr(message, "room", None), getattr(message, "request_id", None)
             self._refuse(identity, peer, ErrorCode.FORBIDDEN, why, room, request_id)
             return
+        if isinstance(message, Place):
+            self._places.put((identity, peer), message, self._now_s())
+        else:
+            self._serve(identity, peer, message)
+
+    def _answer_place(self, asker: tuple[bytes, Peer], place: Place) -> None:
+        self._serve(*asker, place)
+
+    def _refuse_place(self, asker: tuple[bytes, Peer], place: Place) -> None:
+        text = "more to do than the scheduler can: place by yourself, and give it a core of its own"
+        self._refuse(*asker, ErrorCode.BUSY, text, request_id=place.request_id)
+
+    def _serve(self, identity: bytes, peer: Peer, message: Request) -> None:
         key = _speaks_for(message)
         is_another = key is not None and self._owners.get(key, identity) != identity
         if key is not None and is_another and not self._may_speak(key, message):

@@ -3,8 +3,9 @@
 Each request is placed, reported by both engines, planned, and done on both: five messages to the
 scheduler and three from it.  Each timed measurement is made several times with a new scheduler, and
 the median one counts.  Scheduler and generator share the machine: how much of it each of them and
-everything else used stands beside the figures.  Plan latency is taken in the generator, from before
-it sends a room's second report until it has read the plan: an upper bound of what the scheduler needs.
+everything else used stands beside the figures.  Latencies are taken in the generator: of a placement from
+the time at which its request came (at random, whatever the answers do), of a plan from before the room's
+first report, each until it is read.  They are upper bounds of what the scheduler needs.
 """
 
 from __future__ import annotations
@@ -30,6 +31,8 @@ from dualpath_sgl.evals.scheduler.load import LoadGenerator
 IN_FLIGHT = 256
 WARM_UP_S = 2.0
 RATE_PER_S = 1000.0
+AT_ONCE = 200
+"""Requests that come together, once a second, in the measurement of bursts."""
 MEMORY_HEARTBEAT_S = 2.5
 """Ten thousand engines a second would be this process's limit; half of their expiry keeps them alive."""
 MIB = 1024 * 1024
@@ -50,6 +53,7 @@ class Target(NamedTuple):
 TARGETS = (
     Target("requests_per_s", "requests/s, each placed + 2 reports + 2 plans + 2 dones", 5000, True),
     Target("plan_p99_ms", "p99 plan latency at 1,000 requests/s, ms", 2.0, False),
+    Target("place_p99_ms", "p99 placement latency at 1,000 requests/s, ms", 2.0, False),
     Target(
         "rss_mib_10k_engines_100k_rooms",
         "memory with 10,000 engines and 100,000 live rooms, MiB",
@@ -80,9 +84,10 @@ def main(
     latencies = [_latency(seconds, engines) for _ in range(repeats)]
     throughput = _median_run(throughputs, "requests_per_s")
     latency = _median_run(latencies, "plan_p99_ms")
+    burst = _latency(seconds, engines, at_once=AT_ONCE)
     memory = _memory(memory_engines, memory_rooms)
     summary = {name: value for run in (throughput, latency) for name, value in run.items() if name != "cores"}
-    summary |= memory
+    summary |= memory | {f"burst_{name}": value for name, value in burst.items() if name != "cores"}
     summary |= {"throughput_runs": throughputs, "latency_runs": latencies}
     summary["machine"] = machine_facts(real_time)
     out.mkdir(parents=True, exist_ok=True)
@@ -110,6 +115,11 @@ def main(
         f"p99.9 {latency['plan_p999_ms']:.2f} ms; an answer may have lain unread for "
         f"{latency['generator_turn_p99_ms']:.2f} ms (p99); "
         f"cores used: {_cores(latency)}"
+    )
+    console.print(
+        f"placements at {RATE_PER_S:,.0f}/s: p50 {latency['place_p50_ms']:.2f} ms, "
+        f"p99.9 {latency['place_p999_ms']:.2f} ms; with {AT_ONCE} more at once each second: placement p99 "
+        f"{burst['place_p99_ms']:.2f} ms, plan p99 {burst['plan_p99_ms']:.2f} ms, {burst['refused']} refused"
     )
     if real_time:
         console.print("scheduler and generator ran in the real-time class: other programs had what they left")
@@ -199,22 +209,28 @@ def _throughput(seconds: float, engines: int) -> dict:
         }
 
 
-def _latency(seconds: float, engines: int) -> dict:
+def _latency(seconds: float, engines: int, at_once: int = 0) -> dict:
     title = f"latency at {RATE_PER_S:,.0f} requests/s, {engines:,} engines"
+    if at_once:
+        title += f", {at_once} more at once each second"
     with _progress(title, "requests") as show, _loaded(engines) as (process, generator):
         generator.run_at(RATE_PER_S, WARM_UP_S, show)
-        generator.latencies_s.clear()
-        generator.turns_s.clear()
+        for times_s in (generator.latencies_s, generator.places_s, generator.turns_s):
+            times_s.clear()
         with _cpu_of(process) as cores:
-            generator.run_at(RATE_PER_S, seconds, show)
-        percentiles = statistics.quantiles(generator.latencies_s, n=1000)
+            generator.run_at(RATE_PER_S, seconds, show, at_once)
         return {
-            "plan_p50_ms": percentiles[499] * 1e3,
-            "plan_p99_ms": percentiles[989] * 1e3,
-            "plan_p999_ms": percentiles[998] * 1e3,
+            **_percentiles_ms("plan", generator.latencies_s),
+            **_percentiles_ms("place", generator.places_s),
+            "refused": generator.refused,
             "generator_turn_p99_ms": statistics.quantiles(generator.turns_s, n=100)[98] * 1e3,
             "cores": cores,
         }
+
+
+def _percentiles_ms(name: str, times_s: list[float]) -> dict[str, float]:
+    found = statistics.quantiles(times_s, n=1000)
+    return {f"{name}_p{label}_ms": found[at] * 1e3 for label, at in ((50, 499), (99, 989), (999, 998))}
 
 
 @contextmanager

@@ -8,6 +8,7 @@ peers send.  Engines share a few connections: a thousand sockets would make this
 from __future__ import annotations
 
 import itertools
+import random
 import re
 import time
 from collections import deque
@@ -20,6 +21,7 @@ import zmq
 from scheduler_svc.ledger.engines import ENGINE_EXPIRY_S
 from scheduler_svc.wire.protocol import (
     Done,
+    ErrorCode,
     Heartbeat,
     LaneRecord,
     Outcome,
@@ -41,6 +43,7 @@ HIT_PAGES = 490
 LOCAL_PAGES = 20
 RATE_BYTES_PER_S = 50e9
 SESSIONS = 10_000
+SEED = 1
 STALL_S = 30.0
 """Without any answer for this long the run is given up."""
 
@@ -52,6 +55,7 @@ ROOM_MARK = 7_777_777_777_777_777_777
 _PLACEMENT = re.compile(
     rb'"room":(\d+),"prefill":\{"engine_id":"([^"]+)".*?"decode":\{"engine_id":"([^"]+)"', re.DOTALL
 )
+_BUSY = f'"code":"{ErrorCode.BUSY}"'.encode()
 _ROOM = re.compile(rb'"room":(\d+)')
 
 
@@ -65,6 +69,7 @@ class _Request:
     decode: bytes
     plans: int = 0
     reported_s: float = 0.0
+    """Before the first report."""
 
 
 @dataclass
@@ -76,13 +81,18 @@ class LoadGenerator:
     heartbeat_s: float = 1.0
     context: zmq.Context = field(default_factory=zmq.Context)
     latencies_s: list[float] = field(default_factory=list)
-    """From a room's second report to each of its plans, as this process sees it: its own wait for a
+    """From before a room's first report to each of its plans, as this process sees it: its own wait for a
     core, and for its turn to end, counts too."""
+    places_s: list[float] = field(default_factory=list)
+    """From when a placement was to be asked for until it was there, likewise.  With `run_at` that is the time
+    at which the request came, however late this process was."""
     turns_s: list[float] = field(default_factory=list)
     """Between two looks at the sockets: how long an answer may have lain unread."""
     opened: int = 0
     planned: int = 0
     """Rooms both of whose plans have come."""
+    refused: int = 0
+    """Placements for which the scheduler had no time: a router places those by itself."""
 
     def __post_init__(self) -> None:
         self._sockets = [self._connect() for _ in range(CONNECTIONS)]
@@ -98,6 +108,8 @@ class LoadGenerator:
         )
         self._reports = {name: _template(_report(name.decode())) for name in self._names}
         self._dones = {name: _template(_done(name.decode())) for name in self._names}
+        self._asked_s: deque[float] = deque()
+        """When the placements that are not there yet were wanted; they come in order."""
         self._places = itertools.cycle(
             [
                 encode(Place(request_id=f"r{i}", session_id=f"s{i}", prompt_tokens=PROMPT_TOKENS))
@@ -106,6 +118,7 @@ class LoadGenerator:
         )
         self._rooms: dict[bytes, _Request] = {}
         self._finish = True
+        self._random = random.Random(SEED)
         self._heard_s = self._looked_s = time.monotonic()
 
     def _connect(self) -> zmq.Socket:
@@ -134,16 +147,28 @@ class LoadGenerator:
         begun_s, begun = time.monotonic(), self.planned
         end_s = begun_s + seconds
         while (now_s := time.monotonic()) < end_s:
-            self._open(begun + in_flight + (self.planned - begun) - self.opened)
+            self._open([now_s] * (in_flight - self._under_way))
             self._turn(now_s)
             progress(self.planned - begun)
         return (self.planned - begun) / (now_s - begun_s)
 
-    def run_at(self, rate_per_s: float, seconds: float, progress: Callable[[int], None]) -> None:
-        """Open requests at an even rate, whatever the answers do, and wait for the last one."""
-        begun_s, begun = time.monotonic(), self.opened
+    def run_at(
+        self, rate_per_s: float, seconds: float, progress: Callable[[int], None], at_once: int = 0
+    ) -> None:
+        """Requests come at random (Poisson), whatever the answers do; wait for the last one.
+
+        `at_once` more come together each second.
+        """
+        next_s = burst_s = begun_s = time.monotonic()
         while (now_s := time.monotonic()) < begun_s + seconds:
-            self._open(int((now_s - begun_s) * rate_per_s) - (self.opened - begun))
+            due: list[float] = []
+            if burst_s <= now_s:
+                due += [burst_s] * at_once
+                burst_s += 1.0
+            while next_s <= now_s:
+                due.append(next_s)
+                next_s += self._random.expovariate(rate_per_s)
+            self._open(due)
             self._turn(now_s)
             progress(self.planned)
         self.drain()
@@ -153,17 +178,24 @@ class LoadGenerator:
         self._finish = False
         end = self.planned + rooms
         while self.planned < end:
-            self._open(min(end - self.opened, in_flight - (self.opened - self.planned)))
-            self._turn(time.monotonic())
+            now_s = time.monotonic()
+            self._open([now_s] * min(end - self.opened, in_flight - self._under_way))
+            self._turn(now_s)
             progress(self.planned)
 
     def drain(self) -> None:
         """Wait until every request under way is finished."""
-        while self.planned < self.opened:
+        while self._under_way:
             self._turn(time.monotonic())
 
-    def _open(self, count: int) -> None:
-        for _ in range(count):
+    @property
+    def _under_way(self) -> int:
+        return self.opened - self.planned - self.refused
+
+    def _open(self, wanted_s: list[float]) -> None:
+        """One request for each time at which it was wanted."""
+        for asked_s in wanted_s:
+            self._asked_s.append(asked_s)
             self._router.send(next(self._places))
             self.opened += 1
 
@@ -174,8 +206,8 @@ class LoadGenerator:
         self._looked_s = time.monotonic()
         if ready:
             self._heard_s = now_s
-        elif self.planned < self.opened and now_s - self._heard_s > STALL_S:
-            raise Stalled(f"{self.opened - self.planned} requests unanswered for {STALL_S:g} s")
+        elif self._under_way and now_s - self._heard_s > STALL_S:
+            raise Stalled(f"{self._under_way} requests unanswered for {STALL_S:g} s")
         for socket, _ in ready:
             handle = self._placed if socket is self._router else self._planned
             for _ in range(64):
@@ -199,14 +231,19 @@ class LoadGenerator:
 
     def _placed(self, frame: bytes) -> None:
         found = _PLACEMENT.search(frame)
+        if found is None and _BUSY in frame:
+            self._asked_s.popleft()
+            self.refused += 1
+            return
         if found is None:
             raise Stalled(f"instead of a placement came {frame[:300]!r}")
         room, prefill, decode = found.groups()
-        request = self._rooms[room] = _Request(prefill, decode)
+        now_s = time.monotonic()
+        self.places_s.append(now_s - self._asked_s.popleft())
+        self._rooms[room] = _Request(prefill, decode, reported_s=now_s)
         for name in (prefill, decode):
             head, tail = self._reports[name]
             self._socket_of[name].send(head + room + tail)
-        request.reported_s = time.perf_counter()
 
     def _planned(self, frame: bytes) -> None:
         found = _ROOM.search(frame)
@@ -214,7 +251,7 @@ class LoadGenerator:
             raise Stalled(f"instead of a plan came {frame[:300]!r}")
         room = found.group(1)
         request = self._rooms[room]
-        self.latencies_s.append(time.perf_counter() - request.reported_s)
+        self.latencies_s.append(time.monotonic() - request.reported_s)
         request.plans += 1
         if request.plans < 2:
             return

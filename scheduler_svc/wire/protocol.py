@@ -444,6 +444,8 @@ class ErrorCode(StrEnum):
     """The peer's key does not speak for this engine or relay, or is not authorized any more."""
     VERSION = "version"
     """Both sides' protocol versions have none in common."""
+    BUSY = "busy"
+    """The scheduler has no time for this placement: the router places by itself."""
     INTERNAL = "internal"
     """A fault in the scheduler while it handled this message; the message changed nothing."""
 
