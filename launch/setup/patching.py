@@ -4,25 +4,30 @@
 relative to site-packages.  A directory is one stack, applied in file-name order.
 
 What is applied is decided from file content alone.  A wheel's RECORD carries the SHA-256 of
-every file it installed, so a file is *pristine* when its hash is the recorded one, *patched*
-when it equals pristine plus the whole stack, and *foreign* when neither the stack nor the
-stack that was applied last (kept beside the package, so that changed patch files can still
-be taken back) leads back to a recorded hash.  Hunks must match exactly, without fuzz or offset.
+every file it installed; an editable install (SGLang's own images have one) records no file, and its
+source tree is held against the stack's `SHA256SUMS`.  So a file is *pristine* when its hash is the
+recorded one, *patched* when it equals pristine plus the whole stack, and *foreign* when neither the
+stack nor the stack that was applied last (kept beside the package, so that changed patch files can
+still be taken back) leads back to a recorded hash.  Hunks must match exactly, without fuzz or offset.
 """
 
 from __future__ import annotations
 
 import base64
 import hashlib
+import json
 import os
 import re
 import shutil
 import sys
 import tempfile
+from collections.abc import Iterable
 from dataclasses import dataclass
 from enum import StrEnum
 from importlib import metadata
 from pathlib import Path
+from urllib.parse import urlsplit
+from urllib.request import url2pathname
 
 from unidiff import Hunk, PatchedFile, PatchSet
 from unidiff.constants import LINE_TYPE_CONTEXT, LINE_TYPE_NO_NEWLINE
@@ -32,7 +37,11 @@ from dualpath_sgl import patches
 
 PATCH_ROOT = Path(patches.__file__).parent
 APPLIED_DIRECTORY = "dualpath-applied-patches"
-"""In site-packages: a copy of each stack as it was applied last."""
+"""Beside the package: a copy of each stack as it was applied last."""
+SUMS = "SHA256SUMS"
+"""In a stack's directory: the files that it changes as the wheel has them, in sha256sum's form."""
+SOURCE_DIRECTORIES = ("", "src", "python")
+"""Of a project, where its packages may lie."""
 
 
 class PatchError(Exception):
@@ -62,7 +71,7 @@ class Report:
     patch_names: tuple[str, ...]
     state: State
     files: dict[str, State]
-    """Per patched file, relative to site-packages."""
+    """Per patched file, relative to the directory that the package lies in."""
     changed: bool = False
 
 
@@ -84,6 +93,17 @@ class Stack:
     @property
     def files(self) -> list[Path]:
         return sorted(self.directory.glob("*.patch"))
+
+    def pristine_sums(self) -> dict[str, str]:
+        """SHA-256 (hex) of each file that the stack edits, as the wheel has it.  Raises PatchError."""
+        sums = self.directory / SUMS
+        if not sums.exists():
+            raise PatchError(
+                f"{self.package} {self.version} is an editable install, and {sums} is missing, which says what "
+                f"its files are; install the wheel: pip install --no-deps {self.package}=={self.version}"
+            )
+        lines = (line.split(maxsplit=1) for line in sums.read_text(encoding="utf-8").splitlines())
+        return {name: digest for digest, name in lines}
 
     def by_target(self) -> dict[str, list[PatchedFile]]:
         """Changes per file, in stack order."""
@@ -123,12 +143,25 @@ class Tree:
     def __init__(self, stack: Stack, site_packages: Path | None = None):
         self.stack = stack
         distribution = _find(stack, site_packages)
-        self._root = Path(str(distribution.locate_file("")))
-        self._recorded = {
-            str(file): file.hash.value for file in distribution.files or () if file.hash is not None
-        }
-        self._applied = self._root / APPLIED_DIRECTORY / stack.directory.name
         self._changes = stack.by_target()
+        project = _editable_project(distribution)
+        pinned = f"{stack.package}=={stack.version}"
+        self._remedy = (
+            f"Reinstall it, then try again: python -m pip install --force-reinstall --no-deps {pinned}"
+            if project is None
+            else f"Check version {stack.version} out in {project}, then try again"
+        )
+        if project is None:
+            self._root = Path(str(distribution.locate_file("")))
+            self._recorded = {
+                str(file): base64.urlsafe_b64decode(f"{file.hash.value}=").hex()
+                for file in distribution.files or ()
+                if file.hash is not None
+            }
+        else:
+            self._root = _source_root(project, stack, self._changes)
+            self._recorded = stack.pristine_sums()
+        self._applied = self._root / APPLIED_DIRECTORY / stack.directory.name
         earlier = Stack(stack.package, stack.version, self._applied)
         self._earlier_changes = earlier.by_target()
 
@@ -147,7 +180,7 @@ class Tree:
         return self._bring_to(self._patched, keep_copy=True)
 
     def revert(self) -> Report:
-        """Bring every file back to what the wheel installed."""
+        """Bring every file back to what was installed."""
         return self._bring_to(lambda name, pristine: pristine, keep_copy=False)
 
     def _bring_to(self, wanted, keep_copy: bool) -> Report:
@@ -156,8 +189,7 @@ class Tree:
         if foreign:
             raise PatchError(
                 f"{self.stack.package} {self.stack.version}: {', '.join(foreign)} was modified by someone "
-                "else; nothing was changed. Reinstall it, then try again: python -m pip install "
-                f"--force-reinstall --no-deps {self.stack.package}=={self.stack.version}"
+                f"else; nothing was changed. {self._remedy}"
             )
         targets = {name: wanted(name, self._pristine(name)) for name in before.files}
         current = {name: self._read(name) for name in targets}
@@ -194,7 +226,7 @@ class Tree:
         return content
 
     def _pristine(self, name: str):
-        """What the wheel installed: text, None for no such file, _UNKNOWN if it cannot be derived."""
+        """What was installed: text, None for no such file, _UNKNOWN if it cannot be derived."""
         content = self._read(name)
         for changes in (self._changes.get(name, []), self._earlier_changes.get(name, [])):
             # The top `count` patches may be missing: take back what is there, from there down.
@@ -212,8 +244,7 @@ class Tree:
     def _is_recorded(self, name: str, content: str | None) -> bool:
         if content is None:
             return name not in self._recorded
-        digest = hashlib.sha256(content.encode()).digest()
-        return self._recorded.get(name) == base64.urlsafe_b64encode(digest).rstrip(b"=").decode()
+        return self._recorded.get(name) == hashlib.sha256(content.encode()).hexdigest()
 
     def _read(self, name: str) -> str | None:
         path = self._root / name
@@ -246,6 +277,29 @@ def _find(stack: Stack, site_packages: Path | None) -> metadata.Distribution:
             f"nothing was changed. Install the pinned version: python -m pip install --no-deps {pinned}"
         )
     return found
+
+
+def _editable_project(distribution: metadata.Distribution) -> Path | None:
+    """The directory of the project that is installed from where it lies (PEP 610); None: it was copied."""
+    text = distribution.read_text("direct_url.json")
+    if text is None:
+        return None
+    origin = json.loads(text)
+    if not origin.get("dir_info", {}).get("editable", False):
+        return None
+    return Path(url2pathname(urlsplit(origin["url"]).path))
+
+
+def _source_root(project: Path, stack: Stack, targets: Iterable[str]) -> Path:
+    """The directory in `project` that the package lies in.  Raises PatchError."""
+    packages = {Path(target).parts[0] for target in targets}
+    for directory in SOURCE_DIRECTORIES:
+        if all((project / directory / package).is_dir() for package in packages):
+            return project / directory
+    raise PatchError(
+        f"{stack.package} {stack.version} is an editable install of {project}, and {', '.join(sorted(packages))} "
+        f"does not lie there; install the wheel: pip install --no-deps {stack.package}=={stack.version}"
+    )
 
 
 def _apply(change: PatchedFile, content: str | None, reverse: bool) -> str | None:

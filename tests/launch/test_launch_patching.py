@@ -4,7 +4,9 @@ import base64
 import difflib
 import hashlib
 import os
+import subprocess
 import sys
+from importlib.metadata import distribution
 from pathlib import Path
 
 import pytest
@@ -228,6 +230,80 @@ def test_an_unknown_package_is_refused_with_the_known_ones_named(installed):
     with pytest.raises(PatchError, match="no patches for 'other'; patched packages: demo"):
         stacks("other", installed.patches)
     assert [stack.package for stack in stacks(None, installed.patches)] == ["demo"]
+
+
+class Editable:
+    """The package `demo` 1.0, installed by pip from where it lies: its sources in `python`, as SGLang's are."""
+
+    def __init__(self, root: Path):
+        self.sources = root / "project" / "python"
+        (self.sources / "demo").mkdir(parents=True)
+        (self.sources / "pyproject.toml").write_text(
+            '[build-system]\nrequires = ["setuptools"]\nbuild-backend = "setuptools.build_meta"\n'
+            '[project]\nname = "demo"\nversion = "1.0"\n'
+        )
+        (self.sources / "demo" / "one.py").write_text(ONE)
+        self.directory = root / "patches" / "demo-1.0"
+        self.directory.mkdir(parents=True)
+        (self.directory / "0001-one.patch").write_text(diff("demo/one.py", ONE, ONE_CHANGED))
+        (self.directory / "0002-new.patch").write_text(diff("demo/new.py", None, "new = 1\n"))
+        digest = hashlib.sha256(ONE.encode()).hexdigest()
+        (self.directory / patching.SUMS).write_text(f"{digest}  demo/one.py\n")
+        pip = [sys.executable, "-m", "pip", "install", "-q", "--no-deps", "--no-build-isolation"]
+        where = [f"--prefix={root / 'environment'}", "--disable-pip-version-check", "-e", self.sources]
+        subprocess.run([*pip, *where], check=True, cwd=root, capture_output=True)
+        [self.site] = (root / "environment").glob("lib/python*/site-packages")
+
+    @property
+    def tree(self) -> Tree:
+        return Tree(Stack.of(self.directory), self.site)
+
+    @property
+    def one(self) -> Path:
+        return self.sources / "demo" / "one.py"
+
+
+@pytest.fixture(scope="module")
+def editable(tmp_path_factory) -> Editable:
+    return Editable(tmp_path_factory.mktemp("editable"))
+
+
+def test_an_editable_install_is_patched_where_its_sources_lie_and_brought_back(editable):
+    assert editable.tree.check().state is State.NOT_APPLIED
+    assert editable.tree.apply().state is State.APPLIED
+    assert editable.one.read_text() == ONE_CHANGED
+    assert (editable.sources / "demo" / "new.py").read_text() == "new = 1\n"
+    assert not editable.tree.apply().changed
+    assert editable.tree.revert().state is State.NOT_APPLIED
+    assert editable.one.read_text() == ONE
+    assert not (editable.sources / "demo" / "new.py").exists()
+
+
+def test_an_editable_tree_with_other_changes_is_left_alone_with_the_remedy(editable):
+    editable.one.write_text(ONE + "mine\n")
+    with pytest.raises(PatchError, match=r"was modified by someone else.*Check version 1\.0 out in .*python"):
+        editable.tree.apply()
+    assert editable.one.read_text() == ONE + "mine\n"
+    editable.one.write_text(ONE)
+
+
+def test_an_editable_tree_without_known_sums_is_refused_with_the_remedy(editable, tmp_path):
+    bare = tmp_path / "demo-1.0"
+    bare.mkdir()
+    (bare / "0001-one.patch").write_text(diff("demo/one.py", ONE, ONE_CHANGED))
+    with pytest.raises(PatchError, match=r"SHA256SUMS is missing.*pip install --no-deps demo==1\.0"):
+        Tree(Stack.of(bare), editable.site)
+
+
+@pytest.mark.parametrize("stack", stacks(), ids=lambda stack: stack.directory.name)
+def test_the_sums_beside_the_projects_patches_are_the_wheels(stack):
+    recorded = {
+        str(file): base64.urlsafe_b64decode(f"{file.hash.value}=").hex()
+        for file in distribution(stack.package).files
+        if file.hash is not None
+    }
+    edited = {name for name, changes in stack.by_target().items() if not changes[0].is_added_file}
+    assert stack.pristine_sums() == {name: recorded[name] for name in edited}
 
 
 @pytest.mark.parametrize("stack", stacks(), ids=lambda stack: stack.directory.name)
