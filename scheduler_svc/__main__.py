@@ -14,6 +14,7 @@ from typing import Annotated, TypeVar
 import typer
 import zmq
 
+from scheduler_svc import scrape
 from scheduler_svc.decision_spans import DecisionSpans
 from scheduler_svc.metrics import Metrics
 from scheduler_svc.policies.path_policies import DEFAULT_PATH_POLICY, PATH_POLICIES, path_policy
@@ -21,6 +22,7 @@ from scheduler_svc.policies.placement_policies import DEFAULT_PLACEMENT, PLACEME
 from scheduler_svc.server import BindRefused, Server
 from scheduler_svc.state import Cluster
 from scheduler_svc.telemetry.tracing import init_tracing, shutdown
+from scheduler_svc.wire.addresses import authority
 from scheduler_svc.wire.authenticator import PeerAuthenticator
 from scheduler_svc.wire.keys import KeyFileError
 
@@ -41,7 +43,15 @@ def serve(
     ] = DEFAULT_PLACEMENT,
     otlp_endpoint: Annotated[str | None, typer.Option(help="OTLP/gRPC collector for spans.")] = None,
     metrics_port: Annotated[
-        int | None, typer.Option(min=0, max=65535, help="Prometheus scrape port; 0 takes a free one.")
+        int | None,
+        typer.Option(min=0, max=65535, help="HTTP port of /metrics and /healthz; 0 takes a free one."),
+    ] = None,
+    metrics_host: Annotated[
+        str | None,
+        typer.Option(
+            help="Address of that port, whatever --bind says; left out: 127.0.0.1, or all of them with "
+            "--insecure-bind."
+        ),
     ] = None,
     curve_server_key_file: Annotated[
         Path | None, typer.Option(help="The scheduler's .key_secret: peers must speak CURVE.")
@@ -64,6 +74,8 @@ def serve(
             "give both --curve-server-key-file and --authorized-keys-dir: one proves who the scheduler is, "
             "the other says who may connect"
         )
+    if metrics_host is not None and metrics_port is None:
+        raise typer.BadParameter("give --metrics-port too, or leave it out", param_hint="--metrics-host")
 
     metrics = Metrics()
     cluster = Cluster(path, placing, started_s=time.monotonic())
@@ -95,14 +107,16 @@ def serve(
             hint = "--bind" if isinstance(error, BindRefused) else "CURVE keys"
             raise typer.BadParameter(str(error), param_hint=hint) from None
         if metrics_port is not None:
-            is_local = not insecure_bind
+            host = metrics_host or ("0.0.0.0" if insecure_bind else "127.0.0.1")
             try:
-                port = metrics.serve(metrics_port, host="127.0.0.1" if is_local else "0.0.0.0")
+                port = scrape.serve(metrics.registry, server.answers, metrics_port, host)
             except OSError as error:
+                where = authority(host, metrics_port)
                 raise typer.BadParameter(
-                    f"port {metrics_port}: {error.strerror}; choose another", param_hint="--metrics-port"
+                    f"{where}: {error.strerror}; choose another, or another --metrics-host",
+                    param_hint="--metrics-port",
                 ) from None
-            logger.info("metrics on port %d", port)
+            logger.info("metrics and health at http://%s", authority(host, port))
 
         for signal_number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(signal_number, lambda *_: server.stop())

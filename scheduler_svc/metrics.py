@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from prometheus_client import CollectorRegistry, Counter, Gauge, start_http_server
+from prometheus_client import CollectorRegistry, Counter, Gauge
 
 from scheduler_svc.events import (
     Event,
@@ -179,8 +179,3 @@ class Metrics:
             self._session_placements.add(1, "prefill")
         if inputs.get("decode.saved_bytes"):
             self._session_placements.add(1, "decode")
-
-    def serve(self, port: int, host: str) -> int:
-        """Answer scrapes on `host:port` from a thread; returns the port (useful with 0)."""
-        server, _ = start_http_server(port, addr=host, registry=self.registry)
-        return server.server_port

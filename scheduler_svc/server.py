@@ -13,7 +13,7 @@ from __future__ import annotations
 import logging
 import threading
 import time
-from collections import OrderedDict
+from collections import OrderedDict, deque
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
 from pathlib import Path
@@ -71,6 +71,12 @@ MOST_BYTES = 2 * MAX_FRAME_BYTES
 
 MAX_PEERS = 65_536
 """Connections remembered; for one that was forgotten its next message is looked at more closely again."""
+
+ANSWER_TIMEOUT_S = 1.0
+"""For the loop to come by; it does every `TICK_S`."""
+
+MAX_ASKING = 1000
+"""Who asks for a sign of life beyond this takes the place of who has waited longest."""
 
 FAULT_PAUSE_S = 0.05
 """After a fault in the loop itself: what raises at once would otherwise fill a core and the log."""
@@ -168,6 +174,7 @@ class Server:
         self._rooms_forgotten = 0
         """As the metric says."""
         self._stopping = threading.Event()
+        self._asking: deque[threading.Event] = deque(maxlen=MAX_ASKING)
         self._socket = (context or zmq.Context.instance()).socket(zmq.ROUTER)
         self._socket.setsockopt(zmq.LINGER, 200)
         self._socket.setsockopt(zmq.MAXMSGSIZE, MAX_FRAME_BYTES)
@@ -194,6 +201,12 @@ class Server:
     def stop(self) -> None:
         """Ask `run` to return within `TICK_S`; callable from a signal handler or another thread."""
         self._stopping.set()
+
+    def answers(self, timeout_s: float = ANSWER_TIMEOUT_S) -> bool:
+        """Whether the loop itself comes by within this time; for other threads than its own."""
+        answered = threading.Event()
+        self._asking.append(answered)
+        return answered.wait(timeout_s)
 
     def run(self) -> None:
         """Serve, then close the socket."""
@@ -232,6 +245,8 @@ class Server:
         if now_s - self._looked_s < TICK_S:
             return
         self._looked_s = now_s
+        while self._asking:
+            self._asking.popleft().set()
         self._guarded(self._expire, "expiry")
         self._guarded(self._count_rooms, "metrics")
         self._guarded(self._count_relays, "metrics")

@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import threading
+import urllib.request
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -15,6 +16,7 @@ import zmq
 from otlp_collector import attributes, collector
 from scheduler_vocabulary import PAGE_BYTES, decode_report, done, heartbeat, lane, prefill_report
 
+from dualpath_sgl.launch.processes.ports import FreePorts
 from scheduler_svc.wire.client import SchedulerClient
 from scheduler_svc.wire.keys import generate
 from scheduler_svc.wire.protocol import Error, ErrorCode, Plan
@@ -126,6 +128,8 @@ def test_its_spans_reach_an_otlp_endpoint():
         (["--placement", "nope"], ["'nope' is unknown", "affinity", "paper", "round_robin", "random"]),
         (["--bind", "tcp://0.0.0.0:0"], ["--insecure-bind", "--curve-server-key-file"]),
         (["--authorized-keys-dir", "nowhere"], ["give both"]),
+        (["--metrics-host", "127.0.0.1"], ["--metrics-host", "give --metrics-port too"]),
+        (["--metrics-host", "192.0.2.1", "--metrics-port", "0"], ["192.0.2.1:0", "another --metrics-host"]),
         (["--curve-server-key-file", "x", "--authorized-keys-dir", "nowhere"], ["holds no .key file"]),
     ],
 )
@@ -174,3 +178,15 @@ def test_it_loads_nothing_of_sglang_torch_or_the_other_parts():
     )
     ended = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=WAIT_S)
     assert ended.returncode == 0, ended.stderr
+
+
+def test_a_secured_scheduler_can_be_scraped_at_an_address_of_its_own(tmp_path):
+    generate(tmp_path, ["p0"])
+    port = FreePorts("127.0.0.2").take()
+    options = ["--bind", "tcp://127.0.0.1:0", "--metrics-host", "127.0.0.2", "--metrics-port", str(port)]
+    options += ["--curve-server-key-file", str(tmp_path / "scheduler.key_secret")]
+    options += ["--authorized-keys-dir", str(tmp_path / "peers")]
+    with scheduler(*options):
+        for path, words in (("/metrics", "dualpath_rooms_open 0.0"), ("/healthz", "ok")):
+            with urllib.request.urlopen(f"http://127.0.0.2:{port}{path}", timeout=WAIT_S) as answer:
+                assert words in answer.read().decode()

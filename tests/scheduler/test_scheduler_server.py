@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 import time
+import urllib.error
 import urllib.request
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -25,6 +26,7 @@ from scheduler_vocabulary import (
     snapshot,
 )
 
+from scheduler_svc import scrape
 from scheduler_svc.ledger.engines import ENGINE_EXPIRY_S
 from scheduler_svc.ledger.rooms import ROOM_TTL_S
 from scheduler_svc.metrics import Metrics
@@ -62,6 +64,9 @@ class Running:
 
     def metric(self, name: str, **labels) -> float:
         return self.metrics.registry.get_sample_value(name, labels) or 0.0
+
+    def answers(self, timeout_s: float) -> bool:
+        return self._server.answers(timeout_s)
 
     def stop(self) -> None:
         self._server.stop()
@@ -307,12 +312,35 @@ def test_a_room_that_never_ends_is_in_the_metrics():
         assert scheduler.metric("dualpath_rooms_open") == 0
 
 
-def test_metrics_are_served_over_http():
+def fetch(port: int, path: str, host: str = "127.0.0.1") -> tuple[int, str]:
+    """Status and text of a GET."""
+    try:
+        with urllib.request.urlopen(f"http://{host}:{port}{path}", timeout=WAIT_S) as answer:
+            return answer.status, answer.read().decode()
+    except urllib.error.HTTPError as error:
+        return error.code, error.read().decode()
+
+
+@pytest.mark.parametrize(("bound", "host"), [("127.0.0.1", "127.0.0.1"), ("::1", "[::1]")])
+def test_metrics_are_served_over_http(bound, host):
     metrics = Metrics()
-    port = metrics.serve(0, "127.0.0.1")
+    port = scrape.serve(metrics.registry, lambda: True, 0, bound)
     metrics.rooms_open.set(3)
-    text = urllib.request.urlopen(f"http://127.0.0.1:{port}/metrics", timeout=WAIT_S).read().decode()
-    assert "dualpath_rooms_open 3.0" in text
+    assert "dualpath_rooms_open 3.0" in fetch(port, "/metrics", host)[1]
+
+
+def test_its_own_loop_answers_for_its_health():
+    with running() as scheduler:
+        port = scrape.serve(scheduler.metrics.registry, lambda: scheduler.answers(WAIT_S), 0, "127.0.0.1")
+        assert fetch(port, "/healthz") == (200, "ok\n")
+
+
+def test_a_loop_that_has_ended_is_not_healthy_though_its_metrics_are_still_served():
+    with running() as scheduler:
+        scheduler.stop()
+        port = scrape.serve(scheduler.metrics.registry, lambda: scheduler.answers(0.01), 0, "127.0.0.1")
+        assert fetch(port, "/healthz")[0] == 503
+        assert fetch(port, "/metrics")[0] == 200
 
 
 def test_a_client_without_a_scheduler_times_out_naming_the_address():
