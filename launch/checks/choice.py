@@ -71,7 +71,7 @@ def _obstacle(config: ClusterConfig, environment: Mapping[str, str]) -> str | No
     if any(Tree(stack).check().state is not State.APPLIED for stack in stacks("sglang")):
         return "SGLang is not patched; dualpath patch apply does it"
     own_flags = [*config.prefill.extra_args, *config.decode.extra_args]
-    if isinstance(config.model, Tiny) and not own_flags and config.transfer in TRANSFERS:
+    if isinstance(config.model, Tiny) and not own_flags and config.transport.backend in TRANSFERS:
         return None  # the launcher's own flags, and a model of plain KV
     decode_side = config.model_copy(update={"mode": Mode.DECODE_SIDE})
     with ThreadPoolExecutor(max_workers=2) as pool:

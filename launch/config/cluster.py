@@ -28,6 +28,7 @@ from pydantic_core import ErrorDetails
 from dualpath_sgl.launch.config import CLUSTERS
 from dualpath_sgl.launch.config.hosts import checked, checked_endpoint, local_address
 from dualpath_sgl.launch.config.security import OPERATOR, ROUTER, Security
+from dualpath_sgl.launch.config.transport import Transport
 from dualpath_sgl.launch.config.yaml_file import YamlProblem, read
 from dualpath_sgl.launch.setup.tiny_model import TinyModel, build
 from scheduler_svc.policies.path_policies import DEFAULT_PATH_POLICY, PATH_POLICIES
@@ -260,8 +261,8 @@ class ClusterConfig(_Section):
     """The decode engines."""
     relays: Relays = Relays()
     """The relays."""
-    transfer: Literal["mooncake_tcp", "mooncake", "nixl", "mori", "ascend"] = "mooncake_tcp"
-    """How SGLang sends KV from prefill to decode engines."""
+    transport: Transport = Transport()
+    """TCP or RDMA, for each kind of bytes."""
     router: Router = Router()
     """What clients talk to."""
     tracing: Tracing = Tracing()
@@ -271,6 +272,13 @@ class ClusterConfig(_Section):
     security: Security | None = None
     """Who may connect; null: only on loopback, or on a shaped `network`, whose links exist on this machine
     only."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _has_no_former_field(cls, fields: object) -> object:
+        if isinstance(fields, dict) and "transfer" in fields:
+            raise ValueError("transfer is now called transport.pd: tcp for mooncake_tcp, rdma for mooncake")
+        return fields
 
     @field_validator("mode", mode="before")
     @classmethod
@@ -413,6 +421,7 @@ def _fields(path: Sequence[int | str]) -> list[str]:
         "model": Tiny,
     }
     sections |= {"prefill": Group, "decode": Group, "network": Network, "security": Security}
+    sections["transport"] = Transport
     model: type[BaseModel] = ClusterConfig
     if path:
         model = HostPool if path[-1] == "host_pool" else sections[str(path[0])]

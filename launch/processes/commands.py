@@ -31,7 +31,6 @@ CPU_ENV = {
     "SGLANG_CUDA_COREDUMP_BEFORE_CRASH": "0",
 }
 MOONCAKE_ENV = {
-    "MOONCAKE_PROTOCOL": "tcp",
     "MOONCAKE_TE_META_DATA_SERVER": "P2PHANDSHAKE",
     # Engines own no segment: the store node does, so a dead engine loses no page.
     "MOONCAKE_GLOBAL_SEGMENT_SIZE": "0",
@@ -128,6 +127,7 @@ def store_command(config: ClusterConfig, addresses: Addresses, ports: Ports) -> 
         f"--master={authority(addresses.store, ports.master)}",
         f"--segment-bytes={config.store.segment_bytes}",
         f"--host={addresses.store}",
+        f"--protocol={config.transport.storage}",
     )
 
 
@@ -227,7 +227,7 @@ def engine_command(
     """`relays`: those that a prefill engine is told of by its flags, with decode-side loads."""
     host = addresses.engine(engine.name).compute
     flags = [*common_flags(config, engine.group, host, engine.port), f"--disaggregation-mode={engine.role}"]
-    flags.append(f"--disaggregation-transfer-backend={config.transfer}")
+    flags.append(f"--disaggregation-transfer-backend={config.transport.backend}")
     if engine.role is Role.PREFILL:
         flags.append(f"--disaggregation-bootstrap-port={engine.bootstrap_port}")
     decode_caches = config.mode in DECODE_CACHES
@@ -291,6 +291,7 @@ def engine_environment(
         **server_environment(config, engine.group, own, part_environment(addresses, base)),
         **MOONCAKE_ENV,
         **PD_ENV,
+        "MOONCAKE_PROTOCOL": config.transport.storage,
         "MOONCAKE_MASTER": authority(addresses.store, ports.master),
         "MOONCAKE_LOCAL_HOSTNAME": own.storage,
     }
@@ -302,6 +303,7 @@ def engine_environment(
             "DUALPATH_SCHEDULER": scheduler_url(addresses, ports),
             "DUALPATH_ENGINE_ID": engine.name,
             "DUALPATH_HOST": own.compute,
+            "DUALPATH_PROTOCOL": config.transport.compute,
             **security.engine_environment(config.security, addresses, engine.name),
         }
         if config.tracing.enabled:

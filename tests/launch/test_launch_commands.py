@@ -17,6 +17,7 @@ from dualpath_sgl.launch.processes.commands import (
     scheduler_command,
     scheduler_url,
     single_server_command,
+    store_command,
 )
 from dualpath_sgl.launch.processes.relays import RelaySpec, relay_environment, relay_specs
 from dualpath_sgl.launch.topology.plan import Rates, make_plan
@@ -104,8 +105,25 @@ def test_only_modes_of_dualpath_switch_it_on(mode):
 
 
 def test_sglang_s_own_transport_is_the_file_s():
-    assert "--disaggregation-transfer-backend=nixl" in commands(cluster(transfer="nixl"))["decode-0"]
+    assert "--disaggregation-transfer-backend=nixl" in commands(cluster(transport={"pd": "nixl"}))["decode-0"]
     assert "--disaggregation-transfer-backend=mooncake_tcp" in commands(cluster())["prefill-0"]
+
+
+@pytest.mark.parametrize("asked", [{"storage": "rdma"}, {"compute": "rdma"}, {"pd": "rdma"}])
+def test_with_rdma_anywhere_nothing_makes_sglang_force_tcp_on_the_whole_process(asked):
+    flags = commands(cluster(transport=asked))
+    assert all("--disaggregation-transfer-backend=mooncake " in flags[name] for name in flags)
+
+
+def test_every_kind_of_bytes_has_its_own_transport():
+    config = cluster(transport={"storage": "rdma", "pd": "nixl"}, relays={"count": 1})
+    own = environment(config, {})
+    assert (own["MOONCAKE_PROTOCOL"], own["DUALPATH_PROTOCOL"]) == ("rdma", "tcp")
+    assert "--protocol=rdma" in store_command(config, HERE, PORTS)
+    spec = relay_specs(config, lambda: 7)[0]
+    relay = relay_environment(config, HERE, spec, "m:1", "http://c", "tcp://s:1", {})
+    told = relay["DUALPATH_RELAY_STORAGE_PROTOCOL"], relay["DUALPATH_RELAY_PROTOCOL"]
+    assert told == ("rdma", "tcp")
 
 
 def test_engines_own_no_memory_of_the_store_unless_their_group_says_so():

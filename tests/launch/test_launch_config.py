@@ -57,6 +57,17 @@ def test_the_former_name_of_a_mode_names_the_new_one(tmp_path):
     assert "mode: got 'dualpath'; is now called decode-side" in refusal(tmp_path, mode="dualpath")
 
 
+def test_the_former_name_of_the_transfer_names_the_new_one(tmp_path):
+    message = refusal(tmp_path, transfer="mooncake")
+    assert "transfer is now called transport.pd: tcp for mooncake_tcp, rdma for mooncake" in message
+
+
+def test_tcp_that_would_switch_rdma_off_for_the_store_is_refused_with_the_ways_out(tmp_path):
+    message = refusal(tmp_path, transport={"pd": "tcp", "storage": "rdma"})
+    assert "transport: pd is tcp and storage rdma" in message and "give pd: rdma or pd: nixl" in message
+    load(write(tmp_path, transport={"pd": "nixl", "storage": "rdma"}))
+
+
 def test_an_unknown_mode_lists_the_modes(tmp_path):
     message = refusal(tmp_path, mode="fast")
     assert "mode: got 'fast'" in message and "'auto', 'decode-side', 'relay', 'basic' or 'both'" in message
