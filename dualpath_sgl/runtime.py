@@ -27,7 +27,7 @@ from dualpath_sgl.restore import RestoreGuard
 from dualpath_sgl.room_reports import RoomReports
 from dualpath_sgl.spans import stages
 from dualpath_sgl.start.config import Settings
-from dualpath_sgl.start.dp_rank import dp_place
+from dualpath_sgl.start.dp_rank import dp_place, port_of_rank
 from scheduler_svc.telemetry.tracing import init_tracing
 from scheduler_svc.wire.engine_names import engine_name
 from scheduler_svc.wire.protocol import RankInfo, Role
@@ -73,6 +73,7 @@ class Runtime:
                 settings.lease_s,
                 settings.subscribe_timeout_s,
                 peer_keys,
+                port_of_rank(settings.page_port, config),
             )
 
         # What the scheduler hears and says.

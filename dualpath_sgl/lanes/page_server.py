@@ -94,8 +94,12 @@ class PageServer(threading.Thread):
         lease_s: float,
         subscribe_timeout_s: float,
         keys: PeerKeys | None = None,
+        port: int = 0,
     ) -> None:
-        """With `keys` it speaks CURVE, and only with the holders of those."""
+        """With `keys` it speaks CURVE, and only with the holders of those.  Port 0 takes a free one.
+
+        Raises RuntimeError when it cannot listen there.
+        """
         super().__init__(name="dualpath-page-server", daemon=True)
         self._mooncake_address = mooncake_address
         self.fingerprint = fingerprint
@@ -121,7 +125,19 @@ class PageServer(threading.Thread):
         self._socket.setsockopt(zmq.ROUTER_HANDOVER, 1)
         self._socket.setsockopt(zmq.IPV6, int(is_ipv6(host)))
         address = f"tcp://{in_url(host)}"
-        self.endpoint = f"{address}:{self._socket.bind_to_random_port(address)}"
+        try:
+            if port == 0:
+                port = self._socket.bind_to_random_port(address)
+            else:
+                self._socket.bind(f"{address}:{port}")
+        except zmq.ZMQError as error:
+            self._connections.close()
+            self._socket.close()
+            raise RuntimeError(
+                f"cannot bind port {port} of {host}: {error.strerror}; is another engine there? Give each a "
+                "DUALPATH_PAGE_PORT of its own"
+            ) from None
+        self.endpoint = f"{address}:{port}"
 
     # -- called by the DE's scheduler thread and lanes --------------------------------------
 

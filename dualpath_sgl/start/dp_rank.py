@@ -6,6 +6,11 @@ rank says rank 0 of 1 (or of what tensor parallelism is left).
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from sglang.srt.mem_cache.hicache_storage import HiCacheStorageConfig
+
 
 def dp_place() -> tuple[int | None, int]:
     """DP rank and number of DP ranks; `(None, 1)` without data parallelism."""
@@ -17,3 +22,8 @@ def dp_place() -> tuple[int | None, int]:
     if parallel.dp_size > 1:  # replicas, each with a tensor parallel group of its own
         return parallel.dp_rank, parallel.dp_size
     return None, 1
+
+
+def port_of_rank(first: int, config: HiCacheStorageConfig) -> int:
+    """Where this rank listens when rank 0 of its server does at `first`; 0, a free port, is so for all."""
+    return first and first + config.dp_rank * config.tp_size + config.tp_rank

@@ -82,7 +82,7 @@ def test_every_variable_is_read(monkeypatch):
         "enabled": True, "mode": "relay", "engine_id": "decode-3", "scheduler": "tcp://10.0.0.1:5557",
         "key_file": Path("/keys/decode-3.key_secret"), "scheduler_key_file": Path("/keys/scheduler.key"),
         "peer_keys": Path("/keys/peers"), "trusted_network": True, "host": "10.0.0.2",
-        "protocol": "rdma", "device": "mlx5_1", "otlp_endpoint": "http://10.0.0.3:4317",
+        "protocol": "rdma", "device": "mlx5_1", "page_port": 7000, "otlp_endpoint": "http://10.0.0.3:4317",
         "plan_timeout_s": 0.5, "peer_timeout_s": 1.5, "lease_s": 2.5, "subscribe_timeout_s": 3.5,
             "attention_quota_ms": 300.0,
     }  # fmt: skip

@@ -7,6 +7,7 @@ import mmap
 import socket
 import time
 from collections.abc import Callable, Iterator
+from types import SimpleNamespace
 
 import pytest
 import zmq
@@ -15,6 +16,8 @@ from data_path_world import FINGERPRINT, WAIT_S, eventually, rooms
 from dualpath_sgl.lanes import page_server, peer_protocol
 from dualpath_sgl.lanes.page_server import PageServer
 from dualpath_sgl.lanes.peer_protocol import Ended, Pages, Pull, Reading, Release, Released, Waiting
+from dualpath_sgl.launch.processes.ports import FreePorts
+from dualpath_sgl.start.dp_rank import port_of_rank
 from scheduler_svc.wire.protocol import encode
 
 LONG_S = 60.0
@@ -51,6 +54,20 @@ class Puller:
 
     def close(self) -> None:
         self._socket.close()
+
+
+def test_it_listens_where_it_is_told_and_says_how_two_get_ports_of_their_own():
+    port = FreePorts("127.0.0.1").take()
+    first = PageServer("127.0.0.1", "session", FINGERPRINT, LONG_S, LONG_S, port=port)
+    assert first.endpoint == f"tcp://127.0.0.1:{port}"
+    with pytest.raises(RuntimeError, match=f"cannot bind port {port} of 127.0.0.1.*DUALPATH_PAGE_PORT"):
+        PageServer("127.0.0.1", "session", FINGERPRINT, LONG_S, LONG_S, port=port)
+
+
+def test_each_rank_of_a_server_has_a_port_of_its_own():
+    ranks = [SimpleNamespace(dp_rank=dp, tp_size=2, tp_rank=tp) for dp in range(2) for tp in range(2)]
+    assert [port_of_rank(7000, rank) for rank in ranks] == [7000, 7001, 7002, 7003]
+    assert {port_of_rank(0, rank) for rank in ranks} == {0}
 
 
 @pytest.fixture

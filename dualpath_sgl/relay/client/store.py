@@ -36,6 +36,7 @@ from dualpath_sgl.relay.resident.serving import Serving
 from dualpath_sgl.relay.wire import Hello
 from dualpath_sgl.spans import stages
 from dualpath_sgl.start.config import settings
+from dualpath_sgl.start.dp_rank import port_of_rank
 from dualpath_sgl.threads.priority import wait_politely
 from scheduler_svc.telemetry.tracing import init_tracing
 from scheduler_svc.wire.protocol import Mode
@@ -137,9 +138,7 @@ class RelayStore(NotingStore):
     def _serve(self, pool: Any) -> None:
         """Answer for what lies in it.  Raises what `Serving` raises."""
         own, config = settings(), self.storage_config
-        port = self._options.port
-        if port:
-            port += config.dp_rank * config.tp_size + config.tp_rank
+        port = port_of_rank(self._options.port, config)
         keys = _peer_keys(own.key_file, own.peer_keys) if own.key_file and own.peer_keys else None
         self._serving = _serving(own.host, port, own.protocol, own.device, keys)
         if pool.kv_buffer is None:
