@@ -11,6 +11,7 @@ A message visits:
     policies/    the choice itself, pure: paths, placement, help
     events.py    what happened, for metrics.py and decision_spans.py
 
-Beside it: __main__.py (`python -m scheduler_svc`), scrape.py (/metrics and /healthz), wire/ (messages, addresses,
-keys), telemetry/ (logs, counters, traces; engines and router use it too), keys_command.py (`dualpath keys`).
+Beside it: __main__.py (`python -m scheduler_svc`), http_side.py (/metrics, /healthz) with http_place.py (/place),
+wire/ (messages, addresses, keys), telemetry/ (logs, counters, traces; engines and router use it too),
+keys_command.py (`dualpath keys`).
 """

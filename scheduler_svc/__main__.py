@@ -14,7 +14,7 @@ from typing import Annotated, TypeVar
 import typer
 import zmq
 
-from scheduler_svc import scrape
+from scheduler_svc import http_side
 from scheduler_svc.decision_spans import DecisionSpans
 from scheduler_svc.metrics import Metrics
 from scheduler_svc.policies.path_policies import DEFAULT_PATH_POLICY, PATH_POLICIES, path_policy
@@ -53,6 +53,13 @@ def serve(
             "--insecure-bind."
         ),
     ] = None,
+    place_over_http: Annotated[
+        bool,
+        typer.Option(
+            "--place-over-http",
+            help="POST /place at the HTTP port names a pair of engines, to whoever reaches it, without a key.",
+        ),
+    ] = False,
     curve_server_key_file: Annotated[
         Path | None, typer.Option(help="The scheduler's .key_secret: peers must speak CURVE.")
     ] = None,
@@ -76,6 +83,8 @@ def serve(
         )
     if metrics_host is not None and metrics_port is None:
         raise typer.BadParameter("give --metrics-port too, or leave it out", param_hint="--metrics-host")
+    if place_over_http and metrics_port is None:
+        raise typer.BadParameter("give --metrics-port too, or leave it out", param_hint="--place-over-http")
 
     metrics = Metrics()
     cluster = Cluster(path, placing, started_s=time.monotonic())
@@ -109,7 +118,9 @@ def serve(
         if metrics_port is not None:
             host = metrics_host or ("0.0.0.0" if insecure_bind else "127.0.0.1")
             try:
-                port = scrape.serve(metrics.registry, server.answers, metrics_port, host)
+                port = http_side.serve(
+                    metrics.registry, server, metrics_port, host, may_place=place_over_http
+                )
             except OSError as error:
                 where = authority(host, metrics_port)
                 raise typer.BadParameter(

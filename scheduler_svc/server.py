@@ -11,13 +11,15 @@ Nothing that happens in one step ends the loop: it is logged, counted and costs 
 from __future__ import annotations
 
 import logging
+import os
 import threading
 import time
 from collections import OrderedDict, deque
 from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import Future
 from contextlib import suppress
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, cast
 
 import zmq
 
@@ -41,6 +43,7 @@ from scheduler_svc.wire.protocol import (
     Helpers,
     Malformed,
     Place,
+    Placement,
     Plan,
     Pong,
     RelayHeartbeat,
@@ -130,6 +133,12 @@ class Peer(NamedTuple):
     """Public key (Z85); empty without CURVE."""
 
 
+_Asker = tuple[bytes, Peer] | Future[Placement | Error]
+"""Of a placement: a connection, or who asked over HTTP."""
+_HTTP = b"http"
+"""In place of a connection."""
+
+
 class Server:
     """Binds at once; `run` serves until `stop`."""
 
@@ -167,9 +176,9 @@ class Server:
         self._outbox: list[tuple[bytes, bytes]] = []
         """Receivers and frames of the burst under way."""
         self._events: list[Event] = []
-        self._places: WaitingPlaces[tuple[bytes, Peer]] = WaitingPlaces(
-            self._answer_place, self._refuse_place
-        )
+        self._places: WaitingPlaces[_Asker] = WaitingPlaces(self._answer_place, self._refuse_place)
+        self._wake = os.eventfd(0, os.EFD_NONBLOCK)
+        """Written when another thread has put something into `_places`."""
         self._looked_s = -TICK_S
         self._rooms_forgotten = 0
         """As the metric says."""
@@ -208,16 +217,25 @@ class Server:
         self._asking.append(answered)
         return answered.wait(timeout_s)
 
+    def place(self, place: Place, timeout_s: float = ANSWER_TIMEOUT_S) -> Placement | Error:
+        """A pair for a request that came over HTTP; for other threads than the loop's.  Raises TimeoutError."""
+        placed: Future[Placement | Error] = Future()
+        self._places.put(placed, place, self._now_s())
+        with suppress(OSError):  # it is closed: nobody will answer
+            os.eventfd_write(self._wake, 1)
+        return placed.result(timeout_s)
+
     def run(self) -> None:
         """Serve, then close the socket."""
         poller = zmq.Poller()
+        poller.register(self._wake, zmq.POLLIN)
         poller.register(self._socket, zmq.POLLIN)
         poller.register(self._connections.monitor, zmq.POLLIN)
         try:
             while not self._stopping.is_set():
                 try:
-                    if not self._take_burst():
-                        poller.poll(int(LOOK_S * 1000))
+                    if not self._take_burst() and self._wake in dict(poller.poll(int(LOOK_S * 1000))):
+                        os.eventfd_read(self._wake)
                     self._tick()
                 except zmq.ContextTerminated:
                     return
@@ -237,6 +255,7 @@ class Server:
     def _close(self) -> None:
         self._connections.close()
         self._socket.close()
+        os.close(self._wake)
 
     def _tick(self) -> None:
         """What has to be done now and then."""
@@ -371,12 +390,24 @@ class Server:
         else:
             self._serve(identity, peer, message)
 
-    def _answer_place(self, asker: tuple[bytes, Peer], place: Place) -> None:
-        self._serve(*asker, place)
+    def _answer_place(self, asker: _Asker, place: Place) -> None:
+        if not isinstance(asker, Future):
+            self._serve(*asker, place)
+            return
+        try:
+            result = self._cluster.handle(place, self._now_s(), _HTTP)
+        except Exception as fault:
+            asker.set_exception(fault)
+            raise
+        asker.set_result(cast("Placement | Error", result.reply))
+        self._events += result.events
 
-    def _refuse_place(self, asker: tuple[bytes, Peer], place: Place) -> None:
+    def _refuse_place(self, asker: _Asker, place: Place) -> None:
         text = "more to do than the scheduler can: place by yourself, and give it a core of its own"
-        self._refuse(*asker, ErrorCode.BUSY, text, request_id=place.request_id)
+        if isinstance(asker, Future):
+            asker.set_result(Error(code=ErrorCode.BUSY, message=text, request_id=place.request_id))
+        else:
+            self._refuse(*asker, ErrorCode.BUSY, text, request_id=place.request_id)
 
     def _serve(self, identity: bytes, peer: Peer, message: Request) -> None:
         key = _speaks_for(message)

@@ -25,6 +25,7 @@ from dualpath_sgl.cli.__main__ import app
 from dualpath_sgl.router.paths import GENERATES
 from dualpath_sgl.start.config import Settings
 from scheduler_svc.__main__ import serve
+from scheduler_svc.http_place import PLACE_PATH
 
 COMMANDS = [command for page in PAGES for command in shell_commands(page)]
 LANGUAGES = {"sh", "text", "yaml", "nft"}
@@ -121,7 +122,7 @@ def check(words: list[str], is_run: bool) -> None:
         case "curl":
             asked = request(tuple(words))
             json.loads(asked.body)
-            assert asked.path in GENERATES
+            assert asked.path in {*GENERATES, PLACE_PATH}
         case _:
             assert not is_run, f"{program}: nothing says whether it runs"
 

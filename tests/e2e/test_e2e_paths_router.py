@@ -18,6 +18,7 @@ from dualpath_sgl.evals.clients.routers import placing_router
 from dualpath_sgl.evals.clients.told import ask, problem_told
 from dualpath_sgl.evals.compare.measure import counter
 from dualpath_sgl.launch.supervision.cluster import Cluster
+from scheduler_svc.http_place import PLACE_PATH
 from scheduler_svc.wire.protocol import Role
 
 WAIT_S = 60.0
@@ -45,7 +46,8 @@ def test_sessions_through_the_placing_router_get_the_single_servers_tokens(
 
 
 def test_the_requests_that_the_documentation_shows_are_answered_by_both_routers(cluster, placing):
-    shown = [line.words for page in PAGES for line in shell_commands(page) if line.words[0] == "curl"]
+    curls = [line.words for page in PAGES for line in shell_commands(page) if line.words[0] == "curl"]
+    shown = [words for words in curls if request(words).path != PLACE_PATH]
     assert {request(words).path for words in shown} == {"/v1/chat/completions", "/generate"}
     for url in (cluster.url, placing):
         for words in shown:

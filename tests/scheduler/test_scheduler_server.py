@@ -26,7 +26,7 @@ from scheduler_vocabulary import (
     snapshot,
 )
 
-from scheduler_svc import scrape
+from scheduler_svc import http_side
 from scheduler_svc.ledger.engines import ENGINE_EXPIRY_S
 from scheduler_svc.ledger.rooms import ROOM_TTL_S
 from scheduler_svc.metrics import Metrics
@@ -321,24 +321,35 @@ def fetch(port: int, path: str, host: str = "127.0.0.1") -> tuple[int, str]:
         return error.code, error.read().decode()
 
 
+class Loop:
+    """Asked for its health only."""
+
+    def __init__(self, answers=lambda: True) -> None:
+        self.answers = answers
+
+
 @pytest.mark.parametrize(("bound", "host"), [("127.0.0.1", "127.0.0.1"), ("::1", "[::1]")])
 def test_metrics_are_served_over_http(bound, host):
     metrics = Metrics()
-    port = scrape.serve(metrics.registry, lambda: True, 0, bound)
+    port = http_side.serve(metrics.registry, Loop(), 0, bound)
     metrics.rooms_open.set(3)
     assert "dualpath_rooms_open 3.0" in fetch(port, "/metrics", host)[1]
 
 
 def test_its_own_loop_answers_for_its_health():
     with running() as scheduler:
-        port = scrape.serve(scheduler.metrics.registry, lambda: scheduler.answers(WAIT_S), 0, "127.0.0.1")
+        port = http_side.serve(
+            scheduler.metrics.registry, Loop(lambda: scheduler.answers(WAIT_S)), 0, "127.0.0.1"
+        )
         assert fetch(port, "/healthz") == (200, "ok\n")
 
 
 def test_a_loop_that_has_ended_is_not_healthy_though_its_metrics_are_still_served():
     with running() as scheduler:
         scheduler.stop()
-        port = scrape.serve(scheduler.metrics.registry, lambda: scheduler.answers(0.01), 0, "127.0.0.1")
+        port = http_side.serve(
+            scheduler.metrics.registry, Loop(lambda: scheduler.answers(0.01)), 0, "127.0.0.1"
+        )
         assert fetch(port, "/healthz")[0] == 503
         assert fetch(port, "/metrics")[0] == 200
 
