@@ -13,5 +13,5 @@ A message visits:
 
 Beside it: __main__.py (`python -m scheduler_svc`), http_side.py (/metrics, /healthz) with http_place.py (/place),
 wire/ (messages, addresses, keys), telemetry/ (logs, counters, traces; engines and router use it too),
-keys_command.py (`dualpath keys`).
+keys_command.py (`dualpath keys`), standby.py (a second scheduler waits for the first one's address).
 """

@@ -20,11 +20,14 @@ from scheduler_svc.metrics import Metrics
 from scheduler_svc.policies.path_policies import DEFAULT_PATH_POLICY, PATH_POLICIES, path_policy
 from scheduler_svc.policies.placement_policies import DEFAULT_PLACEMENT, PLACEMENT_POLICIES, placement_policy
 from scheduler_svc.server import BindRefused, Server
+from scheduler_svc.standby import await_free
 from scheduler_svc.state import Cluster
 from scheduler_svc.telemetry.tracing import init_tracing, shutdown
 from scheduler_svc.wire.addresses import authority
 from scheduler_svc.wire.authenticator import PeerAuthenticator
 from scheduler_svc.wire.keys import KeyFileError
+
+MOST_PORT = 65535
 
 logger = logging.getLogger(__name__)
 
@@ -67,6 +70,12 @@ def serve(
         Path | None,
         typer.Option(help="Directory with every peer's .key file; a change counts within seconds."),
     ] = None,
+    standby: Annotated[
+        bool,
+        typer.Option(
+            "--standby", help="Wait until --bind is free: another scheduler serves there until it ends."
+        ),
+    ] = False,
     insecure_bind: Annotated[
         bool,
         typer.Option("--insecure-bind", help="Allow an address that other hosts can reach, without CURVE."),
@@ -86,6 +95,8 @@ def serve(
     if place_over_http and metrics_port is None:
         raise typer.BadParameter("give --metrics-port too, or leave it out", param_hint="--place-over-http")
 
+    if standby:
+        _stand_by(bind)
     metrics = Metrics()
     cluster = Cluster(path, placing, started_s=time.monotonic())
     # Without a collector spans would be made, at a quarter of a request's cost, and dropped.
@@ -139,6 +150,20 @@ def serve(
             server.run()
         finally:
             shutdown()
+
+
+def _stand_by(bind: str) -> None:
+    host, _, port = bind.removeprefix("tcp://").rpartition(":")
+    if not (port.isdecimal() and 1 <= int(port) <= MOST_PORT):
+        raise typer.BadParameter(
+            f"--standby waits for one port, got {bind!r}; give tcp://HOST:PORT", param_hint="--bind"
+        )
+    try:
+        await_free(host, int(port))
+    except OSError as error:
+        raise typer.BadParameter(
+            f"{bind}: {error}; give an address of this host", param_hint="--bind"
+        ) from None
 
 
 def _named(make: Callable[[str], Policy], name: str, option: str) -> Policy:

@@ -180,6 +180,39 @@ def test_it_loads_nothing_of_sglang_torch_or_the_other_parts():
     assert ended.returncode == 0, ended.stderr
 
 
+def test_a_scheduler_that_stands_by_takes_over_when_the_first_one_is_killed(context):
+    address = f"tcp://127.0.0.1:{FreePorts('127.0.0.1').take()}"
+    with scheduler("--bind", address) as (first, _):
+        second = subprocess.Popen(
+            [sys.executable, "-m", "scheduler_svc", "--bind", address, "--standby"],
+            stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        )  # fmt: skip
+        try:
+            assert "standing by: 127.0.0.1 port" in second.stderr.readline()
+            assert SchedulerClient(address, context).status(WAIT_S).engines == ()
+            first.kill()
+            assert second.stdout.readline() == f"scheduler ready at {address}\n"
+            peers = [SchedulerClient(address, context) for _ in range(2)]
+            for peer, name in zip(peers, ("p0", "d0"), strict=True):
+                peer.send(heartbeat(name))
+                assert name in {one.engine.engine_id for one in peer.status(WAIT_S).engines}
+            peers[0].send(prefill_report(5, 0, 10))
+            peers[1].send(decode_report(5, 0))
+            assert [type(plan) for plan in receive_all(peers)] == [Plan, Plan]
+        finally:
+            second.kill()
+            second.communicate()
+
+
+@pytest.mark.parametrize("bind", ["tcp://127.0.0.1:0", "ipc:///x", "tcp://127.0.0.1:70000"])
+def test_an_address_that_will_never_be_free_is_not_waited_for(bind):
+    ended = subprocess.run(
+        [sys.executable, "-m", "scheduler_svc", "--bind", bind, "--standby"],
+        capture_output=True, text=True, timeout=WAIT_S,
+    )  # fmt: skip
+    assert ended.returncode == 2 and "--bind" in ended.stderr
+
+
 def test_a_secured_scheduler_can_be_scraped_at_an_address_of_its_own(tmp_path):
     generate(tmp_path, ["p0"])
     port = FreePorts("127.0.0.2").take()
