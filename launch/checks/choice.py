@@ -66,6 +66,10 @@ def choose(config: ClusterConfig, environment: Mapping[str, str]) -> tuple[Clust
 
 def _obstacle(config: ClusterConfig, environment: Mapping[str, str]) -> str | None:
     """What stands in the way of decode-side loads."""
+    if config.device == "cuda":
+        return (
+            "SGLang's fastest page layout and I/O on GPUs, page_first and kernel, cannot do decode-side loads"
+        )
     if config.prefill.tp_size != config.decode.tp_size:
         return f"tp_size is {config.prefill.tp_size} on prefill engines and {config.decode.tp_size} on decode engines"
     if any(Tree(stack).check().state is not State.APPLIED for stack in stacks("sglang")):

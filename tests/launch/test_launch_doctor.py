@@ -89,7 +89,20 @@ def test_upstream_s_modes_have_nothing_to_check():
 # -- mode auto -----------------------------------------------------------------------------------
 
 
-def test_the_shipped_files_choose_decode_side_and_engines_would_agree():
+def test_on_gpus_relays_serve_sglang_s_fastest_layout():
+    config = load(CLUSTERS / "gpu-1p1d.yaml")
+    chosen, because = choose(config, os.environ)
+    assert chosen.mode is Mode.RELAY and chosen.relay_names == ["relay-0"]
+    assert because.startswith("SGLang's fastest page layout and I/O on GPUs")
+    (prefill, _) = groups(chosen, os.environ)
+    assert {"--hicache-mem-layout=page_first", "--hicache-io-backend=kernel"} <= set(prefill.flags)
+    asked_for = config.model_copy(update={"mode": Mode.DECODE_SIDE})
+    assert choose(asked_for, os.environ)[0].mode is Mode.DECODE_SIDE
+    for group in groups(asked_for, os.environ):
+        assert {"--hicache-mem-layout=page_first_direct", "--hicache-io-backend=direct"} <= set(group.flags)
+
+
+def test_the_shipped_files_for_cpus_choose_decode_side_and_engines_would_agree():
     """Of the launcher's own flags nobody is asked, which takes no time: here it is."""
     config = load(CLUSTERS / "cpu-1p1d.yaml")
     assert config.mode is Mode.AUTO
