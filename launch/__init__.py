@@ -7,6 +7,7 @@ clusters/     the files that come with this package
 checks/       `dualpath doctor`: what will not work, and the remedy
 setup/        system libraries, patches, the tiny model
 processes/    commands, environments, ports and logs of the parts
+plan/         all of them as data, for whoever runs them
 supervision/  starts them in order, watches them, stops them
 topology/     shaped links between network namespaces
 engine.py     what starts one SGLang server: its plugins proven to run

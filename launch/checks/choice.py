@@ -39,8 +39,8 @@ class GroupFlags:
 def groups(config: ClusterConfig, environment: Mapping[str, str]) -> Iterator[GroupFlags]:
     """Those that DualPath runs in; the mode is chosen."""
     addresses = on_one_host(config.host)
-    ports = Ports(*range(20001, 20007))
-    free = iter(range(20007, 65536))
+    ports = Ports(*range(20001, 20008))
+    free = iter(range(20008, 65536))
     first: dict[str, EngineSpec] = {}
     for engine in engine_specs(config, lambda: next(free)):
         if config.mode in SCHEDULED:

@@ -71,7 +71,7 @@ def scheduler_flags(security: Security | None, addresses: Addresses) -> list[str
             f"--curve-server-key-file={keys / SERVER_NAME}{SECRET}",
             f"--authorized-keys-dir={keys / PEERS}",
         ]
-    trusted = _is_trusted(security, addresses) and not is_loopback(addresses.hub)
+    trusted = _is_trusted(security, addresses) and not is_loopback(addresses.listens("scheduler"))
     return ["--insecure-bind"] if trusted else []
 
 

@@ -9,6 +9,7 @@ from pydantic import BaseModel, ConfigDict, model_validator
 RDMA = "rdma"
 BACKENDS = {"tcp": "mooncake_tcp", "rdma": "mooncake", "nixl": "nixl", "mori": "mori", "ascend": "ascend"}
 """What SGLang calls each way of sending KV."""
+PD_OVER_RDMA = BACKENDS[RDMA]
 
 
 class Transport(BaseModel):

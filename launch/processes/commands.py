@@ -15,6 +15,7 @@ from typing import Any
 from dualpath_sgl.launch.config import security
 from dualpath_sgl.launch.config.addresses import Addresses, EngineAddresses
 from dualpath_sgl.launch.config.cluster import ClusterConfig, Group, Mode, RouterKind, bits_per_s
+from dualpath_sgl.launch.config.transport import PD_OVER_RDMA
 from dualpath_sgl.launch.processes.environment import inherited
 from dualpath_sgl.launch.processes.relays import RelaySpec
 from dualpath_sgl.limits.read_limit import READ_RATE_KEY
@@ -77,6 +78,7 @@ class Ports:
     master: int
     master_metrics: int
     scheduler: int
+    scheduler_metrics: int
     collector: int
     router: int
     router_metrics: int
@@ -93,9 +95,13 @@ class EngineSpec:
     bootstrap_port: int | None
     """Only a PE has one."""
     first_gpu: int
+    page_port: int = 0
+    """Of a decode engine's rank 0, the next ranks' follow; 0: free ones."""
+    meeting_port: int | None = None
+    """Where its ranks meet (torch.distributed); None: SGLang draws one."""
 
     def url(self, addresses: Addresses) -> str:
-        return f"http://{authority(addresses.engine(self.name).compute, self.port)}"
+        return f"http://{authority(addresses.engine(self.name).url_host, self.port)}"
 
 
 def engine_specs(config: ClusterConfig, take_port) -> list[EngineSpec]:
@@ -114,20 +120,24 @@ def master_command(addresses: Addresses, ports: Ports) -> list[str]:
     program = str(Path(sys.executable).parent / "mooncake_master")
     return [
         program,
-        f"--rpc_address={addresses.store}",
+        f"--rpc_address={addresses.listens('master')}",
         f"--rpc_port={ports.master}",
-        f"--metrics_host={addresses.store}",
+        f"--metrics_host={addresses.listens('master')}",
         f"--metrics_port={ports.master_metrics}",
     ]
 
 
-def store_command(config: ClusterConfig, addresses: Addresses, ports: Ports) -> list[str]:
+def store_command(
+    config: ClusterConfig, addresses: Addresses, ports: Ports, name: str = "store"
+) -> list[str]:
+    device = addresses.storage_devices.get(name)
     return _python(
         "dualpath_sgl.launch.processes.store_node",
-        f"--master={authority(addresses.store, ports.master)}",
+        f"--master={master(addresses, ports)}",
         f"--segment-bytes={config.store.segment_bytes}",
-        f"--host={addresses.store}",
+        f"--host={addresses.listens(name)}",
         f"--protocol={config.transport.storage}",
+        *([f"--device={device}"] if device else []),
     )
 
 
@@ -137,25 +147,32 @@ def collector_command(
     forward = config.tracing.otlp_endpoint
     return _python(
         "dualpath_sgl.launch.processes.collector",
-        f"--host={addresses.hub}",
+        f"--host={addresses.listens('collector')}",
         f"--port={ports.collector}",
         f"--out={spans_path}",
         *([f"--forward={forward}"] if forward else []),
     )
 
 
+def master(addresses: Addresses, ports: Ports) -> str:
+    """HOST:PORT of the store's index."""
+    return authority(addresses.at("master"), ports.master)
+
+
 def scheduler_url(addresses: Addresses, ports: Ports) -> str:
-    return f"tcp://{authority(addresses.hub, ports.scheduler)}"
+    return f"tcp://{authority(addresses.at('scheduler'), ports.scheduler)}"
 
 
 def collector_url(addresses: Addresses, ports: Ports) -> str:
-    return f"http://{authority(addresses.hub, ports.collector)}"
+    return f"http://{authority(addresses.at('collector'), ports.collector)}"
 
 
 def scheduler_command(config: ClusterConfig, addresses: Addresses, ports: Ports) -> list[str]:
     return _python(
         "scheduler_svc",
-        f"--bind={scheduler_url(addresses, ports)}",
+        f"--bind=tcp://{authority(addresses.listens('scheduler'), ports.scheduler)}",
+        f"--metrics-host={addresses.listens('scheduler')}",
+        f"--metrics-port={ports.scheduler_metrics}",
         *security.scheduler_flags(config.security, addresses),
         f"--policy={config.scheduler.policy}",
         f"--placement={config.scheduler.placement}",
@@ -164,7 +181,7 @@ def scheduler_command(config: ClusterConfig, addresses: Addresses, ports: Ports)
 
 
 def router_command(
-    config: ClusterConfig, addresses: Addresses, ports: Ports, engines: list[EngineSpec]
+    config: ClusterConfig, addresses: Addresses, ports: Ports, engines: Sequence[EngineSpec]
 ) -> list[str]:
     workers: list[str] = []
     for engine in engines:
@@ -172,6 +189,7 @@ def router_command(
             workers += ["--prefill", engine.url(addresses), str(engine.bootstrap_port)]
         else:
             workers += ["--decode", engine.url(addresses)]
+    host = addresses.listens("router")
     placing = asks_for_placement(config)
     kind = placing_flags if placing else rust_flags
     return _python(
@@ -179,7 +197,7 @@ def router_command(
         "--pd-disaggregation",
         *workers,
         # The Rust router parses host and port together.
-        f"--host={addresses.hub if placing else in_url(addresses.hub)}",
+        f"--host={host if placing else in_url(host)}",
         f"--port={ports.router}",
         # A dead or hung engine is noticed soon.
         "--health-check-interval-secs=5",
@@ -195,7 +213,7 @@ def asks_for_placement(config: ClusterConfig) -> bool:
 def rust_flags(config: ClusterConfig, addresses: Addresses, ports: Ports) -> list[str]:
     return [
         f"--policy={config.router.policy}",
-        f"--prometheus-host={addresses.hub}",
+        f"--prometheus-host={addresses.listens('router')}",
         f"--prometheus-port={ports.router_metrics}",
         # Workers are looked for every second, not every 30.
         "--worker-startup-check-interval=1",
@@ -206,7 +224,7 @@ def rust_flags(config: ClusterConfig, addresses: Addresses, ports: Ports) -> lis
 
 
 def placing_flags(config: ClusterConfig, addresses: Addresses, ports: Ports) -> list[str]:
-    collector = f"--otlp-traces-endpoint={authority(addresses.hub, ports.collector)}"
+    collector = f"--otlp-traces-endpoint={authority(addresses.at('collector'), ports.collector)}"
     return [
         "--mini-lb",
         f"--dualpath-scheduler={scheduler_url(addresses, ports)}",
@@ -241,12 +259,16 @@ def engine_command(
         flags.append(_host_pool_flag(engine.group))
     if engine.role is Role.DECODE and decode_caches:
         flags.append("--disaggregation-decode-enable-radix-cache")
+    if engine.meeting_port is not None:
+        flags.append(f"--nccl-port={engine.meeting_port}")
+    if addresses.engine(engine.name).compute_device and config.transport.backend == PD_OVER_RDMA:
+        flags.append(f"--disaggregation-ib-device={addresses.engine(engine.name).compute_device}")
     if config.device == "cuda" and engine.first_gpu:
         flags.append(f"--base-gpu-id={engine.first_gpu}")
     if config.tracing.enabled:
         flags += [
             "--enable-trace",
-            f"--otlp-traces-endpoint={authority(addresses.hub, ports.collector)}",
+            f"--otlp-traces-endpoint={authority(addresses.at('collector'), ports.collector)}",
             "--trace-modules=request",
             f"--otlp-service-name={engine.name}",
         ]
@@ -292,9 +314,11 @@ def engine_environment(
         **MOONCAKE_ENV,
         **PD_ENV,
         "MOONCAKE_PROTOCOL": config.transport.storage,
-        "MOONCAKE_MASTER": authority(addresses.store, ports.master),
+        "MOONCAKE_MASTER": master(addresses, ports),
         "MOONCAKE_LOCAL_HOSTNAME": own.storage,
     }
+    if own.storage_device:
+        environment["MOONCAKE_DEVICE"] = own.storage_device
     if config.mode in SCHEDULED:
         environment |= {
             **_patience(config),
@@ -306,6 +330,10 @@ def engine_environment(
             "DUALPATH_PROTOCOL": config.transport.compute,
             **security.engine_environment(config.security, addresses, engine.name),
         }
+        if own.compute_device:
+            environment["DUALPATH_DEVICE"] = own.compute_device
+        if engine.page_port:
+            environment["DUALPATH_PAGE_PORT"] = str(engine.page_port)
         if config.tracing.enabled:
             environment["DUALPATH_OTLP_ENDPOINT"] = collector_url(addresses, ports)
     return environment | engine.group.env

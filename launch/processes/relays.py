@@ -30,10 +30,10 @@ class RelaySpec:
     metrics_port: int
 
     def endpoint(self, addresses: Addresses) -> str:
-        return f"tcp://{authority(addresses.engine(self.host).compute, self.port)}"
+        return f"tcp://{authority(addresses.engine(self.host).url_host, self.port)}"
 
     def metrics_url(self, addresses: Addresses) -> str:
-        return f"http://{authority(addresses.engine(self.host).compute, self.metrics_port)}/metrics"
+        return f"http://{authority(addresses.engine(self.host).url_host, self.metrics_port)}/metrics"
 
 
 def relay_specs(config: ClusterConfig, take_port: Callable[[], int]) -> list[RelaySpec]:
@@ -78,6 +78,10 @@ def relay_environment(
         "DUALPATH_RELAY_SCHEDULER": scheduler,
         **security.relay_environment(config.security, addresses, relay.name),
     }
+    if own.compute_device:
+        environment["DUALPATH_RELAY_DEVICE"] = own.compute_device
+    if own.storage_device:
+        environment["DUALPATH_RELAY_STORAGE_DEVICE"] = own.storage_device
     if config.store.read_rate is not None:
         environment["DUALPATH_RELAY_READ_RATE_BYTES_PER_S"] = str(bits_per_s(config.store.read_rate) // 8)
     if config.tracing.enabled:

@@ -7,5 +7,5 @@ single_server.py  one plain server, to compare with
 comeback.py       when a part that died is started again
 engine_watch.py   engines that run but do not answer
 exposure.py       what strangers may reach
-direct_http.py    HTTP to the parts, past any proxy
+direct_http.py    connections to the parts, past any proxy
 """

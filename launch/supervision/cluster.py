@@ -11,8 +11,6 @@ from __future__ import annotations
 
 import json
 import os
-import signal
-import socket
 import time
 import urllib.error
 import urllib.request
@@ -35,18 +33,17 @@ from dualpath_sgl.launch.config.cluster import (
 )
 from dualpath_sgl.launch.config.cluster import Network as NetworkConfig
 from dualpath_sgl.launch.config.security import OPERATOR, key_files
+from dualpath_sgl.launch.plan.process import Answers, Listens, Part, Process, Says
+from dualpath_sgl.launch.plan.site import Site, draw
+from dualpath_sgl.launch.plan.whole import make_plan
 from dualpath_sgl.launch.processes import commands
-from dualpath_sgl.launch.processes.commands import Ports
 from dualpath_sgl.launch.processes.environment import foreign
-from dualpath_sgl.launch.processes.ports import DP_ATTENTION_OFFSETS, FreePorts
 from dualpath_sgl.launch.processes.process import ManagedProcess
-from dualpath_sgl.launch.processes.relays import relay_command, relay_environment, relay_specs
 from dualpath_sgl.launch.processes.run_dir import ClusterState, ProcessState
-from dualpath_sgl.launch.processes.store_node import READY as STORE_READY
 from dualpath_sgl.launch.setup.patching import PatchError
 from dualpath_sgl.launch.supervision import exposure
 from dualpath_sgl.launch.supervision.comeback import Comeback
-from dualpath_sgl.launch.supervision.direct_http import answers, fetch
+from dualpath_sgl.launch.supervision.direct_http import answers, fetch, listens
 from dualpath_sgl.launch.supervision.engine_watch import SILENT_AFTER_S, EngineWatch
 from dualpath_sgl.launch.supervision.supervisor import (
     POLL_S,
@@ -54,7 +51,6 @@ from dualpath_sgl.launch.supervision.supervisor import (
     Probe,
     StartTimeout,
     Supervisor,
-    healthy,
 )
 from dualpath_sgl.launch.topology.network import Network
 from dualpath_sgl.launch.topology.plan import STORE, Rates
@@ -119,15 +115,13 @@ class Cluster(Supervisor):
         self._asked_mode = config.mode
         self.config, self.why_this_mode = self._chosen(at_its_address(config))
         """As it runs now, in a mode that is not auto (`set_policy` changes it)."""
-        free = FreePorts(self.config.host)
+        drawn = draw(self.config)
         self.addresses: Addresses = on_one_host(self.config.host)
         """With a shaped network: known once it is started."""
         self.network: Network | None = None
         """The shaped network, while it exists."""
         self._silent: set[str] = set()
-        self.ports = Ports(**{name: free.take() for name in Ports.__dataclass_fields__})
-        self._specs = commands.engine_specs(self.config, lambda: free.take(DP_ATTENTION_OFFSETS))
-        self._relay_specs = relay_specs(self.config, free.take)
+        self.ports, self._specs, self._relay_specs = drawn.ports, drawn.engines, drawn.relays
         without = "prefill engines read its share themselves meanwhile"
         self.spared = MappingProxyType(
             {**self.spared, **{relay.name: without for relay in self._relay_specs}}
@@ -148,7 +142,7 @@ class Cluster(Supervisor):
     @property
     def url(self) -> str:
         """Base URL of the router, where clients send requests."""
-        return f"http://{authority(self.addresses.hub, self.ports.router)}"
+        return f"http://{authority(self.addresses.at('router'), self.ports.router)}"
 
     @property
     def scheduler_address(self) -> str:
@@ -165,7 +159,7 @@ class Cluster(Supervisor):
 
     @property
     def master_metrics_url(self) -> str:
-        return f"http://{authority(self.addresses.store, self.ports.master_metrics)}/metrics"
+        return f"http://{authority(self.addresses.at('master'), self.ports.master_metrics)}/metrics"
 
     @property
     def collector_url(self) -> str:
@@ -247,8 +241,8 @@ class Cluster(Supervisor):
         changes = {"policy": policy} | ({"placement": placement} if placement else {})
         scheduler = self.config.scheduler.model_copy(update=changes)
         self.config = self.config.model_copy(update={"scheduler": scheduler})
-        argv = commands.scheduler_command(self.config, self.addresses, self.ports)
-        self._process("scheduler").argv = argv
+        [argv] = [process.argv for process in self.plan() if process.part is Part.SCHEDULER]
+        self._process("scheduler").argv = list(argv)
         self.restart("scheduler")
         expected = {spec.name for spec in self._specs}
         deadline_s = time.monotonic() + REJOIN_TIMEOUT_S
@@ -271,44 +265,36 @@ class Cluster(Supervisor):
             self._build_network(self.config.network)
         elif (problem := exposure.warning(exposure.public_addresses())) is not None:
             self._on_event(problem)
-        config, addresses, ports = self.config, self.addresses, self.ports
-        base = commands.part_environment(addresses, os.environ)
-        argv = commands.master_command(addresses, ports)
-        self._launch("master", argv, base, self._listens(addresses.store, ports.master))
-        if config.tracing.enabled:
-            argv = commands.collector_command(config, addresses, ports, self.spans_path)
-            self._launch("collector", argv, base, self._listens(addresses.hub, ports.collector))
-        if config.mode in commands.SCHEDULED:
-            argv = commands.scheduler_command(config, addresses, ports)
-            self._launch("scheduler", argv, base, self._listens(addresses.hub, ports.scheduler))
-        self._await_ready(["master"])
-        self._launch("store", commands.store_command(config, addresses, ports), base, self._store_ready)
-        self._await_ready([name for name in self.processes if name != "master"])
-        for relay in self._relay_specs:
-            environment = relay_environment(
-                config,
-                addresses,
-                relay,
-                master=authority(addresses.store, ports.master),
-                collector=self.collector_url,
-                scheduler=self.scheduler_address,
-                base=base,
-            )
-            self._launch(relay.name, relay_command(), environment, _serves(relay.metrics_url(addresses)))
-        # An engine writes a test object into the store early, so the store comes before.
-        for spec in self._specs:
-            argv = commands.engine_command(config, addresses, spec, ports, self._relay_specs)
-            environment = commands.engine_environment(config, addresses, spec, ports, os.environ)
+        ready: set[str] = set()
+        plan = self.plan()
+        for process in plan:
+            before = [name for name in process.after if name not in ready]
+            self._await_ready(before)
+            ready.update(before)
             self._launch(
-                spec.name, argv, environment, healthy(spec.url(addresses)), _engine_stop_signal(config)
+                process.name, list(process.argv), dict(process.env), self._probe(process), process.stop
             )
-        argv = commands.router_command(config, addresses, ports, self._specs)
-        self._launch("router", argv, base, healthy(self.url))
         self._write_state()
-        relays = [relay.name for relay in self._relay_specs]
-        self._await_ready([*relays, *(spec.name for spec in self._specs), "router"])
+        self._await_ready([process.name for process in plan if process.name not in ready])
         self._await_requests()
         self._on_event(f"cluster ready after {time.monotonic() - begun_s:.1f} s: {self.url}")
+
+    def plan(self) -> tuple[Process, ...]:
+        """Its processes as they are started now, in order."""
+        site = Site(
+            self.addresses, self.ports, self._specs, self._relay_specs, self.spans_path, dict(os.environ)
+        )
+        return make_plan(self.config, site)
+
+    def _probe(self, process: Process) -> Probe:
+        ready = process.ready
+        match ready:
+            case Listens():
+                return lambda: listens(ready.host, ready.port, PROBE_TIMEOUT_S)
+            case Answers():
+                return lambda: answers(ready.url, PROBE_TIMEOUT_S)
+            case Says():
+                return lambda: ready.text in self._process(process.name).tail()
 
     def _build_network(self, described: NetworkConfig) -> None:
         rates = Rates(
@@ -349,19 +335,6 @@ class Cluster(Supervisor):
         except (OSError, ValueError):
             return False
 
-    def _store_ready(self) -> bool:
-        return STORE_READY in self._process("store").tail()
-
-    def _listens(self, host: str, port: int) -> Probe:
-        def probe() -> bool:
-            try:
-                socket.create_connection((host, port), PROBE_TIMEOUT_S).close()
-            except OSError:
-                return False
-            return True
-
-        return probe
-
     def _write_state(self) -> None:
         ClusterState(
             name=self.config.name,
@@ -384,16 +357,6 @@ class Cluster(Supervisor):
             last_end=self._last_ends.get(name, ""),
             silent=name in self._silent,
         )
-
-
-def _engine_stop_signal(config: ClusterConfig) -> signal.Signals:
-    """SGLang looks for a SIGTERM every 5 s, then drains and lets its ranks release their GPUs.  On a
-    CPU nothing needs releasing, and the router, stopped first, has left nothing to drain."""
-    return signal.SIGINT if config.device == "cpu" else signal.SIGTERM
-
-
-def _serves(url: str) -> Probe:
-    return lambda: answers(url, PROBE_TIMEOUT_S)
 
 
 def _bits_per_s(rate: str | None) -> int | None:

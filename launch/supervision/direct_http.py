@@ -1,8 +1,9 @@
-"""HTTP to a cluster's own parts: never through a proxy, whatever the environment names."""
+"""Connections to a cluster's own parts: HTTP never through a proxy, whatever the environment names."""
 
 from __future__ import annotations
 
 import http.client
+import socket
 import urllib.request
 
 _opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
@@ -21,6 +22,15 @@ def answers(url: str, timeout_s: float) -> bool:
     """Whether a GET ends well in time."""
     try:
         fetch(url, timeout_s)
+    except OSError:
+        return False
+    return True
+
+
+def listens(host: str, port: int, timeout_s: float) -> bool:
+    """Whether a TCP connection is taken in time."""
+    try:
+        socket.create_connection((host, port), timeout_s).close()
     except OSError:
         return False
     return True

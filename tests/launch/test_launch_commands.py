@@ -24,7 +24,9 @@ from dualpath_sgl.launch.topology.plan import Rates, make_plan
 from dualpath_sgl.relay import settings as relay_settings
 
 HERE = on_one_host("127.0.0.1")
-PORTS = Ports(master=1, master_metrics=2, scheduler=3, collector=4, router=5, router_metrics=6)
+PORTS = Ports(
+    master=1, master_metrics=2, scheduler=3, scheduler_metrics=7, collector=4, router=5, router_metrics=6
+)
 MODEL = {
     "kind": "tiny",
     "layers": 1,

@@ -16,7 +16,7 @@ from dualpath_sgl.launch.processes.environment import foreign, forget_foreign_tr
 from dualpath_sgl.launch.processes.ports import FreePorts
 from dualpath_sgl.launch.supervision.direct_http import fetch
 
-PORTS = Ports(*range(1, 7))
+PORTS = Ports(*range(1, 8))
 CONFIG = ClusterConfig.model_validate(
     {
         "name": "t",

@@ -100,11 +100,11 @@ def test_up_says_in_one_sentence_that_the_host_is_elsewhere(tmp_path):
 
 def test_an_ipv6_address_stands_in_brackets_wherever_a_port_follows():
     config, addresses = cluster("::1"), on_one_host("::1")
-    ports = Ports(*range(1, 7))
+    ports = Ports(*range(1, 8))
     drawn = iter(range(100, 110))
     specs = engine_specs(config, lambda: next(drawn))
     prefill = engine_command(config, addresses, specs[0], ports)
-    assert {"--host=::1", "--otlp-traces-endpoint=[::1]:4"} <= set(prefill)
+    assert {"--host=::1", "--otlp-traces-endpoint=[::1]:5"} <= set(prefill)
     environment = engine_environment(config, addresses, specs[0], ports, {})
     assert environment["DUALPATH_SCHEDULER"] == "tcp://[::1]:3"
     assert environment["DUALPATH_HOST"] == "::1"

@@ -33,7 +33,9 @@ from dualpath_sgl.start.config import settings
 from scheduler_svc.wire.keys import generate, load_public, load_secret
 from scheduler_svc.wire.reach import is_private
 
-PORTS = Ports(master=1, master_metrics=2, scheduler=3, collector=4, router=5, router_metrics=6)
+PORTS = Ports(
+    master=1, master_metrics=2, scheduler=3, scheduler_metrics=7, collector=4, router=5, router_metrics=6
+)
 LOOPBACK = ("127.0.0.1", "127.0.0.2", "127.8.9.1", "::1", "localhost")
 ELSEWHERE = ("192.168.1.5", "10.1.2.3", "fd00::7", "8.8.8.8", "node-1")
 WAIT_S = 30.0
