@@ -8,6 +8,7 @@ checks/       `dualpath doctor`: what will not work, and the remedy
 setup/        system libraries, patches, the tiny model
 processes/    commands, environments, ports and logs of the parts
 plan/         all of them as data, for whoever runs them
+render/       plans as files, for other hosts
 supervision/  starts them in order, watches them, stops them
 topology/     shaped links between network namespaces
 engine.py     what starts one SGLang server: its plugins proven to run

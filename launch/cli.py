@@ -43,13 +43,17 @@ Package = Annotated[str | None, typer.Option("--package", help="Only this packag
 def up(
     config: Annotated[Path, typer.Option("--config", "-c", help="Cluster description (YAML).")],
     run_dir: RunDir = DEFAULT_RUN_DIR,
+    host: Annotated[
+        str | None, typer.Option(help="Start the part of this one of the file's hosts, under Slurm or pdsh.")
+    ] = None,
 ) -> None:
     """Start a whole cluster on this machine and keep it until Ctrl-C, or until an engine dies.
 
-    Its other parts are started again when they die.
+    Its other parts are started again when they die.  With --host every part that dies is.
     """
     from dualpath_sgl.launch.processes.process import ProcessDied
     from dualpath_sgl.launch.supervision.cluster import Cluster
+    from dualpath_sgl.launch.supervision.host_part import HostPart
     from dualpath_sgl.launch.supervision.supervisor import StartTimeout
     from dualpath_sgl.launch.topology.network import NetworkError
 
@@ -62,7 +66,7 @@ def up(
     for stop_signal in (signal.SIGINT, signal.SIGTERM):
         signal.signal(stop_signal, signal.default_int_handler)
     try:
-        cluster = Cluster(description, run_dir)
+        cluster = Cluster(description, run_dir) if host is None else HostPart(description, host, run_dir)
     except ConfigError as error:
         _fail(f"{config}: {error}")
     except OSError as error:
@@ -72,8 +76,9 @@ def up(
         cluster.start(
             lambda text: console.print(f"[dim]{time.monotonic() - begun_s:6.1f} s[/]  {escape(text)}")
         )
-        for engine in cluster.engines:
-            console.print(f"{engine.name}  {engine.url}")
+        if isinstance(cluster, Cluster):
+            for engine in cluster.engines:
+                console.print(f"{engine.name}  {engine.url}")
         look = escape(f"dualpath status --run-dir {run_dir}")
         console.print(f"router  [bold]{cluster.url}[/]   look: {look}   stop: Ctrl-C")
         cluster.wait()

@@ -120,8 +120,9 @@ def _sections(model: dict, defs: dict, inside: str) -> Iterator[tuple[str, dict]
 
 def _references(field: dict) -> Iterator[str]:
     for part in (field, *field.get("anyOf", ()), *field.get("oneOf", ())):
-        if "$ref" in part:
-            yield part["$ref"].rsplit("/", 1)[-1]
+        for found in (part, *part.get("patternProperties", {}).values()):
+            if "$ref" in found:
+                yield found["$ref"].rsplit("/", 1)[-1]
 
 
 def _fields_table(model: dict) -> str:

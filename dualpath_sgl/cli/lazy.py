@@ -18,13 +18,16 @@ class Program(NamedTuple):
 
 
 PROGRAMS = {
+    "render": Program(
+        "dualpath_sgl.launch.render.command", "render_app", "Write what other hosts need to run a cluster."
+    ),
     "eval": Program("dualpath_sgl.evals.cli", "eval_app", "Replay agent traces and compare modes."),
     "sim": Program(
         "dualpath_sgl.evals.sim.studies.command", "sim_app", "Simulate clusters that are not at hand."
     ),
     "trace": Program("dualpath_sgl.evals.spans.command", "trace_app", "Look at recorded request traces."),
 }
-"""The evaluations import much that the other commands do not need."""
+"""They import much that the other commands do not need."""
 
 
 class LazyGroup(TyperGroup):

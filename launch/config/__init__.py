@@ -3,6 +3,7 @@
 cluster.py     the file as a pydantic model: every field, its bounds and its default
 yaml_file.py   reads it, so that a problem can be told with its line
 hosts.py       addresses in it, checked
+machines.py    hosts, and which engine is on which
 transport.py   TCP or RDMA, for each kind of bytes
 security.py    keys, and what may listen beyond this host
 addresses.py   where each part is reached: all on one address, or each on links of its own

@@ -27,6 +27,7 @@ from pydantic_core import ErrorDetails
 
 from dualpath_sgl.launch.config import CLUSTERS
 from dualpath_sgl.launch.config.hosts import checked, checked_endpoint, local_address
+from dualpath_sgl.launch.config.machines import FixedPorts, Host, HostName, check_known, place_engines
 from dualpath_sgl.launch.config.security import OPERATOR, ROUTER, Security
 from dualpath_sgl.launch.config.transport import Transport
 from dualpath_sgl.launch.config.yaml_file import YamlProblem, read
@@ -117,13 +118,11 @@ class ModelDirectory(_Section):
     kind: Literal["directory"]
     """Must be given: it tells this form from the tiny one."""
     path: Path
-    """Directory that holds `config.json` and the weights."""
+    """Directory that holds `config.json` and the weights, on every host that has engines."""
 
-    @model_validator(mode="after")
-    def _has_config(self) -> ModelDirectory:
-        if not (self.path / "config.json").is_file():
-            raise ValueError(f"path {str(self.path)!r} holds no config.json: name a model directory")
-        return self
+    @property
+    def is_here(self) -> bool:
+        return (self.path / "config.json").is_file()
 
     def directory(self) -> Path:
         return self.path.resolve()
@@ -134,6 +133,8 @@ class Store(_Section):
     """DRAM that the store node contributes; engines contribute none."""
     read_rate: BitRate | None = None
     """Each engine reads no faster than this: for measuring where links cannot be shaped (`network`)."""
+    hosts: tuple[str, ...] = ()
+    """Hosts with a store node each, all of this size; the master is on the first. Empty: the scheduler's."""
 
 
 class Scheduler(_Section):
@@ -141,6 +142,8 @@ class Scheduler(_Section):
     """Path policy: who reads which pages."""
     placement: str = Field(DEFAULT_PLACEMENT, json_schema_extra={"enum": [*PLACEMENT_POLICIES]})
     """Placement policy: which engines serve a request; only a `placing` router asks."""
+    host: str | None = None
+    """Its host, which is the span collector's, too; null: the first one."""
 
     @field_validator("policy")
     @classmethod
@@ -187,6 +190,8 @@ class Group(_Section):
     """Appended to SGLang's command line."""
     env: dict[Variable, ProcessText] = {}
     """Added to its environment last: what stands here wins over everything that the launcher sets."""
+    hosts: tuple[str, ...] = ()
+    """Hosts that they may be on; empty: all, on CUDA those that have GPUs."""
 
 
 class Relays(_Section):
@@ -198,6 +203,8 @@ class Relays(_Section):
     """How many; null: in mode `relay` one for each decode engine, with decode-side loads none."""
     env: dict[Variable, ProcessText] = {}
     """Added to the environment of each last, such as `DUALPATH_RELAY_RING_BYTES`."""
+    hosts: tuple[str, ...] = ()
+    """Hosts of those that live beside no decode engine, in turn."""
 
 
 class RouterKind(StrEnum):
@@ -213,6 +220,8 @@ class Router(_Section):
     `basic` and `both`."""
     policy: Literal["random", "round_robin", "cache_aware", "power_of_two"] = "round_robin"
     """The Rust router's policy."""
+    host: str | None = None
+    """Its host; null: the scheduler's."""
 
 
 class Tracing(_Section):
@@ -269,6 +278,10 @@ class ClusterConfig(_Section):
     """Spans of every request."""
     network: Network | None = None
     """Shaped links, one set for each engine; null: everything on `host`."""
+    hosts: Annotated[dict[HostName, Host], Field(min_length=1)] | None = None
+    """The machines of the cluster, by name; null: this one alone."""
+    ports: FixedPorts = FixedPorts()
+    """Where parts listen, with `hosts`."""
     security: Security | None = None
     """Who may connect; null: only on loopback, or on a shaped `network`, whose links exist on this machine
     only."""
@@ -297,10 +310,56 @@ class ClusterConfig(_Section):
         return self
 
     @model_validator(mode="after")
-    def _strangers_stay_out(self) -> ClusterConfig:
-        if self.security is None and not is_loopback(self.host):
+    def _model_is_here(self) -> ClusterConfig:
+        model = self.model
+        if self.hosts is None and isinstance(model, ModelDirectory) and not model.is_here:
+            raise ValueError(f"model: path {str(model.path)!r} holds no config.json: name a model directory")
+        return self
+
+    @model_validator(mode="after")
+    def _every_part_has_a_host(self) -> ClusterConfig:
+        single = {"scheduler.host": self.scheduler.host, "router.host": self.router.host}
+        several = {
+            "prefill.hosts": self.prefill.hosts,
+            "decode.hosts": self.decode.hosts,
+            "relays.hosts": self.relays.hosts,
+            "store.hosts": self.store.hosts,
+        }
+        for field, named in {**several, **{name: (one,) for name, one in single.items() if one}}.items():
+            check_known(self.hosts, field, named)
+        if self.hosts is not None:
+            self._check_hosts(self.hosts)
+        return self
+
+    def _check_hosts(self, hosts: dict[str, Host]) -> None:
+        if self.network is not None:
+            raise ValueError("network makes links on this machine, and hosts names several; leave one out")
+        if self.host != "127.0.0.1":
+            raise ValueError(f"host is {self.host!r}, and hosts gives every part's address; leave host out")
+        compute = [host.compute for host in hosts.values()]
+        if len(set(compute)) < len(compute):
+            raise ValueError("two of hosts have the same compute address; give each its own")
+        self.placed_engines()
+        if len(self.relay_names) > self.decode.count and not self.relays.hosts:
             raise ValueError(
-                f"host is {self.host!r}, which other hosts can reach, and nothing says who may: give "
+                f"relays.count is {len(self.relay_names)} with {self.decode.count} decode engines; say in "
+                "relays.hosts where those are that live beside none"
+            )
+
+    def placed_engines(self) -> dict[str, str]:
+        """Host of each engine, by its name; empty without `hosts`."""
+        groups = {"prefill": self.prefill, "decode": self.decode}
+        return place_engines(self.hosts, groups, self.device == "cuda") if self.hosts else {}
+
+    @model_validator(mode="after")
+    def _strangers_stay_out(self) -> ClusterConfig:
+        own = {"host": self.host}
+        for name, host in (self.hosts or {}).items():
+            own |= {f"hosts.{name}.compute": host.compute, f"hosts.{name}.storage": host.storage_address}
+        reachable = [field for field, address in own.items() if not is_loopback(address)]
+        if self.security is None and reachable:
+            raise ValueError(
+                f"{reachable[0]} is {own[reachable[0]]!r}, which other hosts can reach, and nothing says who may: give "
                 "security: {keys: DIRECTORY} (made by `dualpath keys generate`), security: "
                 "{trusted_network: true} if everybody on that network is trusted, or host: 127.0.0.1"
             )
@@ -421,7 +480,7 @@ def _fields(path: Sequence[int | str]) -> list[str]:
         "model": Tiny,
     }
     sections |= {"prefill": Group, "decode": Group, "network": Network, "security": Security}
-    sections["transport"] = Transport
+    sections |= {"transport": Transport, "ports": FixedPorts, "hosts": Host}
     model: type[BaseModel] = ClusterConfig
     if path:
         model = HostPool if path[-1] == "host_pool" else sections[str(path[0])]

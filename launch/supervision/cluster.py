@@ -19,8 +19,6 @@ from functools import cached_property
 from pathlib import Path
 from types import MappingProxyType
 
-import psutil
-
 from dualpath_sgl.launch.checks.choice import choose
 from dualpath_sgl.launch.config.addresses import STORE_PROCESSES, Addresses, on_network, on_one_host
 from dualpath_sgl.launch.config.cluster import (
@@ -33,24 +31,22 @@ from dualpath_sgl.launch.config.cluster import (
 )
 from dualpath_sgl.launch.config.cluster import Network as NetworkConfig
 from dualpath_sgl.launch.config.security import OPERATOR, key_files
-from dualpath_sgl.launch.plan.process import Answers, Listens, Part, Process, Says
+from dualpath_sgl.launch.plan.process import Part, Process
 from dualpath_sgl.launch.plan.site import Site, draw
 from dualpath_sgl.launch.plan.whole import make_plan
 from dualpath_sgl.launch.processes import commands
 from dualpath_sgl.launch.processes.environment import foreign
 from dualpath_sgl.launch.processes.process import ManagedProcess
-from dualpath_sgl.launch.processes.run_dir import ClusterState, ProcessState
+from dualpath_sgl.launch.processes.run_dir import ClusterState
 from dualpath_sgl.launch.setup.patching import PatchError
 from dualpath_sgl.launch.supervision import exposure
-from dualpath_sgl.launch.supervision.comeback import Comeback
-from dualpath_sgl.launch.supervision.direct_http import answers, fetch, listens
+from dualpath_sgl.launch.supervision.direct_http import fetch
 from dualpath_sgl.launch.supervision.engine_watch import SILENT_AFTER_S, EngineWatch
+from dualpath_sgl.launch.supervision.planned import PlannedSupervisor
 from dualpath_sgl.launch.supervision.supervisor import (
     POLL_S,
     PROBE_TIMEOUT_S,
-    Probe,
     StartTimeout,
-    Supervisor,
 )
 from dualpath_sgl.launch.topology.network import Network
 from dualpath_sgl.launch.topology.plan import STORE, Rates
@@ -95,10 +91,9 @@ class RelayHandle:
     """Prometheus."""
 
 
-class Cluster(Supervisor):
+class Cluster(PlannedSupervisor):
     """The cluster that `config` describes.  Entering the context starts it, if it is not started."""
 
-    stop_order = (("router",), ("prefill-", "decode-"), ("relay-",), ("scheduler", "store"))
     spared = MappingProxyType(
         {
             "scheduler": "engines go on with the prefill path and the relays that they know",
@@ -111,6 +106,8 @@ class Cluster(Supervisor):
 
     def __init__(self, config: ClusterConfig, run_dir: Path):
         super().__init__(run_dir)
+        if config.hosts is not None:
+            raise ConfigError(f"hosts: names {', '.join(config.hosts)}; start each one's part: --host NAME")
         config.model.directory()  # A tiny model that is not there yet is made before anything starts.
         self._asked_mode = config.mode
         self.config, self.why_this_mode = self._chosen(at_its_address(config))
@@ -120,7 +117,6 @@ class Cluster(Supervisor):
         """With a shaped network: known once it is started."""
         self.network: Network | None = None
         """The shaped network, while it exists."""
-        self._silent: set[str] = set()
         self.ports, self._specs, self._relay_specs = drawn.ports, drawn.engines, drawn.relays
         without = "prefill engines read its share themselves meanwhile"
         self.spared = MappingProxyType(
@@ -265,17 +261,7 @@ class Cluster(Supervisor):
             self._build_network(self.config.network)
         elif (problem := exposure.warning(exposure.public_addresses())) is not None:
             self._on_event(problem)
-        ready: set[str] = set()
-        plan = self.plan()
-        for process in plan:
-            before = [name for name in process.after if name not in ready]
-            self._await_ready(before)
-            ready.update(before)
-            self._launch(
-                process.name, list(process.argv), dict(process.env), self._probe(process), process.stop
-            )
-        self._write_state()
-        self._await_ready([process.name for process in plan if process.name not in ready])
+        self._launch_plan(self.plan())
         self._await_requests()
         self._on_event(f"cluster ready after {time.monotonic() - begun_s:.1f} s: {self.url}")
 
@@ -285,16 +271,6 @@ class Cluster(Supervisor):
             self.addresses, self.ports, self._specs, self._relay_specs, self.spans_path, dict(os.environ)
         )
         return make_plan(self.config, site)
-
-    def _probe(self, process: Process) -> Probe:
-        ready = process.ready
-        match ready:
-            case Listens():
-                return lambda: listens(ready.host, ready.port, PROBE_TIMEOUT_S)
-            case Answers():
-                return lambda: answers(ready.url, PROBE_TIMEOUT_S)
-            case Says():
-                return lambda: ready.text in self._process(process.name).tail()
 
     def _build_network(self, described: NetworkConfig) -> None:
         rates = Rates(
@@ -346,17 +322,6 @@ class Cluster(Supervisor):
             relays={relay.name: relay.endpoint for relay in self.relays},
             processes={name: self._state_of(name, process) for name, process in self.processes.items()},
         ).write(self.run_dir)
-
-    def _state_of(self, name: str, process: ManagedProcess) -> ProcessState:
-        comeback = self._comebacks.get(name, Comeback())
-        return ProcessState(
-            pid=process.pid,
-            started_s=0.0 if process.pid is None else psutil.Process(process.pid).create_time(),
-            log=str(process.log_path),
-            restarts=comeback.restarts,
-            last_end=self._last_ends.get(name, ""),
-            silent=name in self._silent,
-        )
 
 
 def _bits_per_s(rate: str | None) -> int | None:

@@ -15,8 +15,10 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from types import MappingProxyType
 
+import psutil
+
 from dualpath_sgl.launch.processes.process import ManagedProcess, ProcessDied, stop_all
-from dualpath_sgl.launch.processes.run_dir import STATE_FILE, Claim
+from dualpath_sgl.launch.processes.run_dir import STATE_FILE, Claim, ProcessState
 from dualpath_sgl.launch.supervision.comeback import Comeback
 from dualpath_sgl.launch.supervision.direct_http import answers
 
@@ -49,6 +51,8 @@ class Supervisor:
         self._last_ends: dict[str, str] = {}
         self._probes: dict[str, Probe] = {}
         self._killed: set[str] = set()
+        self._silent: set[str] = set()
+        """Processes that run, but answer nobody."""
         self._on_event: Event = lambda text: None
 
     def start(self, on_event: Event | None = None) -> None:
@@ -159,6 +163,17 @@ class Supervisor:
     def _start(self) -> None:
         raise NotImplementedError
 
+    def _state_of(self, name: str, process: ManagedProcess) -> ProcessState:
+        comeback = self._comebacks.get(name, Comeback())
+        return ProcessState(
+            pid=process.pid,
+            started_s=0.0 if process.pid is None else psutil.Process(process.pid).create_time(),
+            log=str(process.log_path),
+            restarts=comeback.restarts,
+            last_end=self._last_ends.get(name, ""),
+            silent=name in self._silent,
+        )
+
     def _write_state(self) -> None:
         """Nothing is written for a supervisor without a state file."""
 
@@ -192,7 +207,8 @@ class Supervisor:
                     waiting.remove(name)
                     self._on_event(f"{name} ready after {time.monotonic() - begun_s:.1f} s")
             if waiting and time.monotonic() - begun_s > timeout_s:
-                logs = "\n".join(f"{name}:\n{self.processes[name].tail()}" for name in waiting)
+                own = [name for name in waiting if name in self.processes]
+                logs = "\n".join(f"{name}:\n{self.processes[name].tail()}" for name in own)
                 raise StartTimeout(
                     f"{', '.join(waiting)} not ready after {timeout_s:g} s; last lines\n{logs}"
                 )
