@@ -81,7 +81,7 @@ def load_secret(path: Path) -> tuple[bytes, bytes]:
     """Public and secret key of a `.key_secret` file.  Raises KeyFileError."""
     try:
         public, secret = zmq.auth.load_certificate(path)
-        readable_by_others = path.stat().st_mode & (stat.S_IRGRP | stat.S_IROTH)
+        readable_by_others = _is_readable_by_others(path.stat())
         _check_key(public)
         if secret is not None:
             _check_key(secret)
@@ -92,6 +92,18 @@ def load_secret(path: Path) -> tuple[bytes, bytes]:
     if readable_by_others:
         raise KeyFileError(f"key file {path} can be read by other users; run chmod 600 {path}")
     return public, secret
+
+
+def _is_readable_by_others(found: os.stat_result) -> bool:
+    """Whether anybody but this process's user can read the file.
+
+    A group of ours may, if root owns the file and we are not root: so a Kubernetes Secret reaches a pod
+    that is not root (`fsGroup`, mode 0440), on a volume where nobody can change modes.
+    """
+    if found.st_mode & stat.S_IROTH:
+        return True
+    is_lent = found.st_uid == 0 != os.geteuid() and found.st_gid in (os.getegid(), *os.getgroups())
+    return bool(found.st_mode & stat.S_IRGRP) and not is_lent
 
 
 def load_public(path: Path) -> bytes:

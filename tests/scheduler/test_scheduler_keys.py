@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import os
 import stat
+import tempfile
 from collections.abc import Iterator
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 import pytest
@@ -105,6 +107,45 @@ def test_unusable_key_files_are_named_with_a_remedy(keys, tmp_path):
     (keys / "scheduler.key_secret").chmod(0o644)
     with pytest.raises(KeyFileError, match="chmod 600"):
         load_secret(keys / "scheduler.key_secret")
+
+
+@contextmanager
+def as_pod(user: int, group: int) -> Iterator[None]:
+    """This process with the rights of a user who is not root."""
+    groups = os.getgroups()
+    os.setgroups([group])
+    os.seteuid(user)
+    try:
+        yield
+    finally:
+        os.seteuid(0)
+        os.setgroups(groups)
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="makes files of another group, and becomes another user")
+@pytest.mark.parametrize(
+    ("owner", "group", "mode", "is_taken"),
+    [(0, 2000, 0o440, True), (0, 2000, 0o444, False), (1000, 2000, 0o440, False), (0, 2000, 0o460, True)],
+)
+def test_a_secret_that_root_lends_to_a_pod_s_group_is_taken_as_kubernetes_mounts_it(
+    owner, group, mode, is_taken
+):
+    with tempfile.TemporaryDirectory() as name:
+        mount = Path(name)
+        mount.chmod(0o755)
+        generate(mount, ["prefill-0"])
+        secret = mount / "scheduler.key_secret"
+        os.chown(secret, owner, group)
+        secret.chmod(mode)
+        with as_pod(1000, 2000):
+            if is_taken:
+                assert len(load_secret(secret)[1]) == 40
+            else:
+                with pytest.raises(KeyFileError, match="can be read by other users"):
+                    load_secret(secret)
+        secret.chmod(0o440)
+        with pytest.raises(KeyFileError, match="can be read by other users"):
+            load_secret(secret)  # root needs no group
 
 
 def test_the_command_makes_keys_and_says_how_to_use_them(tmp_path):
