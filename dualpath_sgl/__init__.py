@@ -28,6 +28,7 @@ wires what one engine rank is made of), and the folders
     pools/         what the bytes of a page are: layout, names, host tree
     threads/       what every thread here needs
     spans/         traces
+    metrics/       what an engine rank counts of itself, on SGLang's metrics port
     limits/        measuring aids: imagined storage links
     experimental/  off unless asked for
     cpu_profile/   SGLang on a CPU

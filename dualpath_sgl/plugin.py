@@ -12,12 +12,14 @@ def activate() -> None:
 
     if settings().enabled:
         from dualpath_sgl import hooks, intake, relay_hooks
+        from dualpath_sgl.metrics import hooks as metric_hooks
         from dualpath_sgl.relay.client.register import register
         from dualpath_sgl.start import facts
         from scheduler_svc.wire.protocol import Mode
 
         intake.register()
         register()
+        metric_hooks.register()
         facts.register_checks()
         hooks.register(decode_side=settings().asked_mode is not Mode.RELAY)
         if settings().asked_mode is not Mode.DECODE_SIDE:

@@ -18,6 +18,8 @@ from typing import TYPE_CHECKING, Any
 from dualpath_sgl.control.channel import ControlChannel
 from dualpath_sgl.control.decode_work import DecodeWork
 from dualpath_sgl.control.prefill_work import Arrived, LoadAtHand, PrefillWork
+from dualpath_sgl.metrics import rank as metrics
+from dualpath_sgl.metrics.sampler import Sampler
 from dualpath_sgl.pools.device_memory import free_tokens, page_bytes
 from dualpath_sgl.relay.client.relays import told
 from dualpath_sgl.spans.tracing import traceparent_of
@@ -41,6 +43,10 @@ from scheduler_svc.wire.protocol import (
 if TYPE_CHECKING:
     from sglang.srt.managers.schedule_batch import Req
     from sglang.srt.managers.scheduler import Scheduler
+
+    from dualpath_sgl.relay.client.counts import Counts
+    from dualpath_sgl.relay.client.loader import Loader
+    from dualpath_sgl.relay.resident.server import Served
 
 logger = logging.getLogger(__name__)
 
@@ -90,6 +96,15 @@ class RelayEngine:
 
     def start(self) -> None:
         self.control.serve(self.workload, _no_plan, _no_plan, told.take)
+        rank = metrics.start(self._info)
+        if rank is not None:
+            Sampler(
+                rank,
+                workload=self.workload,
+                connected=lambda: self.control.connected,
+                counts=self._relay_counts,
+                served=self._served,
+            ).start()
         logger.info("DualPath: %s rank %d is in mode relay", self._info.role, self._info.rank)
 
     # -- SGLang's scheduler thread ---------------------------------------------------------------
@@ -143,7 +158,7 @@ class RelayEngine:
             )
         )
 
-    # -- the control channel's thread ------------------------------------------------------------
+    # -- the threads of control channel and metrics ----------------------------------------------
 
     def workload(self) -> Workload:
         if self.role is Role.DECODE:
@@ -170,8 +185,20 @@ class RelayEngine:
 
     def _read_rate(self) -> float:
         """Of the own client's link; 0 while no storage is attached."""
-        loader = getattr(storage_backend(self._scheduler), "loader", None)
+        loader = self._loader()
         return loader.rate.bytes_per_s if loader is not None else 0.0
+
+    def _relay_counts(self) -> Counts | None:
+        loader = self._loader()
+        return loader.counts if loader is not None else None
+
+    def _served(self) -> Served | None:
+        served: Served | None = getattr(storage_backend(self._scheduler), "served", None)
+        return served
+
+    def _loader(self) -> Loader | None:
+        loader: Loader | None = getattr(storage_backend(self._scheduler), "loader", None)
+        return loader
 
 
 def storage_backend(scheduler: Scheduler) -> Any:

@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -14,10 +15,13 @@ from opentelemetry.trace import Tracer
 from dualpath_sgl.control.channel import ControlChannel
 from dualpath_sgl.spans.tracing import record_lane
 from dualpath_sgl.threads import faults
-from scheduler_svc.wire.protocol import Done, Outcome, Plan, Report, Role
+from scheduler_svc.wire.protocol import Done, Outcome, Path, Plan, Report, Role
 
 if TYPE_CHECKING:
-    from dualpath_sgl.lanes.page_load import PageLoad
+    from dualpath_sgl.lanes.page_load import LaneWork, PageLoad
+
+OnOver = Callable[[str, Path | None, Outcome, str | None, Sequence["LaneWork"]], None]
+"""`(rid, planned path, outcome, fallback reason, what lanes did)`."""
 
 
 @dataclass(eq=False, kw_only=True)
@@ -51,13 +55,16 @@ class RoomReports:
         control: ControlChannel,
         plan_timeout_s: float,
         tracer: Tracer,
+        on_over: OnOver | None = None,
     ) -> None:
+        """`on_over` is called for every room, by whoever says that it is done."""
         self._engine_id = engine_id
         self._role = role
         self._rank = rank
         self._control = control
         self._plan_timeout_s = plan_timeout_s
         self._tracer = tracer
+        self._on_over = on_over
 
     def report(self, request: RoomRequest, local_pages: int, hit_pages: int | None = None) -> None:
         """The answer comes to the side's `on_plan` or `on_no_plan`, on the control channel's thread.
@@ -105,6 +112,12 @@ class RoomReports:
                 lanes=tuple(work.record() for work in lane_work),
             )
         )
+        if self._on_over is not None:
+            path = request.plan.path if request.plan is not None else None
+            try:
+                self._on_over(request.rid, path, outcome, request.fallback_reason, lane_work)
+            except Exception:
+                faults.record("room %d is not counted", request.room)
         attributes: dict[str, str | int] = {"dualpath.room": request.room, "dualpath.side": self._role.value}
         if request.plan is not None:
             attributes["dualpath.path"] = request.plan.path.value

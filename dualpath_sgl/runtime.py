@@ -19,6 +19,8 @@ from dualpath_sgl.lanes.peer_lane import OnMissing, PeerLane
 from dualpath_sgl.lanes.peer_lanes import PeerLanes
 from dualpath_sgl.lanes.rank_sync import RankSync
 from dualpath_sgl.lanes.store_lane import StoreLane
+from dualpath_sgl.metrics import rank as metrics
+from dualpath_sgl.metrics.sampler import Sampler
 from dualpath_sgl.pools import layout, weights
 from dualpath_sgl.pools.integrity import PoolCheck
 from dualpath_sgl.pools.key_tag import TAG
@@ -34,6 +36,9 @@ from scheduler_svc.wire.protocol import RankInfo, Role
 
 if TYPE_CHECKING:
     from sglang.srt.mem_cache.hicache_storage import HiCacheStorageConfig
+
+    from dualpath_sgl.lanes.page_load import PageLoad
+    from dualpath_sgl.relay.client.loader import Loader
 
 logger = logging.getLogger(__name__)
 
@@ -62,7 +67,7 @@ class Runtime:
         if settings.key_file is not None and settings.peer_keys is not None:
             peer_keys = PeerKeys(settings.key_file, settings.peer_keys)
         self.store_lane = StoreLane()
-        self.loads = Loads(self.store_lane, self.page_bytes)
+        self.loads = Loads(self.store_lane, self.page_bytes, self._count_unplanned)
         self.rank_sync = RankSync()
         self.server: PageServer | None = None
         if role is Role.DECODE:
@@ -95,6 +100,9 @@ class Runtime:
         if settings.key_file is not None and settings.scheduler_key_file is not None:
             key_files = settings.key_file, settings.scheduler_key_file
         self.control = ControlChannel(settings.scheduler, self._engine, key_files)
+        self._metrics = metrics.start(self._engine)
+        self.loader: Loader | None = None
+        """Through which relays take part in what this engine reads itself; of the storage that is attached."""
         self._tracer = init_tracing(engine_id, settings.otlp_endpoint, {"dualpath.rank": config.tp_rank})
         reports = RoomReports(
             engine_id=engine_id,
@@ -103,6 +111,7 @@ class Runtime:
             control=self.control,
             plan_timeout_s=settings.plan_timeout_s,
             tracer=self._tracer,
+            on_over=self._metrics.room_over if self._metrics is not None else None,
         )
 
         # The side of the role.
@@ -149,6 +158,13 @@ class Runtime:
         if self.server is not None:
             self.server.start()
         self.control.serve(self.workload.now, self.side.on_plan, self.side.on_no_plan)
+        if self._metrics is not None:
+            Sampler(
+                self._metrics,
+                workload=self.workload.now,
+                connected=lambda: self.control.connected,
+                counts=lambda: self.loader.counts if self.loader is not None else None,
+            ).start()
         weights.current().follow(self._follow_weights)
         logger.info(
             "DualPath: %s rank %d runs, layout %s", self._engine.role, self._engine.rank, self.fingerprint
@@ -167,6 +183,10 @@ class Runtime:
             self._peer_lanes.rename_layout(self.fingerprint)
         self._engine = msgspec.structs.replace(self._engine, fingerprint=self.fingerprint)
         self.control.send(self._engine)
+
+    def _count_unplanned(self, load: PageLoad) -> None:
+        if self._metrics is not None:
+            self._metrics.read_unplanned(load.operation.request_id, load.lane_work)
 
     def quiesce(self) -> None:
         """Let go of everything of SGLang's: it is about to drop its cache, or stops its storage threads.

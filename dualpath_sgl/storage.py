@@ -76,7 +76,7 @@ class DualPathStorage(RelayStore):
             self.calls_may_overlap = False  # lanes of the runtime read, not SGLang's thread
             if self._options.helpers:  # in what a prefill engine reads itself they take part
                 self.open_relays()
-            runtime.start(settings(), self.storage_config, mem_pool_host)
+            runtime.start(settings(), self.storage_config, mem_pool_host).loader = self.loader
 
 
 def _both(some: Facts, others: Facts) -> Facts:

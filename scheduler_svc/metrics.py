@@ -16,10 +16,13 @@ from scheduler_svc.events import (
     RankFaults,
     ReadEnded,
 )
+from scheduler_svc.telemetry import build
 from scheduler_svc.telemetry.tally import CounterTally, HistogramTally
+from scheduler_svc.wire.protocol import ErrorCode, Path, Role
 
 PLAN_BUCKETS_S = (0.0005, 0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0, 2.0)
 TIME_BUCKETS_S = (0.005, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0, 2.0, 5.0, 10.0, 30.0)
+ROLES = [(role.value,) for role in Role]
 
 
 class Metrics:
@@ -27,6 +30,7 @@ class Metrics:
 
     def __init__(self) -> None:
         self.registry = registry = CollectorRegistry()
+        build.tell(registry, "scheduler")
         self.errors = Counter(
             "dualpath_scheduler_errors",
             "Messages answered with an error, by code.",
@@ -59,6 +63,12 @@ class Metrics:
             "Rooms that never ended, given up for their age or for want of room.",
             registry=registry,
         )
+        self.engines = Gauge(
+            "dualpath_scheduler_engines",
+            "Engines that heartbeat, by role and mode.",
+            ["role", "mode"],
+            registry=registry,
+        )
         self.relays = Gauge(
             "dualpath_scheduler_relays",
             "Relays that heartbeat, by state: serving, draining.",
@@ -87,6 +97,7 @@ class Metrics:
             "dualpath_session_placements",
             "Requests placed on an engine that holds pages of their session.",
             ["role"],
+            ROLES,
         )
         self._placement_wait_seconds = HistogramTally(
             registry,
@@ -94,8 +105,11 @@ class Metrics:
             "Until the chosen engine is expected to get to a request.",
             TIME_BUCKETS_S,
             ["role"],
+            ROLES,
         )
-        self._plans = CounterTally(registry, "dualpath_plans", "Rooms planned, by path.", ["path"])
+        self._plans = CounterTally(
+            registry, "dualpath_plans", "Rooms planned, by path.", ["path"], [(path.value,) for path in Path]
+        )
         self._plan_seconds = HistogramTally(
             registry, "dualpath_plan_seconds", "From a room's first report to its plan.", PLAN_BUCKETS_S
         )
@@ -119,6 +133,7 @@ class Metrics:
             "Planned storage reads, from hand-over to end, queue included.",
             TIME_BUCKETS_S,
             ["role"],
+            ROLES,
         )
         self._read_error_seconds = HistogramTally(
             registry,
@@ -126,9 +141,12 @@ class Metrics:
             "How far planned storage reads ended from when the plan expected, early or late.",
             TIME_BUCKETS_S,
             ["role", "direction"],
+            [(role.value, direction) for role in Role for direction in ("early", "late")],
         )
-        # Zero from the start, so that an alert on its rise sees the first one.
-        self._duplicate_store_pages.add(0)
+        for code in ErrorCode:
+            self.errors.labels(code.value)
+        for reason in ("auth", "protocol", "no_detail", "accept", "endless"):
+            self.refused_connections.labels(reason)
 
         self._handlers: dict[type[Event], Callable[[Any], None]] = {
             PlaceDecided: self._place,

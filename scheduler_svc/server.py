@@ -18,6 +18,7 @@ from collections import OrderedDict, deque
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import Future
 from contextlib import suppress
+from itertools import product
 from pathlib import Path
 from typing import NamedTuple, cast
 
@@ -42,6 +43,7 @@ from scheduler_svc.wire.protocol import (
     Heartbeat,
     Helpers,
     Malformed,
+    Mode,
     Place,
     Placement,
     Plan,
@@ -49,6 +51,7 @@ from scheduler_svc.wire.protocol import (
     RelayHeartbeat,
     Report,
     Request,
+    Role,
     decode_request,
     encode,
     printable,
@@ -57,6 +60,9 @@ from scheduler_svc.wire.reach import is_loopback
 
 TICK_S = 0.1
 """Longest wait before expiry and the stop flag are looked at again."""
+
+COUNT_S = 1.0
+"""Thousands of engines are counted no more often than they heartbeat."""
 
 BURST_S = 0.001
 """How long messages are handled before what they led to is sent.  Each send wakes ZeroMQ's I/O thread
@@ -180,6 +186,7 @@ class Server:
         self._wake = os.eventfd(0, os.EFD_NONBLOCK)
         """Written when another thread has put something into `_places`."""
         self._looked_s = -TICK_S
+        self._counted_s = -COUNT_S
         self._rooms_forgotten = 0
         """As the metric says."""
         self._stopping = threading.Event()
@@ -268,6 +275,7 @@ class Server:
             self._asking.popleft().set()
         self._guarded(self._expire, "expiry")
         self._guarded(self._count_rooms, "metrics")
+        self._guarded(self._count_engines, "metrics")
         self._guarded(self._count_relays, "metrics")
         self._guarded(self._log.tick, "logging")
         self._guarded(self._faults.tick, "logging")
@@ -276,6 +284,15 @@ class Server:
         pushes = self._cluster.helpers_due(self._now_s())
         self._metrics.helpers_told.inc(len(pushes))
         self._push(pushes)
+
+    def _count_engines(self) -> None:
+        now_s = time.monotonic()
+        if now_s - self._counted_s < COUNT_S:
+            return
+        self._counted_s = now_s
+        counted = self._cluster.engines.by_kind()
+        for role, mode in product(Role, Mode):
+            self._metrics.engines.labels(role.value, mode.value).set(counted[role, mode])
 
     def _count_relays(self) -> None:
         told, relays = self._cluster.helping.told, self._cluster.relays

@@ -19,8 +19,12 @@ if TYPE_CHECKING:
 class Loads:
     """Safe from any thread."""
 
-    def __init__(self, store_lane: StoreLane, page_bytes: int) -> None:
+    def __init__(
+        self, store_lane: StoreLane, page_bytes: int, on_unplanned: Callable[[PageLoad], None] | None = None
+    ) -> None:
+        """`on_unplanned`: a load without a plan of its own has ended; called on the store lane's thread."""
         self._store_lane = store_lane
+        self._on_unplanned = on_unplanned
         self._page_bytes = page_bytes
         self.open = OpenLoads()
         self.unplanned_read_bytes = 0
@@ -53,3 +57,5 @@ class Loads:
 
     def _count_unplanned(self, load: PageLoad) -> None:
         self.unplanned_read_bytes += sum(work.bytes for work in load.lane_work)
+        if self._on_unplanned is not None:
+            self._on_unplanned(load)

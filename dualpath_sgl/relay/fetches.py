@@ -33,6 +33,10 @@ class Begun:
     def name(self) -> LeaseName:
         return self.asked.client, self.asked.fetch.lease
 
+    @property
+    def got_bytes(self) -> int:
+        return sum(count for count in self.got if count > 0)
+
 
 class Fetches:
     """For one thread."""

@@ -20,7 +20,7 @@ class _Lease(Generic[T]):
 
 
 class Leases(Generic[T]):
-    """Of extents of the ring, or places in a host pool.  All have the same length, so they end in the order in which they began.  For one thread."""
+    """Of fetches that are ready, or places in a host pool.  All have the same length, so they end in the order in which they began.  For one thread."""
 
     def __init__(self, lease_s: float) -> None:
         self._lease_s = lease_s

@@ -5,9 +5,16 @@ from __future__ import annotations
 from prometheus_client import CollectorRegistry, Counter, Gauge, start_http_server
 
 from dualpath_sgl.relay.readers import Read
+from dualpath_sgl.relay.wire import Reason
+from scheduler_svc.telemetry import build
 from scheduler_svc.telemetry.tally import CounterTally, HistogramTally
 
 READ_BUCKETS_S = (0.001, 0.003, 0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0)
+READY = "ready"
+"""Outcome of a fetch that was not refused."""
+RELEASED, LATE, EXPIRED = "released", "late", "expired"
+"""Ends of a lease: only what was released in time counts for the client."""
+LEASE_ENDS = [(RELEASED,), (LATE,), (EXPIRED,)]
 
 
 class Metrics:
@@ -15,14 +22,23 @@ class Metrics:
 
     def __init__(self) -> None:
         self.registry = registry = CollectorRegistry()
+        build.tell(registry, "relay")
         self.fetches = CounterTally(
             registry,
             "dualpath_relay_fetches",
             "Fetches, by outcome: ready, or why they were refused.",
             ["outcome"],
+            [(READY,), *((reason.value,) for reason in Reason)],
         )
         self.leases = CounterTally(
-            registry, "dualpath_relay_leases", "Leases that are over: released, or expired.", ["end"]
+            registry, "dualpath_relay_leases", "Leases that are over, by end.", ["end"], LEASE_ENDS
+        )
+        self.served_bytes = CounterTally(
+            registry,
+            "dualpath_relay_served_bytes",
+            "Bytes of leases that are over, by end.",
+            ["end"],
+            LEASE_ENDS,
         )
         self.read_bytes = CounterTally(registry, "dualpath_relay_read_bytes", "Bytes read from the store.")
         self.kept_bytes = CounterTally(
@@ -35,6 +51,7 @@ class Metrics:
             "dualpath_relay_objects",
             "Objects asked of the store: whole, missing (the store's error), or of another size than asked.",
             ["result"],
+            [("whole",), ("missing",), ("other_size",)],
         )
         self.read_seconds = HistogramTally(
             registry, "dualpath_relay_read_seconds", "Of one read from the store.", READ_BUCKETS_S

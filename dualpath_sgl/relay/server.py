@@ -24,9 +24,9 @@ from dualpath_sgl.relay import wire
 from dualpath_sgl.relay.fair_queue import Asked, FairQueue
 from dualpath_sgl.relay.fetches import Begun, Fetches
 from dualpath_sgl.relay.leases import LeaseName, Leases
-from dualpath_sgl.relay.metrics import Metrics
+from dualpath_sgl.relay.metrics import EXPIRED, LATE, READY, RELEASED, Metrics
 from dualpath_sgl.relay.readers import Read, Readers
-from dualpath_sgl.relay.ring import Extent, Ring
+from dualpath_sgl.relay.ring import Ring
 from dualpath_sgl.relay.settings import Settings
 from dualpath_sgl.relay.store import Store
 from dualpath_sgl.relay.wire import (
@@ -97,7 +97,7 @@ class Server:
         self._tracer = tracer
         self._most_fetches = settings.readers + BESIDE_READERS + NOT_RELEASED
         self._queue = FairQueue(settings.patience_s)
-        self._leases: Leases[Extent] = Leases(settings.lease_s)
+        self._leases: Leases[Begun] = Leases(settings.lease_s)
         self._clients: OrderedDict[bytes, _Client] = OrderedDict()
         self._alive_s = 0.0
         self._leaving = threading.Event()
@@ -173,7 +173,7 @@ class Server:
         now_s = time.monotonic()
         self._guarded(self._door.tick, "looking at connections")
         for name in self._leases.expired(now_s):
-            self._end_lease(name, now_s, "expired")
+            self._end_lease(name, now_s, EXPIRED)
             self._log.log(logging.WARNING, "lease %d ended before it was released", name[1])
         for read in self._readers.give_up_overdue(now_s):
             self._give_up(read)
@@ -288,7 +288,7 @@ class Server:
             self._refuse(identity, lease, Reason.REVOKED)
 
     def _release(self, identity: bytes, lease: int) -> None:
-        valid = self._end_lease((identity, lease), time.monotonic(), "released")
+        valid = self._end_lease((identity, lease), time.monotonic(), RELEASED)
         self._send(identity, Released(lease, valid))
         # A client may give up what is not ready, too.
         if self._queue.remove(identity, lease) is not None:
@@ -332,8 +332,8 @@ class Server:
             self._over(*begun.name)
             return
         # Before the client can know of it: the lease runs from here on.
-        self._leases.begin(begun.name, begun.extents, time.monotonic())
-        self._metrics.fetches.add(1, "ready")
+        self._leases.begin(begun.name, [begun], time.monotonic())
+        self._metrics.fetches.add(1, READY)
         self._trace(begun)
         identity, lease = begun.name
         self._send(
@@ -350,10 +350,12 @@ class Server:
         """Whether it was held until now."""
         if name not in self._leases:
             return False
-        valid, extents = self._leases.end(name, now_s)
-        self._fetches.unpin(extents)
+        valid, (begun,) = self._leases.end(name, now_s)
+        self._fetches.unpin(begun.extents)
         self._over(*name)
-        self._metrics.leases.add(1, how)
+        end = LATE if how == RELEASED and not valid else how
+        self._metrics.leases.add(1, end)
+        self._metrics.served_bytes.add(begun.got_bytes, end)
         return valid
 
     def _refuse(self, identity: bytes, lease: int, reason: Reason) -> None:
@@ -373,7 +375,8 @@ class Server:
             self._queue.remove(identity, lease)
         self._fetches.abandon(identity)
         for name in self._leases.of(identity):
-            self._fetches.unpin(self._leases.end(name, 0.0)[1])
+            for begun in self._leases.end(name, 0.0)[1]:
+                self._fetches.unpin(begun.extents)
         self._clients.pop(identity, None)
 
     def _trace(self, begun: Begun) -> None:
@@ -388,7 +391,7 @@ class Server:
             start_time=now_ns - int(waited_s * 1e9),
             attributes={
                 "dualpath.objects": len(fetch.keys),
-                "dualpath.bytes": sum(count for count in begun.got if count > 0),
+                "dualpath.bytes": begun.got_bytes,
                 "dualpath.left_bytes": fetch.left_bytes,
             },
         )

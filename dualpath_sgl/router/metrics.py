@@ -15,6 +15,7 @@ from aiohttp import web
 from prometheus_client import CONTENT_TYPE_LATEST, CollectorRegistry, Gauge, generate_latest
 
 from dualpath_sgl.router.reply import Reply
+from scheduler_svc.telemetry import build
 from scheduler_svc.telemetry.tally import CounterTally, HistogramTally
 from scheduler_svc.wire.protocol import Role
 
@@ -31,6 +32,8 @@ DISCONNECTED = "disconnected"
 """The client left before it had everything."""
 INTERNAL = "internal"
 """A fault of the router."""
+STREAMS = [("false",), ("true",)]
+ROLES = [(role.value,) for role in Role]
 
 
 class RouterMetrics:
@@ -38,6 +41,7 @@ class RouterMetrics:
 
     def __init__(self) -> None:
         self._registry = registry = CollectorRegistry()
+        build.tell(registry, "router")
         self._in_flight = Gauge(
             "dualpath_router_requests_in_flight", "Requests being answered.", registry=registry
         )
@@ -46,6 +50,7 @@ class RouterMetrics:
             "dualpath_router_requests",
             "Requests ended, by the status class the client got and what went wrong.",
             ["status", "error"],
+            [("2xx", NO_ERROR), ("4xx", NO_ERROR), ("5xx", INTERNAL), (NO_STATUS, DISCONNECTED)],
         )
         self._request_seconds = HistogramTally(
             registry,
@@ -53,6 +58,7 @@ class RouterMetrics:
             "From a request's arrival to the end of its answer.",
             REQUEST_BUCKETS_S,
             ["stream"],
+            STREAMS,
         )
         self._first_byte_seconds = HistogramTally(
             registry,
@@ -60,24 +66,28 @@ class RouterMetrics:
             "From a request's arrival to the first byte of a good answer.",
             REQUEST_BUCKETS_S,
             ["stream"],
+            STREAMS,
         )
         self._placements = CounterTally(
             registry,
             "dualpath_router_placements",
             "Requests given a pair of engines, by who chose it; retries not included.",
             ["placed_by"],
+            [("scheduler",), ("router",)],
         )
         self._not_admitted = CounterTally(
             registry,
             "dualpath_router_engines_not_admitted",
             "Placements that named an engine which the router's options do not admit, by its role.",
             ["role"],
+            ROLES,
         )
         self._retries = CounterTally(
             registry,
             "dualpath_router_retries",
             "Attempts on another pair, by the role of the engine that refused.",
             ["refused_by"],
+            ROLES,
         )
         self._scheduler_seconds = HistogramTally(
             registry,

@@ -463,6 +463,10 @@ class EngineTable:
             state for state in self._live.values() if state.mode is Mode.RELAY and state.role is Role.PREFILL
         ]
 
+    def by_kind(self) -> Counter[tuple[Role, Mode]]:
+        """How many there are."""
+        return Counter((state.role, state.mode) for state in self._live.values())
+
     def status(self, now_s: float, after: int = 0) -> tuple[EngineStatus, ...]:
         """A page of live engines: of each its lowest rank with the load over all ranks."""
         return tuple(self._engine_status(state, now_s) for state in self._page(after))

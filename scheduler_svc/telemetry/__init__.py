@@ -2,6 +2,7 @@
 
 tracing.py    OpenTelemetry: exporters, trace context
 tally.py      counters and histograms for Prometheus
+build.py      which release runs, as a metric
 faults.py     exceptions: named, counted, and over
 log_limit.py  a log that a flood of messages cannot fill
 """

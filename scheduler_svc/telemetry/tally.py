@@ -9,7 +9,7 @@ observation under way.
 from __future__ import annotations
 
 from bisect import bisect_left
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 
 from prometheus_client import CollectorRegistry
 from prometheus_client.core import CounterMetricFamily, HistogramMetricFamily
@@ -23,9 +23,17 @@ OTHER = "other"
 class CounterTally:
     """A Prometheus counter; `add` must be called from one thread only."""
 
-    def __init__(self, registry: CollectorRegistry, name: str, text: str, labels: Sequence[str] = ()) -> None:
+    def __init__(
+        self,
+        registry: CollectorRegistry,
+        name: str,
+        text: str,
+        labels: Sequence[str] = (),
+        known: Iterable[tuple[str, ...]] = (),
+    ) -> None:
+        """`known` labels exist from the start, so that a rise from 0 is seen.  Without labels the series does."""
         self._name, self._text, self._labels = name, text, tuple(labels)
-        self._values: dict[tuple[str, ...], float] = {}
+        self._values: dict[tuple[str, ...], float] = dict.fromkeys(known if labels else [()], 0)
         registry.register(self)
 
     def add(self, amount: float, *labels: str) -> None:
@@ -53,23 +61,29 @@ class HistogramTally:
         text: str,
         buckets: Sequence[float],
         labels: Sequence[str] = (),
+        known: Iterable[tuple[str, ...]] = (),
     ) -> None:
         """`buckets` are upper bounds, ascending, not negative (a histogram with negative bounds is
-        exposed without sum and count) and without infinity.
+        exposed without sum and count) and without infinity.  `known` as in `CounterTally`.
         """
         self._name, self._text, self._labels = name, text, tuple(labels)
         self._bounds = tuple(buckets)
         self._rows: dict[tuple[str, ...], list[float]] = {}
         """Count per bucket, not cumulative, then of what is above every bound; last the sum."""
+        for values in known if labels else [()]:
+            self._rows[values] = self._new_row()
         registry.register(self)
 
     def observe(self, value: float, *labels: str) -> None:
         try:
             row = self._rows[labels]
         except KeyError:
-            row = self._rows[labels] = [0] * (len(self._bounds) + 1) + [0.0]
+            row = self._rows[labels] = self._new_row()
         row[bisect_left(self._bounds, value)] += 1
         row[-1] += value
+
+    def _new_row(self) -> list[float]:
+        return [0] * (len(self._bounds) + 1) + [0.0]
 
     def collect(self) -> Iterator[HistogramMetricFamily]:
         family = HistogramMetricFamily(self._name, self._text, labels=self._labels)

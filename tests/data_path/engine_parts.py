@@ -9,6 +9,7 @@ from types import SimpleNamespace
 
 from data_path_world import host_pool
 from opentelemetry.trace import NoOpTracer
+from prometheus_client import CollectorRegistry
 
 from dualpath_sgl.control.workload import RankWorkload
 from dualpath_sgl.decode import DecodeSide
@@ -16,12 +17,13 @@ from dualpath_sgl.lanes.loads import Loads
 from dualpath_sgl.lanes.page_server import PageServer
 from dualpath_sgl.lanes.peer_lanes import PeerLanes
 from dualpath_sgl.lanes.store_lane import StoreLane
+from dualpath_sgl.metrics.rank import RankMetrics
 from dualpath_sgl.pools.integrity import PoolCheck
 from dualpath_sgl.pools.layout import page_bytes
 from dualpath_sgl.prefill import PrefillSide
 from dualpath_sgl.restore import RestoreGuard
 from dualpath_sgl.room_reports import RoomReports
-from scheduler_svc.wire.protocol import Done, Report, Role
+from scheduler_svc.wire.protocol import Done, RankInfo, Report, Role
 
 LONG_S = 60.0
 
@@ -53,6 +55,14 @@ class EngineParts:
         self.pool = host_pool(4, page_tokens)
         self.store_lane = StoreLane()
         self.page_bytes = page_bytes(self.pool)
+        self.registry = CollectorRegistry()
+        self.metrics = RankMetrics(
+            RankInfo(
+                engine_id=f"{role.value}-0", role=role, url="http://127.0.0.1:1", fingerprint=fingerprint,
+                page_size=page_tokens, page_bytes=self.page_bytes,
+            ),
+            self.registry,
+        )  # fmt: skip
         self.loads = Loads(self.store_lane, self.page_bytes)
         reports = RoomReports(
             engine_id=f"{role.value}-0",
@@ -61,6 +71,7 @@ class EngineParts:
             control=self.channel,
             plan_timeout_s=plan_timeout_s,
             tracer=NoOpTracer(),
+            on_over=self.metrics.room_over,
         )
         self.server: PageServer | None = None
         if role is Role.PREFILL:

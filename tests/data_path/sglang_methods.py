@@ -43,11 +43,12 @@ NOT_HOOKED = {
 def watched() -> dict[str, str]:
     """Every method, without `sglang.srt.` -> what of ours depends on it."""
     from dualpath_sgl import hooks, intake, relay_hooks
+    from dualpath_sgl.metrics import hooks as of_metrics
     from dualpath_sgl.relay.client.prefetch import hooks as of_relays
     from dualpath_sgl.spans import stages
 
     found: dict[str, list[str]] = {}
-    ours = hooks.HOOKS + intake.HOOKS + stages.HOOKS + relay_hooks.HOOKS
+    ours = hooks.HOOKS + intake.HOOKS + stages.HOOKS + relay_hooks.HOOKS + of_metrics.HOOKS
     for target, hook, _ in ours + of_relays.HOOKS + of_relays.TRACED:
         module = hook.__module__.removeprefix("dualpath_sgl.")
         found.setdefault(target.removeprefix(ROOT), []).append(f"{module}.{hook.__name__}")

@@ -5,18 +5,27 @@ from __future__ import annotations
 import re
 
 from doc_pages import PAGES, PROJECT
-from prometheus_client import generate_latest
+from prometheus_client import CollectorRegistry, generate_latest
 
+from dualpath_sgl.metrics.rank import RankMetrics
 from dualpath_sgl.relay.metrics import Metrics as RelayMetrics
 from dualpath_sgl.router.metrics import RouterMetrics
 from scheduler_svc.metrics import Metrics
+from scheduler_svc.wire.protocol import RankInfo, Role
 
-METRIC = re.compile(r"\bdualpath_(?!sgl\b|cpu\b)\w+")
+METRIC = re.compile(r"\bdualpath_(?!sgl\b|cpu\b)\w+(?![\w*])")
 
 
 def exported() -> set[str]:
-    """By scheduler and router."""
-    return families(generate_latest(Metrics().registry) + generate_latest(RouterMetrics()._registry))
+    """By scheduler, router and engines."""
+    engine = CollectorRegistry()
+    RankMetrics(
+        RankInfo(
+            engine_id="e", role=Role.PREFILL, url="http://h:1", fingerprint="f", page_size=1, page_bytes=1
+        ),
+        engine,
+    )
+    return families(b"".join(map(generate_latest, (Metrics().registry, RouterMetrics()._registry, engine))))
 
 
 def exported_by_relays() -> set[str]:

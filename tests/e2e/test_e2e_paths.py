@@ -7,6 +7,7 @@ import secrets
 import time
 
 import pytest
+from scrapes import samples, total, wait_for
 
 from dualpath_sgl.evals.agents.sessions import (
     SETTLE_TIMEOUT_S,
@@ -19,7 +20,7 @@ from dualpath_sgl.evals.agents.sessions import (
     settled_status,
 )
 from dualpath_sgl.launch.supervision.cluster import Cluster
-from scheduler_svc.wire.protocol import Path
+from scheduler_svc.wire.protocol import Path, Role
 
 
 def played_from_store(cluster: Cluster, sessions: list[Session], reference: dict) -> None:
@@ -77,6 +78,38 @@ def test_pages_the_decode_engine_still_holds_are_forwarded_without_a_storage_rea
     assert after.forwarded_bytes > before.forwarded_bytes
     assert after.decode_store_bytes == before.decode_store_bytes
     assert after.prefill_store_bytes == before.prefill_store_bytes
+
+
+def test_needed_pages_are_those_held_forwarded_read_or_recomputed(cluster, config, sessions):
+    cluster.set_policy("round_robin")
+    port = [next(engine.url for engine in cluster.engines if engine.role == Role.PREFILL) + "/metrics"]
+
+    def counted() -> dict[str, float]:
+        """Pages by source, of all prompts, needed ones; bytes."""
+        pages = {one.labels["source"]: one.value for one in samples(port[0], "dualpath_rank_pages_total")}
+        names = ("prompt_pages_total", "needed_pages_total")
+        return pages | {name: total(port, f"dualpath_rank_{name}") for name in names} | {
+            f"{source}_bytes": total(port, "dualpath_rank_kv_bytes_total", source=source) for source in pages
+            if source != "recomputed"
+        }  # fmt: skip
+
+    forget_caches(cluster)  # of idle engines: nothing earlier is counted later
+    before = counted()
+    for turn in range(TURNS):
+        if turn == TURNS - 1:
+            forget_caches(cluster)
+        play_all(cluster.url, sessions, turn)
+    prompts = [len(session.prompt(turn)) for session in sessions for turn in range(TURNS)]
+    pages = sum(tokens // config.page_size for tokens in prompts)
+    wait_for(lambda: counted()["prompt_pages_total"] - before["prompt_pages_total"], pages)
+    grown = {name: value - before[name] for name, value in counted().items()}
+    held = grown["device"] + grown["host"]
+    assert held and grown["peer"] and grown["store"]
+    assert grown["needed_pages_total"] == held + grown["peer"] + grown["store"] + grown["recomputed"]
+    assert grown["recomputed"] == 0
+    page_bytes = settled_status(cluster).engines[0].engine.page_bytes
+    assert all(grown[f"{source}_bytes"] == grown[source] * page_bytes for source in ("peer", "store"))
+    assert total(port, "dualpath_rank_faults_total") == 0
 
 
 def test_idle_engines_report_their_whole_device_memory_as_free(cluster, config, sessions):

@@ -6,6 +6,9 @@ import signal
 import threading
 import time
 import urllib.error
+from functools import partial
+
+from scrapes import total, wait_for
 
 from dualpath_sgl.evals.agents.sessions import TURNS, forget_caches, play_all, reads, wait_until_served
 
@@ -19,6 +22,9 @@ def test_a_scheduler_killed_mid_run_costs_no_request_and_plans_again_after_its_r
     cluster.set_policy("decode")
     play_all(cluster.url, sessions, 0)
     forget_caches(cluster)
+    ports = [f"{engine.url}/metrics" for engine in cluster.engines]
+    left_their_plan = partial(total, ports, "dualpath_rank_requests_total", outcome="fallback")
+    before = left_their_plan()
     asking = threading.Thread(target=play_all, args=(cluster.url, sessions, 0))
     asking.start()
     cluster.kill("scheduler")
@@ -27,8 +33,12 @@ def test_a_scheduler_killed_mid_run_costs_no_request_and_plans_again_after_its_r
         forget_caches(cluster)
         play_all(cluster.url, sessions, turn)
     assert {session.name: session.answers for session in sessions} == reference
+    # Each later turn had stored pages, and no plan: the engines say so, while the scheduler cannot.
+    assert left_their_plan() >= before + len(sessions) * (TURNS - 1)
+    wait_for(partial(total, ports, "dualpath_rank_scheduler_connected"), 0)
 
     cluster.set_policy("decode")
+    wait_for(partial(total, ports, "dualpath_rank_scheduler_connected"), len(ports))
     forget_caches(cluster)
     play_all(cluster.url, sessions, TURNS - 1)
     counted = reads(cluster)

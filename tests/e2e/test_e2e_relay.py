@@ -10,12 +10,10 @@ import os
 import subprocess
 import sys
 import time
-import urllib.request
 
 import pytest
 from conftest import CLUSTERS
-from prometheus_client.parser import text_string_to_metric_families
-from prometheus_client.samples import Sample
+from scrapes import WAIT_S, samples, total, wait_for
 
 from dualpath_sgl.evals.agents.sessions import TURNS, forget_caches, play_all
 from dualpath_sgl.launch.config.cluster import ClusterConfig, Mode, Router, RouterKind, load
@@ -24,8 +22,6 @@ from dualpath_sgl.launch.supervision.cluster import Cluster
 from scheduler_svc.wire.keys import generate
 from scheduler_svc.wire.protocol import Mode as EngineMode
 from scheduler_svc.wire.protocol import Path, Role, Status
-
-WAIT_S = 60.0
 
 
 @pytest.fixture(scope="module")
@@ -57,6 +53,29 @@ def test_the_relay_reads_and_the_tokens_are_those_of_one_server(cluster, session
     assert {session.name: session.answers for session in sessions} == reference
     assert relay_metric(cluster, "dualpath_relay_read_bytes_total") > 0
     assert relay_metric(cluster, "dualpath_relay_refused_connections_total") == 0
+
+
+def test_the_prefill_engine_counts_what_the_relay_brought(cluster, config, sessions):
+    port = [next(engine.url for engine in cluster.engines if engine.role == Role.PREFILL) + "/metrics"]
+
+    def counted(name: str, **labels: str) -> float:
+        return total(port, f"dualpath_rank_{name}", **labels)
+
+    forget_caches(cluster)  # of idle engines: nothing earlier is counted later
+    before = counted("prompt_pages_total")
+    play_all(cluster.url, sessions, 0)
+    pages = sum(len(session.prompt(0)) // config.page_size for session in sessions)
+    wait_for(lambda: counted("prompt_pages_total"), before + pages)
+    assert counted("pages_total") == counted("needed_pages_total") > 0
+    assert counted("pages_total", source="recomputed") == 0
+    wait_for(lambda: counted("kv_bytes_total", path="relay", source="relay")
+             - counted("helper_bytes_total", helper="relay-0", kind="relay"), 0)  # fmt: skip
+    assert (
+        0
+        < counted("helper_bytes_total")
+        <= relay_metric(cluster, "dualpath_relay_served_bytes_total", end="released")
+    )
+    assert counted("helper_lost_total") == 0 and counted("scheduler_connected") == 1
 
 
 def test_a_request_s_trace_says_who_loaded(cluster):
@@ -127,12 +146,6 @@ def test_status_shows_the_relay_and_where_it_is_asked(cluster):
     assert [one["relay"] for one in found["scheduler"]["relays"]] == ["relay-0"]
 
 
-def relay_metric(cluster: Cluster, name: str) -> float:
-    """Sum over the relays and over labels."""
-    return sum(one.value for relay in cluster.relays for one in samples(relay.metrics_url, name))
-
-
-def samples(url: str, name: str) -> list[Sample]:
-    with urllib.request.urlopen(url, timeout=10) as answer:
-        families = text_string_to_metric_families(answer.read().decode())
-        return [sample for family in families for sample in family.samples if sample.name == name]
+def relay_metric(cluster: Cluster, name: str, **labels: str) -> float:
+    """Sum over the relays and over other labels."""
+    return total((relay.metrics_url for relay in cluster.relays), name, **labels)

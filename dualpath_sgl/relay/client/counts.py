@@ -24,6 +24,8 @@ class LaneCounts:
     """Times that it was given up: silent, gone, or its bytes did not come."""
     hung_pulls: int = 0
     """Of those, pulls that had begun and stayed where they were."""
+    wait_s: float = 0.0
+    """From asking for a batch to its being ready."""
     pull_s: float = 0.0
     copy_s: float = 0.0
 

@@ -377,7 +377,9 @@ class RelayLane(threading.Thread):
             self._send(Release(ready.lease))  # nobody wants it any more
             return
         del self._asked[ready.lease]
-        batch.ready, batch.since_s = ready, time.monotonic()
+        now_s = time.monotonic()
+        self._counts.wait_s += now_s - batch.since_s
+        batch.ready, batch.since_s = ready, now_s
         self._ready.append(batch)
 
     def _refused(self, refused: Refused) -> None:

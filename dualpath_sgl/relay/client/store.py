@@ -31,7 +31,7 @@ from dualpath_sgl.relay.client.memory.transports import Transports
 from dualpath_sgl.relay.client.options import options
 from dualpath_sgl.relay.client.relays import Relays, told
 from dualpath_sgl.relay.resident.noting import NotingStore
-from dualpath_sgl.relay.resident.server import ResidentServer
+from dualpath_sgl.relay.resident.server import ResidentServer, Served
 from dualpath_sgl.relay.resident.serving import Serving
 from dualpath_sgl.relay.wire import Hello
 from dualpath_sgl.spans import stages
@@ -146,6 +146,12 @@ class RelayStore(NotingStore):
         lives = self._serving.serve(pool, self._iter_host_pool_buffers(pool))
         if lives is not None:
             self.note_in(self._serving.index, lives)
+
+    @property
+    def served(self) -> Served | None:
+        """What this decode engine has given to those that ask by key; None where nobody does."""
+        server = self._serving.server if self._serving is not None else None
+        return server.served if server is not None else None
 
     def register_mem_host_pool_v2(self, host_pool: Any, host_pool_name: Any) -> None:
         super().register_mem_host_pool_v2(host_pool, host_pool_name)
