@@ -164,6 +164,7 @@ class Runtime:
                 workload=self.workload.now,
                 connected=lambda: self.control.connected,
                 counts=lambda: self.loader.counts if self.loader is not None else None,
+                arrived=lambda: self.loads.open.arrived_bytes,
             ).start()
         weights.current().follow(self._follow_weights)
         logger.info(

@@ -2,6 +2,7 @@
 
 cli.py        `dualpath up`, `status`, `doctor`, `patch`, `topology`
 status.py     what `dualpath status` says
+top/          `dualpath top`: the same, live, with rates
 config/       what one YAML file says
 clusters/     the files that come with this package
 checks/       `dualpath doctor`: what will not work, and the remedy

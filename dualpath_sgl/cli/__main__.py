@@ -13,10 +13,12 @@ import typer
 from dualpath_sgl import __version__, cli
 from dualpath_sgl.cli.lazy import add_programs
 from dualpath_sgl.launch.cli import app
+from dualpath_sgl.launch.top.command import top
 from scheduler_svc.keys_command import keys_app
 
 app.info.help = (cli.__doc__ or "").splitlines()[0]
 app.add_typer(keys_app, name="keys")
+app.command()(top)
 add_programs(app)
 
 

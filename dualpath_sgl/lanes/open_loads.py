@@ -8,6 +8,7 @@ an acknowledgement that came after it would free pages that have a new owner.
 from __future__ import annotations
 
 import threading
+from collections import Counter
 from typing import Protocol
 
 DRAIN_S = 40.0
@@ -26,6 +27,8 @@ class OpenLoads:
     def __init__(self) -> None:
         self._loads: set[Load] = set()
         self._changed = threading.Condition()
+        self.arrived_bytes: Counter[str] = Counter()
+        """By lane, since the rank began."""
 
     def __len__(self) -> int:
         return len(self._loads)
@@ -39,6 +42,11 @@ class OpenLoads:
         with self._changed:
             self._loads.discard(load)
             self._changed.notify_all()
+
+    def arrived(self, lane: str, byte_count: int) -> None:
+        """Through a lane, of any load."""
+        with self._changed:
+            self.arrived_bytes[lane] += byte_count
 
     def drain(self, timeout_s: float = DRAIN_S) -> None:
         """Ask every lane to stop after its current transfer, and wait until all are acknowledged.

@@ -32,8 +32,12 @@ Lane = Literal["store", "peer"]
 class LaneWork:
     """What one lane did for one load, and when; becomes its `LaneRecord`."""
 
-    def __init__(self, lane: Lane, first_page: int) -> None:
+    def __init__(
+        self, lane: Lane, first_page: int, on_moved: Callable[[Lane, int], None] | None = None
+    ) -> None:
+        """`on_moved(lane, bytes)` is called as they arrive, whether they will count or not."""
         self.lane = lane
+        self._on_moved = on_moved
         self.first_page = first_page
         self.end_page = first_page
         self.bytes = 0
@@ -52,6 +56,8 @@ class LaneWork:
         self.end_page += pages
         self.bytes += byte_count
         self.transfers += byte_count > 0
+        if self._on_moved is not None:
+            self._on_moved(self.lane, byte_count)
         self.ended_ns = time.time_ns()
 
     def void(self) -> None:
@@ -168,7 +174,7 @@ class PageLoad:
         """`lane` begins to bring pages from the load's page `first` on, and keeps the books in the result."""
         with self._lock:
             self._open_parts += 1
-            work = LaneWork(lane, self.first_page + first)
+            work = LaneWork(lane, self.first_page + first, self._open_loads.arrived)
             self.lane_work.append(work)
             return work
 

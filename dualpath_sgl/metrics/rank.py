@@ -6,7 +6,7 @@ late as SGLang imports it.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Protocol
 
 from dualpath_sgl.metrics.helpers import HelperMetrics
@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from prometheus_client import CollectorRegistry
 
     from dualpath_sgl.lanes.page_load import LaneWork
+    from dualpath_sgl.relay.client.counts import Counts
 
 TIME_BUCKETS_S = (0.001, 0.003, 0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0, 30.0)
 LANES = ("store", "peer")
@@ -92,6 +93,8 @@ class RankMetrics:
         self._prompt_pages = counter("prompt_pages", "Whole pages of the prompts of requests over.")()
         self._needed_pages = counter("needed_pages", "Of them, pages held or stored.")()
         self._pages = counter("pages", "Of needed pages, by where they came from.", "source")
+        self._link_bytes = counter("link_bytes", "KV that came over a link, as it came.", "link")
+        self._linked: dict[str, int] = {}
         self._queue_seconds = histogram("queue_seconds", "A lane's wait before its first transfer.", "lane")
         self._transfer_seconds = histogram(
             "transfer_seconds", "From a lane's first transfer to the end of its last one.", "lane"
@@ -115,6 +118,8 @@ class RankMetrics:
             for source in (*LOCAL_SOURCES, *LANES, "recomputed"):
                 self._pages(source)
             sources += LOCAL_SOURCES
+        for link in ("store", "relay", "peer"):
+            self._link_bytes(link)
         for path in paths:
             for outcome in outcomes:
                 self._requests(path, outcome)
@@ -170,6 +175,17 @@ class RankMetrics:
             self._kv_bytes(RELAY, source, Outcome.OK.value).inc(byte_count)
 
     # -- what has no moment of its own -------------------------------------------------------------
+
+    def links(self, arrived: Mapping[str, int], counts: Counts | None) -> None:
+        """All so far.  `arrived`: by lane; relays take part in what a store lane reads."""
+        if counts is None:
+            now = dict(arrived)
+        else:
+            peer = arrived.get("peer", 0) + counts.forwarded_bytes
+            now = {"store": counts.own_bytes, "relay": counts.relay_bytes, "peer": peer}
+        for link, byte_count in now.items():
+            self._link_bytes(link).inc(max(0, byte_count - self._linked.get(link, 0)))
+        self._linked = now
 
     def now(self, workload: Workload) -> None:
         for name, gauge in self._gauges.items():

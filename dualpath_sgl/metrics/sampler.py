@@ -6,7 +6,7 @@ It does not hang on the channel to the scheduler: that one's absence is among wh
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING
 
 from dualpath_sgl.metrics.rank import RankMetrics
@@ -29,8 +29,9 @@ class Sampler(threading.Thread):
         connected: Callable[[], bool],
         counts: Callable[[], Counts | None],
         served: Callable[[], Served | None] = lambda: None,
+        arrived: Callable[[], Mapping[str, int]] = dict,
     ) -> None:
-        """All are called on its thread.  `connected`: the scheduler has accepted this rank.  `counts`: those of the
+        """`arrived`: bytes by lane so far, where DualPath's lanes load.  All are called on its thread.  `connected`: the scheduler has accepted this rank.  `counts`: those of the
         relay client, `served`: those of a decode engine that is asked by key; None without one.
         """
         super().__init__(name="dualpath-metrics", daemon=True)
@@ -39,6 +40,7 @@ class Sampler(threading.Thread):
         self._connected = connected
         self._counts = counts
         self._served = served
+        self._arrived = arrived
         self._faults = 0
         self._stopping = threading.Event()
 
@@ -57,6 +59,7 @@ class Sampler(threading.Thread):
         self._metrics.now(self._workload())
         if (counts := self._counts()) is not None:
             self._metrics.helpers.now(counts)
+        self._metrics.links(self._arrived(), counts)
         if (served := self._served()) is not None:
             self._metrics.helpers.served(served)
         now = faults.count()

@@ -20,19 +20,28 @@ class Column(NamedTuple):
 def print_columns(
     console: Console, columns: Sequence[Column], rows: Iterable[Sequence[str | Text]], indent: int = 0
 ) -> None:
-    """One line per row.  The last column takes the space that is left."""
+    for line in column_lines(console.width, columns, rows, indent):
+        print_line(console, line)
+
+
+def column_lines(
+    width: int, columns: Sequence[Column], rows: Iterable[Sequence[str | Text]], indent: int = 0
+) -> list[Text]:
+    """The titles, and one line per row.  The last column takes the space that is left of `width`."""
     cells = [[plain(cell) for cell in row] for row in rows]
     titles = [Text(column.title, style="dim") for column in columns]
     widths = []
     for index, column in enumerate(columns):
         widest = max(cell.cell_len for cell in (titles[index], *(row[index] for row in cells)))
         widths.append(widest if column.most is None else min(widest, column.most))
-    widths[-1] = max(1, console.width - indent - sum(widths[:-1]) - len(widths) + 1)
+    widths[-1] = max(1, width - indent - sum(widths[:-1]) - len(widths) + 1)
+    lines = []
     for row in (titles, *cells):
         fitted = [
-            fit(cell, width, column.right) for cell, width, column in zip(row, widths, columns, strict=True)
+            fit(cell, most, column.right) for cell, most, column in zip(row, widths, columns, strict=True)
         ]
-        print_line(console, Text(" " * indent) + Text(" ").join(fitted))
+        lines.append(Text(" " * indent) + Text(" ").join(fitted))
+    return lines
 
 
 def print_line(console: Console, line: Text) -> None:

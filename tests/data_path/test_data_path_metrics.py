@@ -21,6 +21,7 @@ from sglang.srt.mem_cache.base_prefix_cache import CacheRequestOutcome
 from sglang.srt.utils.common import add_prometheus_middleware
 from test_data_path_work import DecodeEngine, request
 
+from dualpath_sgl.lanes.open_loads import OpenLoads
 from dualpath_sgl.metrics import helpers, hooks, prompts, rank
 from dualpath_sgl.metrics.rank import GAUGES, RankMetrics
 from dualpath_sgl.metrics.sampler import Sampler
@@ -281,6 +282,22 @@ def test_with_decode_side_loads_the_store_lane_counts_what_helpers_brought_once(
     pe.metrics.helpers.now(Counts(own_bytes=5, relays={"a": LaneCounts(bytes=7)}))
     assert pe.value("kv_bytes_total", path="relay", source="store", outcome="ok") is None
     assert pe.value("helper_bytes_total", helper="a", kind="relay") == 7
+
+
+def test_links_tell_what_came_as_it_came():
+    pe = Rank()
+    load = OpenLoads()
+    for lane, count in (("store", 5), ("peer", 3), ("store", 2)):
+        load.arrived(lane, count)
+        pe.metrics.links(load.arrived_bytes, None)
+    assert (pe.value("link_bytes_total", link="store"), pe.value("link_bytes_total", link="peer")) == (7, 3)
+    assert pe.value("link_bytes_total", link="relay") == 0
+
+    helped = Rank()
+    counts = Counts(own_bytes=4, relays={"a": LaneCounts(bytes=7)}, residents={"d": LaneCounts(bytes=1)})
+    helped.metrics.links({"store": 11, "peer": 3}, counts)
+    links = {link: helped.value("link_bytes_total", link=link) for link in ("store", "relay", "peer")}
+    assert links == {"store": 4, "relay": 7, "peer": 4}, "relays took part in what the store lane read"
 
 
 def test_what_a_decode_engine_gave_by_key_is_counted():
