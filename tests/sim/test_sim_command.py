@@ -7,7 +7,7 @@ import json
 import pytest
 from typer.testing import CliRunner
 
-from dualpath_sgl.evals.sim.studies import figures, paper
+from dualpath_sgl.evals.sim.studies import absolute, figures, paper
 from dualpath_sgl.evals.sim.studies.bench import Bench
 from dualpath_sgl.evals.sim.studies.command import sim_app
 from dualpath_sgl.evals.sim.studies.figures import Figure
@@ -58,6 +58,33 @@ def test_bad_input_is_refused_with_the_field_the_value_and_the_remedy(arguments,
     found = run("--agents", "4", *arguments)
     assert found.exit_code == 2
     assert message in found.output
+
+
+def test_the_drawn_turns_are_told_beside_table_2(monkeypatch):
+    found = {row.name: row for row in absolute.drawn(Bench(Silent()))}
+    hits = found["hits of all prompt tokens"]
+    assert 0.98 < hits.simulated < 1 and hits.factor == pytest.approx(hits.simulated / 0.987)
+    # A mean of turns is less than the mean of sessions' means: long sessions have short turns.
+    assert 100 < found["tokens appended in a turn, mean of all turns"].simulated < 429
+
+
+def test_seconds_stand_beside_the_papers_and_nothing_is_simulated_twice(monkeypatch):
+    monkeypatch.setattr("dualpath_sgl.evals.sim.model.workload.TRAJECTORIES", 4)
+    monkeypatch.setattr(absolute, "JCT_S", {3: {"basic": 100.0, "dualpath": 50.0}})
+    begun = []
+    silent = Silent()
+    silent.begin = lambda name, turns: begun.append(name)
+    bench = Bench(silent)
+    rows = absolute.job_completion(bench, (3,))
+    assert [row.factor for row in rows] == [rows[0].simulated / 100, rows[1].simulated / 50]
+    assert absolute.job_completion(bench, (3,)) == rows and len(begun) == 2
+
+
+def test_appends_are_swept_at_constant_turns(monkeypatch):
+    monkeypatch.setattr("dualpath_sgl.evals.sim.model.workload.TRAJECTORIES", 4)
+    rows = absolute.append_sweep(Bench(Silent()), agents=3)
+    assert [row.name[-1] for row in rows] == ["5", "1", "2", "4"]
+    assert all(row.factor is None and 0.5 < row.simulated < 3 for row in rows)
 
 
 class Silent:

@@ -16,7 +16,14 @@ from dualpath_sgl.evals.sim.model.models import DS_27B, DS_660B, QWEN_32B
 from dualpath_sgl.evals.sim.model.prefill import PrefillCosts, PrefillGroup
 from dualpath_sgl.evals.sim.model.setup import MODES, Setup
 from dualpath_sgl.evals.sim.model.storage import StorageLink
-from dualpath_sgl.evals.sim.model.workload import Turn, table2_trajectories, trace_trajectories, workload
+from dualpath_sgl.evals.sim.model.workload import (
+    Lengths,
+    Turn,
+    table2_trajectories,
+    trace_trajectories,
+    with_appends,
+    workload,
+)
 from dualpath_sgl.evals.sim.studies.online import serve
 from scheduler_svc.wire.protocol import RankInfo, Role
 
@@ -181,3 +188,12 @@ def test_more_agents_than_trajectories_draw_them_again():
 def test_a_model_that_leaves_no_memory_is_refused():
     with pytest.raises(EvalError, match=r"ds-660b needs .* on each of 8 prefill engines.*more prefill nodes"):
         Setup(DS_660B, Hardware(), 1, 4, MODES["basic"])
+
+
+def test_appends_scale_and_a_session_ends_before_its_greatest_length():
+    session = (Lengths(1000, 0, 50), Lengths(1150, 1024, 50), Lengths(1300, 1152, 50))
+    assert with_appends([session], 1.0, 10_000) == [session]
+    (doubled,) = with_appends([session], 2.0, 10_000)
+    assert [turn.prompt for turn in doubled] == [1000, 1250, 1500]
+    assert [turn.hit for turn in doubled] == [0, 1024, 1280]
+    assert with_appends([session], 2.0, 1400) == [doubled[:2]]

@@ -102,6 +102,23 @@ def trace_trajectories(path: Path) -> list[Trajectory]:
     ]
 
 
+def with_appends(sessions: Sequence[Trajectory], factor: float, max_len: int) -> list[Trajectory]:
+    """The same turns with so many times the appended tokens; a session ends before `max_len` tokens."""
+    return [tuple(_appending(session, factor, max_len)) for session in sessions]
+
+
+def _appending(session: Trajectory, factor: float, max_len: int) -> Iterator[Lengths]:
+    context = transcript = 0
+    for turn in session:
+        # What the first turn brings is no append.
+        appended = turn.prompt if not context else max(1, round((turn.prompt - transcript) * factor))
+        prompt = context + appended
+        if prompt + turn.output > max_len:
+            return
+        yield Lengths(prompt, max(0, context - 1) // PAGE_TOKENS * PAGE_TOKENS, turn.output)
+        context, transcript = prompt + turn.output, turn.prompt + turn.output
+
+
 def workload(
     trajectories: Sequence[Trajectory], agents: int, model: Model, hardware: Hardware, seed: int
 ) -> Workload:

@@ -10,6 +10,13 @@ TOLERANCE = 0.10
 PAIR_TOLERANCE = 0.03
 PAIR = "equal_snic_"
 """Names of pairs of clusters with equally many storage links begin so; `paper` is 1."""
+BY_CONSTRUCTION = {
+    "snic_max_over_mean_round_robin": "half of the bytes over two links, half over four",
+    "equal_snic_basic_1p1d_1p2d": "Basic uses no decode link",
+    "scale_jct_large_over_unit": "the same unit, with every load known",
+    "online_capacity_mean": "the mean of the two others",
+}
+"""Figures that say little about the model, and why."""
 
 
 class Figure(BaseModel):
