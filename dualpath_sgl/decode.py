@@ -118,6 +118,7 @@ class DecodeSide:
         """
         if req.rid in self._requests:
             return
+        self._reports.arrived(req)
         request = self._requests[req.rid] = _Request(
             room=req.bootstrap_room,
             rid=req.rid,
@@ -155,6 +156,7 @@ class DecodeSide:
         waiting = self._in_state(DecodeState.REPORTED)
         for request, decided in zip(waiting, self._decided(queue, waiting), strict=True):
             if decided:
+                request.decided_ns = time.time_ns()
                 self._step(self._decide, queue, request)
         for request in self._in_state(DecodeState.LOADING):
             self._step(self._follow, queue, request)

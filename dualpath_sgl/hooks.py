@@ -285,10 +285,10 @@ def before_clean_prefetch_resources(_queue: Any, request: Any) -> None:
         side.restores.give_up(request)
 
 
-def after_commit_restore(_result: None, _queue: Any, request: Any) -> None:
+def after_process_restores(_result: None, _queue: Any, requests: Any) -> None:
     side = _decode()
     if side is not None:
-        side.restores.restored(request)
+        side.restores.look(requests)
 
 
 _AROUND, _BEFORE, _AFTER = "around", "before", "after"
@@ -344,8 +344,8 @@ HOOKS: tuple[tuple[str, Callable, str], ...] = (
         _BEFORE,
     ),
     (
-        _MIXIN + "DecodeHiCacheTransferMixin._commit_hicache_local_restore_to_req",
-        after_commit_restore,
+        _MIXIN + "DecodeHiCacheTransferMixin._process_hicache_local_restores",
+        after_process_restores,
         _AFTER,
     ),
 )

@@ -12,6 +12,7 @@ its prefetch I/O thread, `on_plan` and `on_no_plan` on the control channel's, `_
 from __future__ import annotations
 
 import threading
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -208,7 +209,7 @@ class PrefillSide:
                 return
             wanted = request is not None and request.state in (PrefillState.REPORTED, PrefillState.WAITING)
             if request is not None and wanted:
-                request.plan = plan
+                request.plan, request.decided_ns = plan, time.time_ns()
                 if request.state is PrefillState.REPORTED:
                     request.state = request.state.to(PrefillState.PLANNED)
         if request is not None and wanted:
@@ -247,6 +248,7 @@ class PrefillSide:
         """Hand the load's pages to the lanes; continues in `_lanes_done`, on a lane's thread."""
         if request.plan is None:
             request.fallback_reason = self._reports.why_no_plan(request) or "no plan in time"
+            request.decided_ns = time.time_ns()
         try:
             forwarded = self._forward(request, load)
             if forwarded < load.pages:

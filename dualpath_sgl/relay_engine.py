@@ -22,6 +22,7 @@ from dualpath_sgl.metrics import rank as metrics
 from dualpath_sgl.metrics.sampler import Sampler
 from dualpath_sgl.pools.device_memory import free_tokens, page_bytes
 from dualpath_sgl.relay.client.relays import told
+from dualpath_sgl.spans import request_span
 from dualpath_sgl.spans.tracing import traceparent_of
 from dualpath_sgl.start.config import Settings
 from dualpath_sgl.start.dp_rank import dp_place
@@ -57,6 +58,9 @@ NO_LAYOUT = "relay"
 class RelayEngine:
     """One per SGLang scheduler process."""
 
+    _requests: request_span.RequestSpans | None = None
+    """Of a decode engine's leader rank that exports spans."""
+
     def __init__(self, settings: Settings, scheduler: Scheduler) -> None:
         from sglang.srt.runtime_context import get_disagg, get_server_args
 
@@ -87,6 +91,7 @@ class RelayEngine:
         )
         self.prefill = PrefillWork(self._arrived, self.control.left)
         self.decode = DecodeWork(self.control.left)
+        self._otlp_endpoint = settings.otlp_endpoint
         self._free_tokens = 0
         self._queued_tokens = 0
 
@@ -105,6 +110,8 @@ class RelayEngine:
                 counts=self._relay_counts,
                 served=self._served,
             ).start()
+        if self.role is Role.DECODE and self._info.rank == LEADER_RANK:
+            self._requests = request_span.follow(self._otlp_endpoint, self._info.engine_id, "relay")
         logger.info("DualPath: %s rank %d is in mode relay", self._info.role, self._info.rank)
 
     # -- SGLang's scheduler thread ---------------------------------------------------------------
@@ -122,6 +129,8 @@ class RelayEngine:
         """A DE has taken a request."""
         self.decode.admitted(req)
         traceparent = traceparent_of(req.time_stats)
+        if self._requests is not None:
+            self._requests.begin(req, traceparent)
         self._arrived(Arrived(req.bootstrap_room, len(req.origin_input_ids), 0, 0, traceparent))
 
     def look_at_queue(self, queue: Any) -> None:

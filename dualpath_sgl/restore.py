@@ -8,7 +8,7 @@ promise to the load-back (which takes its own) closes the gap.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING
 
 from opentelemetry.trace import Tracer
@@ -48,7 +48,15 @@ class RestoreGuard:
         self._unlock(request.req.rid)
         self._begun_ns.pop(request.req.rid, None)
 
-    def restored(self, request: DecodeRequest) -> None:
+    def look(self, requests: Iterable[DecodeRequest]) -> None:
+        """SGLang has just looked which copies are over; what it calls READY is on the device."""
+        if not self._begun_ns:
+            return
+        for request in requests:
+            if request.req.rid in self._begun_ns and request.hicache_restore_status.name == "READY":
+                self._restored(request)
+
+    def _restored(self, request: DecodeRequest) -> None:
         begun_ns = self._begun_ns.pop(request.req.rid, None)
         if begun_ns is not None:
             record_span(
@@ -58,7 +66,7 @@ class RestoreGuard:
                 begun_ns,
                 time.time_ns(),
                 {
-                    "dualpath.room": request.req.bootstrap_room,
+                    "dualpath.room": str(request.req.bootstrap_room),
                     "dualpath.tokens": request.prefix_match.restore_token_count,
                 },
             )

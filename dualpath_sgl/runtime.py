@@ -27,12 +27,12 @@ from dualpath_sgl.pools.key_tag import TAG
 from dualpath_sgl.prefill import PrefillSide
 from dualpath_sgl.restore import RestoreGuard
 from dualpath_sgl.room_reports import RoomReports
-from dualpath_sgl.spans import stages
+from dualpath_sgl.spans import request_span, stages
 from dualpath_sgl.start.config import Settings
 from dualpath_sgl.start.dp_rank import dp_place, port_of_rank
 from scheduler_svc.telemetry.tracing import init_tracing
 from scheduler_svc.wire.engine_names import engine_name
-from scheduler_svc.wire.protocol import RankInfo, Role
+from scheduler_svc.wire.protocol import Loaded, RankInfo, Role
 
 if TYPE_CHECKING:
     from sglang.srt.mem_cache.hicache_storage import HiCacheStorageConfig
@@ -104,6 +104,9 @@ class Runtime:
         self.loader: Loader | None = None
         """Through which relays take part in what this engine reads itself; of the storage that is attached."""
         self._tracer = init_tracing(engine_id, settings.otlp_endpoint, {"dualpath.rank": config.tp_rank})
+        requests = None
+        if role is Role.DECODE and config.tp_rank == 0:
+            requests = request_span.follow(settings.otlp_endpoint, engine_id)
         reports = RoomReports(
             engine_id=engine_id,
             role=role,
@@ -112,7 +115,9 @@ class Runtime:
             plan_timeout_s=settings.plan_timeout_s,
             tracer=self._tracer,
             on_over=self._metrics.room_over if self._metrics is not None else None,
+            requests=requests,
         )
+        self._on_loaded = requests.loaded if requests is not None else _nobody_asks
 
         # The side of the role.
         self._peer_lanes: PeerLanes | None = None
@@ -157,7 +162,9 @@ class Runtime:
         self.store_lane.start()
         if self.server is not None:
             self.server.start()
-        self.control.serve(self.workload.now, self.side.on_plan, self.side.on_no_plan)
+        self.control.serve(
+            self.workload.now, self.side.on_plan, self.side.on_no_plan, on_loaded=self._on_loaded
+        )
         if self._metrics is not None:
             Sampler(
                 self._metrics,
@@ -196,6 +203,10 @@ class Runtime:
         """
         self.side.reset()
         self.loads.open.drain()
+
+
+def _nobody_asks(_loaded: Loaded) -> None:
+    """Of a rank that exports no request's span."""
 
 
 def _new_lane(

@@ -46,6 +46,14 @@ def up(
     host: Annotated[
         str | None, typer.Option(help="Start the part of this one of the file's hosts, under Slurm or pdsh.")
     ] = None,
+    otlp: Annotated[
+        str | None,
+        typer.Option(
+            metavar="ENDPOINT",
+            help="Send a copy of every span there, say to a Jaeger: HOST:4317, http://HOST:4318, grpcs://… or "
+            "https://…",
+        ),
+    ] = None,
 ) -> None:
     """Start a whole cluster on this machine and keep it until Ctrl-C, or until an engine dies.
 
@@ -58,6 +66,8 @@ def up(
     from dualpath_sgl.launch.topology.network import NetworkError
 
     description = _load(config)
+    if otlp is not None:
+        description = _traced_to(otlp, description)
     try:
         require_ready(description)
     except NotReady as error:
@@ -302,6 +312,16 @@ def _load(path: Path) -> ClusterConfig:
         return load(path)
     except ConfigError as error:
         _fail(str(error))
+
+
+def _traced_to(endpoint: str, description: ClusterConfig) -> ClusterConfig:
+    from dualpath_sgl.launch.config.otlp import checked_otlp
+
+    try:
+        tracing = {"enabled": True, "otlp_endpoint": checked_otlp(endpoint)}
+    except ValueError as error:
+        _fail(f"--otlp {endpoint!r}: {error}")
+    return description.model_copy(update={"tracing": description.tracing.model_copy(update=tracing)})
 
 
 def _fail(message: str) -> NoReturn:

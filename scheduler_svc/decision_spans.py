@@ -6,14 +6,16 @@ import time
 from collections.abc import Mapping
 from typing import Any
 
-from opentelemetry.trace import Tracer
+from opentelemetry.trace import SpanKind, Status, StatusCode, Tracer
 
 from scheduler_svc.events import Event, PlaceDecided, PlanDecided, ReadEnded
+from scheduler_svc.telemetry import span_names
 from scheduler_svc.telemetry.tracing import MAX_ATTRIBUTE, context_from
+from scheduler_svc.wire.protocol import Loaded
 
 
 class DecisionSpans:
-    """Turns the scheduler's decisions into spans `place` and `plan`, and what became of a plan into
+    """Turns the scheduler's decisions into spans `place` and `plan PATH`, and what became of a plan into
     a span `plan.outcome` per rank: a decision's span ends with the decision."""
 
     def __init__(self, tracer: Tracer) -> None:
@@ -29,26 +31,36 @@ class DecisionSpans:
                 self._outcome(event)
 
     def _span(
-        self, name: str, traceparent: str | None, attributes: Mapping[str, Any], lasted_s: float = 0.0
+        self,
+        name: str,
+        traceparent: str | None,
+        attributes: Mapping[str, Any],
+        lasted_s: float = 0.0,
+        fallback: str | None = None,
     ) -> None:
         """A span that ends now, because events carry monotonic times; attributes of None are left out."""
         end_ns = time.time_ns()
-        self._tracer.start_span(
+        span = self._tracer.start_span(
             name,
             context=context_from(traceparent),
+            kind=SpanKind.SERVER,
             start_time=end_ns - int(lasted_s * 1e9),
             attributes={
                 f"dualpath.{key}": min(value, MAX_ATTRIBUTE) if isinstance(value, int) else value
                 for key, value in attributes.items()
                 if value is not None
             },
-        ).end(end_ns)
+        )
+        if fallback is not None:
+            span.set_attributes({"dualpath.fallback.reason": fallback, "error.type": "dualpath.fallback"})
+            span.set_status(Status(StatusCode.ERROR, fallback))
+        span.end(end_ns)
 
     def _plan(self, event: PlanDecided) -> None:
         plan, lanes = event.plan, event.lanes
         attributes = {
-            "room": plan.room,
-            "path": plan.path,
+            "room": str(plan.room),
+            "path": plan.shown_path,
             "split.pages": plan.split_page,
             "hit.pages": plan.hit_pages,
             "prefill.local_pages": plan.prefill_local_pages,
@@ -64,12 +76,14 @@ class DecisionSpans:
             "prefill.expected_end_s": lanes.prefill_end_s,
             "decode.expected_end_s": lanes.decode_end_s,
         }
-        self._span("plan", event.traceparent, attributes, event.decided_s - event.first_report_s)
+        name = f"{span_names.PLAN} {plan.shown_path}"
+        waited_s = event.decided_s - event.first_report_s
+        self._span(name, event.traceparent, attributes, waited_s, event.fallback)
 
     def _place(self, event: PlaceDecided) -> None:
         placement = event.placement
         attributes = {
-            "room": placement.room,
+            "room": str(placement.room),
             "request_id": placement.request_id,
             "prefill.engine": placement.prefill.engine_id,
             "decode.engine": placement.decode.engine_id,
@@ -82,7 +96,7 @@ class DecisionSpans:
 
     def _outcome(self, event: ReadEnded) -> None:
         attributes = {
-            "room": event.room,
+            "room": str(event.room),
             "side": event.role,
             "engine": event.engine_id,
             "expected_s": event.expected_s,
@@ -90,3 +104,17 @@ class DecisionSpans:
             "error_s": event.error_s,
         }
         self._span("plan.outcome", event.traceparent, attributes)
+
+
+def loaded_attributes(loaded: Loaded) -> dict[str, str | int]:
+    """What became of a request's KV, for the span of the whole request."""
+    known: dict[str, str | int | None] = {
+        "dualpath.path": loaded.path,
+        "dualpath.split.pages": loaded.split_page,
+        "dualpath.hit.pages": loaded.hit_pages,
+        "dualpath.prefill.read_bytes": loaded.prefill_read_bytes,
+        "dualpath.decode.read_bytes": loaded.decode_read_bytes,
+        "dualpath.forwarded_bytes": loaded.forwarded_bytes,
+        "dualpath.fallback.reason": "; ".join(loaded.fallbacks) or None,
+    }
+    return {name: value for name, value in known.items() if value is not None}

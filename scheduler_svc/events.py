@@ -37,12 +37,14 @@ class LaneInputs(NamedTuple):
 class PlanDecided(NamedTuple):
     plan: Plan
     traceparent: str | None
-    """The PE's, or else the DE's, as its report said."""
+    """Of the side that reported first, or else of the other."""
     first_report_s: float
     decided_s: float
     reason: str | SplitReason
     """`str` gives the numbers that led to the plan, for people."""
     lanes: LaneInputs
+    fallback: str | None = None
+    """Why the policy was not asked."""
 
 
 class FallbackSeen(NamedTuple):

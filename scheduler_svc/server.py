@@ -42,6 +42,7 @@ from scheduler_svc.wire.protocol import (
     ErrorCode,
     Heartbeat,
     Helpers,
+    Loaded,
     Malformed,
     Mode,
     Place,
@@ -179,6 +180,8 @@ class Server:
         """By socket identity, which is that of one connection."""
         self._owners: dict[Speaker, bytes] = {}
         """Socket identity of each live rank and relay."""
+        self._askers: OrderedDict[int, bytes] = OrderedDict()
+        """Socket identity of the router that wants to hear of a room."""
         self._outbox: list[tuple[bytes, bytes]] = []
         """Receivers and frames of the burst under way."""
         self._events: list[Event] = []
@@ -456,7 +459,7 @@ class Server:
             self._log_refusal(peer, result.reply)
         elif key is not None:
             self._owners[key] = identity
-        self._post(identity, result)
+        self._post(identity, message, result)
         self._events += result.events
 
     def _may_speak(self, key: Speaker, message: Request) -> bool:
@@ -489,12 +492,20 @@ class Server:
 
     # Out
 
-    def _post(self, identity: bytes, result: Result) -> None:
+    def _post(self, identity: bytes, message: Request, result: Result) -> None:
+        if isinstance(message, Place) and message.tell_loaded and isinstance(result.reply, Placement):
+            self._askers[result.reply.room] = identity
+            if len(self._askers) > MAX_PEERS:
+                self._askers.popitem(last=False)
+        if result.loaded is not None and (asker := self._askers.pop(result.loaded.room, None)) is not None:
+            self._outbox.append((asker, encode(result.loaded)))
         if result.reply is not None:
             self._outbox.append((identity, encode(result.reply)))
         self._push(result.pushes)
+        if result.told:
+            self._push(result.told)
 
-    def _push(self, pushes: Iterable[tuple[RankKey, Plan | Helpers]]) -> None:
+    def _push(self, pushes: Iterable[tuple[RankKey, Plan | Loaded | Helpers]]) -> None:
         last, frame = None, b""
         for key, pushed in pushes:
             if pushed is not last:  # every rank gets the same plan

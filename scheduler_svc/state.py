@@ -10,7 +10,7 @@ Every check comes before the first change, so a refused message changes nothing.
 from __future__ import annotations
 
 import random
-from collections import Counter
+from collections import Counter, OrderedDict
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -27,7 +27,7 @@ from scheduler_svc.helping import Helping
 from scheduler_svc.ledger.engines import EngineConflict, EngineState, EngineTable, RankKey
 from scheduler_svc.ledger.intervals import pages
 from scheduler_svc.ledger.relays import RelayConflict, RelayTable
-from scheduler_svc.ledger.rooms import Claim, Moved, Room, RoomTable, Side
+from scheduler_svc.ledger.rooms import MAX_ROOMS, Claim, Moved, Room, RoomTable, Side
 from scheduler_svc.planning import (
     Decision,
     decide,
@@ -52,6 +52,7 @@ from scheduler_svc.wire.protocol import (
     ErrorCode,
     Heartbeat,
     Helpers,
+    Loaded,
     Mode,
     Outcome,
     Path,
@@ -86,6 +87,10 @@ class Result(NamedTuple):
     """To whoever sent the message."""
     pushes: tuple[tuple[RankKey, Plan], ...] = ()
     events: tuple[Event, ...] = ()
+    loaded: Loaded | None = None
+    """To the router that placed the request, if it asked."""
+    told: tuple[tuple[RankKey, Loaded], ...] = ()
+    """The same, to ranks that asked."""
 
 
 NOTHING = Result()
@@ -134,6 +139,8 @@ class Cluster:
         self._expired: list[RankKey] = []
         self._expired_relays: list[str] = []
         self._sender = b""
+        self._asked: OrderedDict[int, bool] = OrderedDict()
+        """Rooms of which a router wants to hear, oldest first."""
         self._handlers: dict[type[Request], Callable[[Any, float], Result]] = {
             Heartbeat: self._heartbeat,
             RelayHeartbeat: self._relay_heartbeat,
@@ -293,6 +300,10 @@ class Cluster:
         )
         for engine, kept_pages in ((prefill, choice.prefill_kept_pages), (decode, choice.decode_kept_pages)):
             engine.place(placement.room, message.prompt_tokens, kept_pages, now_s)
+        if message.tell_loaded:
+            self._asked[placement.room] = True
+            if len(self._asked) > MAX_ROOMS:
+                self._asked.popitem(last=False)
         return Result(placement, events=(event,))
 
     def _unused_room(self) -> int:
@@ -340,6 +351,8 @@ class Cluster:
             return
         self.rooms.grew(room, 1)
         side.reported += (report.rank,)
+        if report.tell_loaded:
+            room.tells += (RankKey(report.engine_id, report.rank),)
         if report.rank == LEADER_RANK:
             side.engine.arrive(report.room, report.prompt_tokens, report.local_pages, now_s)
 
@@ -419,17 +432,20 @@ class Cluster:
         decode.charge(max(0, plan.split_page - plan.decode_local_pages))
         self.rooms.grew(room, len(prefill.charges) + len(decode.charges))
         prefill.expected_end_s, decode.expected_end_s = lanes.prefill_end_s, lanes.decode_end_s
+        first, second = sorted((prefill, decode), key=lambda side: side.reported_s)
+        fallback = obstacle.name if obstacle and obstacle.is_fallback and plan.path is not Path.NONE else None
         event = PlanDecided(
             plan,
-            prefill.traceparent or decode.traceparent,
-            min(prefill.reported_s, decode.reported_s),
+            first.traceparent or second.traceparent,
+            first.reported_s,
             now_s,
             reason,
             lanes,
+            fallback,
         )
         events: tuple[Event, ...] = (event,)
-        if obstacle and obstacle.is_fallback and plan.path is not Path.NONE:
-            events += self._count_fallback(room, obstacle.name)
+        if fallback:
+            events += self._count_fallback(room, fallback)
         pushes = []
         for side in (prefill, decode):
             engine_id = side.engine.engine_id
@@ -492,6 +508,12 @@ class Cluster:
             )
         if done.outcome is Outcome.FALLBACK:
             events += self._count_fallback(room, done.fallback_reason or "unspecified")
-        if not room.is_closed and room.is_done:
-            self.rooms.close(room, now_s)
-        return Result(events=events)
+        if room.is_closed or not room.is_done:
+            return Result(events=events)
+        self.rooms.close(room, now_s)
+        asked = self._asked.pop(room.room, False)
+        if not (asked or room.tells):
+            return Result(events=events)
+        loaded = room.loaded()
+        told = tuple((key, loaded) for key in room.tells)
+        return Result(events=events, loaded=loaded if asked else None, told=told)

@@ -25,6 +25,7 @@ from scheduler_svc.wire.protocol import (
     ErrorCode,
     Heartbeat,
     Helpers,
+    Loaded,
     Malformed,
     Plan,
     RankInfo,
@@ -62,17 +63,20 @@ class ControlChannel(SchedulerLink[Report | Done | RankInfo | None]):
         on_plan: Callable[[Plan], None],
         on_no_plan: Callable[[int], None],
         on_helpers: Callable[[Helpers], None] = lambda helpers: None,
+        on_loaded: Callable[[Loaded], None] = lambda loaded: None,
     ) -> None:
         """Start the thread.  For every heartbeat it asks for the rank's `workload`.
 
         The others are called on it and must not block.  `on_no_plan` gets the room of a report for which no
         plan comes any more; it may be one that is done or unknown by now.  `on_helpers` gets the relays that
-        may help, and no others, until it is called again.
+        may help, and no others, until it is called again.  `on_loaded` gets what became of a room whose report
+        asked for it.
         """
         self._workload = workload
         self._on_plan = on_plan
         self._on_no_plan = on_no_plan
         self._on_helpers = on_helpers
+        self._on_loaded = on_loaded
         self.start()
 
     def send(self, message: Report | Done | RankInfo) -> None:
@@ -122,6 +126,8 @@ class ControlChannel(SchedulerLink[Report | Done | RankInfo | None]):
             case Plan():
                 self._unanswered.pop(message.room, None)
                 self._call(self._on_plan, message, message.room)
+            case Loaded():
+                self._call(self._on_loaded, message, message.room)
             case Helpers():
                 try:
                     self._on_helpers(message)

@@ -11,7 +11,7 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Literal, NamedTuple
 
 import torch
 
@@ -27,18 +27,32 @@ if TYPE_CHECKING:
 
 
 Lane = Literal["store", "peer"]
+MOST_BATCHES = 100
+"""Of a load's calls that a trace shows one by one."""
+
+
+class Batch(NamedTuple):
+    """One call that moved pages, in nanoseconds since 1970."""
+
+    begun_ns: int
+    ended_ns: int
+    bytes: int
 
 
 class LaneWork:
     """What one lane did for one load, and when; becomes its `LaneRecord`."""
 
     def __init__(
-        self, lane: Lane, first_page: int, on_moved: Callable[[Lane, int], None] | None = None
+        self, lane: Lane, first_page: int, asked_end: int, on_moved: Callable[[Lane, int], None] | None = None
     ) -> None:
-        """`on_moved(lane, bytes)` is called as they arrive, whether they will count or not."""
+        """It shall bring prompt pages `[first_page, asked_end)`.
+
+        `on_moved(lane, bytes)` is called as they arrive, whether they will count or not.
+        """
         self.lane = lane
         self._on_moved = on_moved
         self.first_page = first_page
+        self.asked_end = asked_end
         self.end_page = first_page
         self.bytes = 0
         self.transfers = 0
@@ -48,17 +62,28 @@ class LaneWork:
         self.queued_ns = time.time_ns()
         self.begun_ns = 0
         self.ended_ns = 0
+        self.busy_ns = 0
+        """In calls that move pages; the rest of its time it waited for them to be there."""
+        self.batches: list[Batch] = []
+        """The first MOST_BATCHES."""
+        self._call_ns = 0
 
     def begin(self) -> None:
-        self.begun_ns = self.begun_ns or time.time_ns()
+        """A call that moves pages begins."""
+        self._call_ns = time.time_ns()
+        self.begun_ns = self.begun_ns or self._call_ns
 
     def moved(self, pages: int, byte_count: int) -> None:
+        """The call has ended."""
         self.end_page += pages
         self.bytes += byte_count
         self.transfers += byte_count > 0
         if self._on_moved is not None:
             self._on_moved(self.lane, byte_count)
         self.ended_ns = time.time_ns()
+        self.busy_ns += max(0, self.ended_ns - self._call_ns)
+        if len(self.batches) < MOST_BATCHES:
+            self.batches.append(Batch(self._call_ns, self.ended_ns, byte_count))
 
     def void(self) -> None:
         """Nothing of what was moved counts."""
@@ -170,11 +195,12 @@ class PageLoad:
             self._withheld[first:end] = bytes(end - first)
         self._leave()
 
-    def open_part(self, lane: Lane, first: int) -> LaneWork:
-        """`lane` begins to bring pages from the load's page `first` on, and keeps the books in the result."""
+    def open_part(self, lane: Lane, first: int, end: int) -> LaneWork:
+        """`lane` begins to bring the load's pages `[first, end)`, and keeps the books in the result."""
         with self._lock:
             self._open_parts += 1
-            work = LaneWork(lane, self.first_page + first, self._open_loads.arrived)
+            first_page, asked_end = self.first_page + first, self.first_page + end
+            work = LaneWork(lane, first_page, asked_end, self._open_loads.arrived)
             self.lane_work.append(work)
             return work
 

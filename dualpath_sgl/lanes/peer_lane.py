@@ -160,7 +160,8 @@ class PeerLane(threading.Thread):
         with self._door:
             if self._ended:
                 return False
-            self._mailbox.put(_Pull(load, room, end, prompt_hash, load.open_part("peer", 0), safe_end=end))
+            work = load.open_part("peer", 0, end)
+            self._mailbox.put(_Pull(load, room, end, prompt_hash, work, safe_end=end))
             return True
 
     def let_go(self, room: int) -> bool:
@@ -375,9 +376,11 @@ class PeerLane(threading.Thread):
             try:
                 whole = self._forwarder.read(offer.mooncake_address, *blocks, self._timeout_s)
             except StillWriting as writing:
+                pull.work.moved(0, 0)
                 self._keep_back(pull, first, end, writing, lease)
                 return
         if not whole:
+            pull.work.moved(0, 0)
             pull.deadline_s = time.monotonic() + self._timeout_s
             self._release(pull, "forward failed")
             return

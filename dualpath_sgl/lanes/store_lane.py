@@ -77,7 +77,7 @@ class StoreLane(threading.Thread):
         """Read pages `[first, end)` of `load`; the part is open from now on."""
         with self._lock:
             self.queue_bytes += (end - first) * load.page_bytes
-        self._parts.put(_Part(load, first, end, load.open_part("store", first)))
+        self._parts.put(_Part(load, first, end, load.open_part("store", first, end)))
 
     def take_over(self, load: PageLoad, first: int, end: int, reason: str) -> None:
         """Pages `[first, end)` of `load` did not come from its DE, for this reason: read them here."""
@@ -120,7 +120,11 @@ class StoreLane(threading.Thread):
             end = min(first + max(1, self.batch_bytes // load.page_bytes), part.end)
             part.work.begin()
             started_s = time.monotonic()
-            whole = self._read_pages(load, first, end)
+            try:
+                whole = self._read_pages(load, first, end)
+            except Exception:
+                part.work.moved(0, 0)
+                raise
             self._account(whole * load.page_bytes, time.monotonic() - started_s)
             part.work.moved(whole, whole * load.page_bytes)
             load.land(first, first + whole)

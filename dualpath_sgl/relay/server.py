@@ -46,6 +46,7 @@ from dualpath_sgl.relay.wire import (
     Welcome,
 )
 from dualpath_sgl.threads.mailbox import Mailbox
+from scheduler_svc.telemetry import span_names
 from scheduler_svc.telemetry.faults import Faults
 from scheduler_svc.telemetry.log_limit import LimitedLog
 from scheduler_svc.telemetry.tracing import context_from
@@ -386,7 +387,7 @@ class Server:
         waited_s = time.monotonic() - begun.asked.asked_s
         now_ns = time.time_ns()
         span = self._tracer.start_span(
-            "relay.fetch",
+            span_names.STORE_TO_RELAY,
             context=context_from(fetch.traceparent),
             start_time=now_ns - int(waited_s * 1e9),
             attributes={

@@ -56,7 +56,8 @@ class Half:
     ) -> None:
         self.engine.in_flight -= 1
         complete = self._response is not None and self._response.content.at_eof()
-        self._span.set_attribute("dualpath.upstream.complete", complete)
+        if self._span.is_recording():
+            self._span.set_attribute("dualpath.upstream.complete", complete)
         if self._response is not None and not complete:
             self._response.close()
         self._stack.close()
@@ -95,7 +96,7 @@ class Half:
         self._span.set_attribute("http.response.status_code", status)
         if status == 200:
             return
-        content = await self.whole()
+        content = await self._read()
         if status in CLIENT_ERRORS:
             raise EngineAnswered(status, self.headers, content)
         problem = f"answers {status}: {content[:_SHOWN_CHARACTERS].decode(errors='replace')}"
@@ -107,12 +108,25 @@ class Half:
     async def chunk(self) -> bytes:
         """What has come, as soon as something has; empty at the end.  Raises EngineFailed."""
         try:
-            return await self._answer.content.readany()
+            content = await self._answer.content.readany()
         except (aiohttp.ClientError, OSError) as error:
             raise self._failure(words_of(error)) from None
+        if not content:
+            self._answered()
+        return content
 
     async def whole(self) -> bytes:
         """The rest of the answer.  Raises EngineFailed."""
+        content = await self._read()
+        self._answered()
+        return content
+
+    def _answered(self) -> None:
+        """Its span ends here, and not with the other half."""
+        self._span.set_attribute("dualpath.upstream.complete", True)
+        self._span.end()
+
+    async def _read(self) -> bytes:
         try:
             return await self._answer.read()
         except (aiohttp.ClientError, OSError) as error:

@@ -21,6 +21,7 @@ from dualpath_sgl.router.metrics import RouterMetrics
 from dualpath_sgl.router.placement import PlacementClient, SchedulerAway
 from dualpath_sgl.router.request import ClientRequest
 from dualpath_sgl.router.spans import RouterSpans
+from scheduler_svc.decision_spans import loaded_attributes
 from scheduler_svc.telemetry.tracing import traceparent_of
 from scheduler_svc.wire.protocol import PROTOCOL_VERSION, Place, Role
 
@@ -77,6 +78,11 @@ class Pairing:
             self._metrics.placed(pair.placed_by.value)
             return pair
 
+    def outcome(self, pair: Pair) -> dict[str, str | int]:
+        """For the span of the whole request: what became of its KV, as far as the scheduler has told."""
+        loaded = self._scheduler.loaded(pair.room)
+        return {} if loaded is None else loaded_attributes(loaded)
+
     def again(self, before: Pair, refusals: Mapping[Engine, str]) -> Pair:
         """Another pair, without the engines that refused; the others stay.  Raises NoEngine."""
         kept = {role: before.engine(role) for role in Role if before.engine(role) not in refusals}
@@ -91,6 +97,7 @@ class Pairing:
             traceparent=traceparent,
             version=PROTOCOL_VERSION,
             oldest_version=PROTOCOL_VERSION,
+            tell_loaded=self._spans.exports,
         )
         with self._metrics.scheduler_asked():
             placement = await self._scheduler.place(question)
@@ -146,7 +153,7 @@ class Pairing:
 def attributes_of(pair: Pair) -> dict[str, str | int]:
     """For spans."""
     return {
-        "dualpath.room": pair.room,
+        "dualpath.room": str(pair.room),
         "dualpath.prefill.url": pair.prefill.url,
         "dualpath.decode.url": pair.decode.url,
         "dualpath.placed_by": pair.placed_by.value,

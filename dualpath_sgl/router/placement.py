@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+from collections import OrderedDict
 from pathlib import Path
 
 import zmq
@@ -19,6 +20,7 @@ from scheduler_svc.wire.keys import secure_client
 from scheduler_svc.wire.protocol import (
     MAX_MESSAGE_BYTES,
     Error,
+    Loaded,
     Ping,
     Place,
     Placement,
@@ -32,6 +34,8 @@ logger = logging.getLogger(__name__)
 
 PLACE_TIMEOUT_S = 1.0
 """A decision takes a few milliseconds; this is what a hung scheduler costs, once."""
+MOST_LOADED = 10_000
+"""Rooms told of and not asked for."""
 PING_INTERVAL_S = 1.0
 """While the circuit is open."""
 
@@ -64,6 +68,8 @@ class PlacementClient:
             raise
         self._asked: dict[str, asyncio.Future[Placement]] = {}
         """By request id."""
+        self._loaded: OrderedDict[int, Loaded] = OrderedDict()
+        """By room, oldest first; until `loaded` takes it."""
         self._pong = asyncio.Event()
         self._reader = asyncio.create_task(self._read(), name="placement reader")
         self._pinger: asyncio.Task[None] | None = None
@@ -90,6 +96,10 @@ class PlacementClient:
             raise SchedulerAway("scheduler does not answer") from None
         finally:
             del self._asked[place.request_id]
+
+    def loaded(self, room: int) -> Loaded | None:
+        """What became of a room, if the scheduler was asked to tell and has; once."""
+        return self._loaded.pop(room, None)
 
     async def _send(self, message: Wire) -> None:
         try:
@@ -129,6 +139,10 @@ class PlacementClient:
                     self._answer(message.request_id, message)
                 case Error(request_id=str() as request_id):
                     self._answer(request_id, SchedulerAway(f"scheduler: {message.code}"))
+                case Loaded():
+                    self._loaded[message.room] = message
+                    if len(self._loaded) > MOST_LOADED:
+                        self._loaded.popitem(last=False)
                 case Pong():
                     self._pong.set()
                 case _:

@@ -107,7 +107,9 @@ class Route:
                 )
             try:
                 async with Exchange(self._http, self._spans, span, request, pair) as exchange:
-                    return await self._relay(exchange, request, reply, span)
+                    response = await self._relay(exchange, request, reply, span)
+                span.set_attributes(self._pairing.outcome(pair))
+                return response
             except EngineAnswered as answer:
                 return await reply.whole(answer.status, answer.headers, answer.content)
             except EngineRefused as refused:

@@ -37,6 +37,10 @@ class RouterSpans:
         if otlp_endpoint is not None:
             self._tracer = init_tracing(SERVICE_NAME, otlp_endpoint)
 
+    @property
+    def exports(self) -> bool:
+        return self._tracer is not None
+
     def close(self) -> None:
         """Export what is left."""
         shutdown()
@@ -77,7 +81,8 @@ def _ended(span: Span) -> Iterator[Span]:
         failed(span, str(error) or type(error).__name__)
         raise
     finally:
-        span.end()
+        if span.is_recording():
+            span.end()
 
 
 def _fresh() -> Span:

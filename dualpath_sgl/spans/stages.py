@@ -1,18 +1,20 @@
-"""Spans of the stages that SGLang itself runs: load_back, prefill, kv_send and persist.
+"""Spans of what SGLang does with host memory: load_back and persist.
 
-They join `storage.read` and `forward` in the request's trace, so that one waterfall shows where
-a request's time went.  Registered only when traces are exported.
+They join the ways of KV in the request's trace; SGLang's own spans show its prefill and its sending.
+Registered only when traces are exported, with the hooks of joining.py and request_span.py.
 """
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from opentelemetry.trace import Tracer
 
-from dualpath_sgl.spans.tracing import record_span, traceparent_of
+from dualpath_sgl.spans import joining, request_span
+from dualpath_sgl.spans.tracing import is_sampled, record_span, traceparent_of
 from dualpath_sgl.threads import faults
 
 _tracer: Tracer | None = None
@@ -37,52 +39,67 @@ def register() -> None:
         HookRegistry.register(target, hook if kind == "around" else faults.guarded(hook), HookType(kind))
 
 
-def _record(name: str, traceparent: str | None, begun_ns: int, ended_ns: int, **facts: int) -> None:
-    if _tracer is not None and traceparent is not None:
+def _record(name: str, traceparent: str | None, begun_ns: int, ended_ns: int, **facts: int | float) -> None:
+    if _tracer is not None and traceparent is not None and is_sampled(traceparent):
         attributes = {f"dualpath.{key}": value for key, value in facts.items()}
         record_span(_tracer, name, traceparent, begun_ns, ended_ns, attributes)
 
 
-# -- load_back: host pool -> device, until SGLang reaps the copy's acknowledgement -------------------
+# -- load_back: host pool -> device, on a PE (a DE's is `restore`) -----------------------------------
 
-_load_backs: dict[Any, tuple[str | None, int, int]] = {}
+
+@dataclass
+class _LoadBack:
+    traceparent: str | None
+    tokens: int
+    queued_ns: int
+    begun_ns: int = 0
+    submitted_ns: int = 0
+    """When SGLang had handed the copy to the device; a CPU has made it by then."""
+    ack: Any = None
+
+
+_load_backs: dict[Any, _LoadBack] = {}
 
 
 def after_init_load_back(result: tuple[int, Any] | None, tree: Any, params: Any) -> None:
-    if result is not None and result[0] > 0 and params.best_match_node in tree.ongoing_load_back:
-        traceparent = traceparent_of(params.req.time_stats)
-        _load_backs[params.best_match_node] = (traceparent, time.time_ns(), result[0])
+    if result is None or result[0] <= 0 or params.best_match_node not in tree.ongoing_load_back:
+        return
+    stats = params.req.time_stats
+    if stats.disagg_mode.value == "prefill":
+        _load_backs[params.best_match_node] = _LoadBack(traceparent_of(stats), result[0], time.time_ns())
+
+
+def around_start_loading(original: Callable[..., int], controller: Any) -> int:
+    begun_ns = time.time_ns()
+    producer = original(controller)
+    if _load_backs and producer >= 0:
+        _copies_begun(controller.ack_load_queue, begun_ns)
+    return producer
+
+
+@faults.guarded
+def _copies_begun(acks: Sequence[Any], begun_ns: int) -> None:
+    submitted_ns, ack = time.time_ns(), acks[-1]
+    for copied in (_load_backs[node] for node in ack.node_ids if node in _load_backs):
+        copied.begun_ns, copied.submitted_ns, copied.ack = begun_ns, submitted_ns, ack
 
 
 def after_loading_check(_result: None, tree: Any, *_args: Any, **_kwargs: Any) -> None:
+    """SGLang looks between two batches, long after a copy may have ended: the device knows better."""
     for node in [node for node in _load_backs if node not in tree.ongoing_load_back]:
-        traceparent, begun_ns, tokens = _load_backs.pop(node)
-        _record("load_back", traceparent, begun_ns, time.time_ns(), tokens=tokens)
-
-
-# -- prefill and kv_send: from SGLang's own time stamps ------------------------------------------------
-
-
-def _span_of_stage(name: str, begin: str, end: str) -> Callable[..., None]:
-    def after_stage(_result: None, stats: Any, *_args: Any, **_kwargs: Any) -> None:
-        from sglang.srt.observability.req_time_stats import convert_time_to_realtime_ns
-
-        begun_s, ended_s = getattr(stats, begin), getattr(stats, end)
-        if begun_s and ended_s and stats.disagg_mode.value == "prefill":
-            _record(
-                name,
-                traceparent_of(stats),
-                convert_time_to_realtime_ns(begun_s),
-                convert_time_to_realtime_ns(ended_s),
-            )
-
-    return after_stage
-
-
-after_prefill_finished = _span_of_stage("prefill", "last_forward_entry_time", "prefill_finished_time")
-after_kv_sent = _span_of_stage(
-    "kv_send", "prefill_transfer_queue_entry_time", "prefill_kv_transfer_finish_time"
-)
+        copied = _load_backs.pop(node)
+        begun_ns = copied.begun_ns or copied.queued_ns
+        ended_ns = time.time_ns()
+        if copied.ack is not None and copied.ack.timing_enabled:
+            took_ms = copied.ack.start_event.elapsed_time(copied.ack.finish_event)
+            ended_ns = min(ended_ns, begun_ns + int(took_ms * 1e6))
+        elif str(tree.cache_controller.device) == "cpu":
+            ended_ns = copied.submitted_ns or ended_ns
+        waited_s = max(0, begun_ns - copied.queued_ns) / 1e9
+        _record(
+            "load_back", copied.traceparent, begun_ns, ended_ns, tokens=copied.tokens, queue_wait_s=waited_s
+        )
 
 
 # -- persist: host pool -> storage, traced back to the request that made the pages -------------------
@@ -123,13 +140,16 @@ def around_page_backup(original: Callable, controller: Any, operation: Any) -> N
 
 
 _TREE = "sglang.srt.mem_cache.unified_radix_cache.UnifiedRadixCache."
-_STATS = "sglang.srt.observability.req_time_stats.SchedulerReqTimeStats."
 
 HOOKS: tuple[tuple[str, Callable, str], ...] = (
     (_TREE + "init_load_back", after_init_load_back, "after"),
     (_TREE + "loading_check", after_loading_check, "after"),
-    (_STATS + "set_prefill_finished_time", after_prefill_finished, "after"),
-    (_STATS + "set_prefill_kv_transfer_finish_time", after_kv_sent, "after"),
+    ("sglang.srt.managers.cache_controller.HiCacheController.start_loading", around_start_loading, "around"),
+    (
+        "sglang.srt.observability.req_time_stats.SchedulerReqTimeStats.set_completion_time",
+        request_span.after_set_completion_time,
+        "after",
+    ),
     (_TREE + "checkpoint_into_tree", around_checkpoint_into_tree, "around"),
     (_TREE + "_track_write_through_node", after_track_write_through, "after"),
     (_TREE + "write_backup_storage", before_write_backup_storage, "before"),
@@ -138,4 +158,5 @@ HOOKS: tuple[tuple[str, Callable, str], ...] = (
         around_page_backup,
         "around",
     ),
+    *joining.HOOKS,
 )

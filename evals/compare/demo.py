@@ -27,6 +27,7 @@ from dualpath_sgl.launch.config.cluster import ClusterConfig, Mode, bits_per_s, 
 from dualpath_sgl.terminal.columns import Column, print_columns
 from dualpath_sgl.terminal.console import errors, output
 from dualpath_sgl.terminal.units import duration, rate, size
+from scheduler_svc.telemetry.span_names import STORE_TO_DECODE, STORE_TO_PREFILL
 from scheduler_svc.wire.protocol import Role
 
 OUT = Path("results/demo")
@@ -175,7 +176,7 @@ def _closing(split: Trace | None) -> Iterator[Text]:
     for what, where in (
         ("picture", "demo.png"),
         ("report", "report.md (numbers: summary.json)"),
-        ("traces", "traces.json (also for Jaeger: Search, JSON file)"),
+        ("traces", "traces.json (also for Jaeger: Search, Upload)"),
     ):
         yield Text(f"{what:<9}{OUT}/{where}")
     yield Text("\nNext:", style="bold")
@@ -193,12 +194,14 @@ def _traces() -> list[Trace]:
     return read_traces(file) if file.exists() else []
 
 
+_SIDES = {STORE_TO_PREFILL: Role.PREFILL, STORE_TO_DECODE: Role.DECODE}
+
+
 def _store_shares(trace: Trace) -> dict[str, int]:
     """Role -> bytes that its engine read from the store."""
     shares: dict[str, int] = {}
     for span in trace.spans:
-        side = span.own.get("side")
-        if span.operationName == "storage.read" and side in (Role.PREFILL, Role.DECODE):
+        if (side := _SIDES.get(span.operationName)) is not None:
             shares[side] = shares.get(side, 0) + span.own.get("bytes", 0)
     return shares
 

@@ -94,7 +94,7 @@ def markdown(summary: Summary) -> str:
         parts += [
             "",
             f"`traces.json` beside this file holds {summary.traces} traces: open it in Jaeger's UI (Search, "
-            "JSON file) or with `dualpath trace show`.",
+            "Upload) or with `dualpath trace show`.",
         ]
     return "\n".join(parts) + "\n"
 

@@ -17,6 +17,7 @@ from typing import NamedTuple
 from dualpath_sgl.evals.gpu.loads import Cell
 from dualpath_sgl.evals.load.raw_rates import Place, raw_rates
 from dualpath_sgl.evals.spans import jaeger
+from scheduler_svc.telemetry.span_names import DECODE_TO_PREFILL
 
 RAW_REPETITIONS = 7
 PLAIN = "plain memory, one block"
@@ -78,17 +79,17 @@ def beside_mooncake(cell: Cell, host: str, page_bytes: int) -> Goodput:
 
 
 def forwards(spans_path: Path, windows_ns: Iterable[tuple[int, int]]) -> list[Forward]:
-    """The `forward` spans that began in one of the windows (since 1970), in order of their begins."""
+    """The forwards that began in one of the windows (since 1970), in order of their begins."""
     windows = list(windows_ns)
     found = []
     for trace in jaeger.traces(jaeger.read_lines(spans_path)):
         for span in trace["spans"]:
             begun_ns = span["startTime"] * 1000
-            if span["operationName"] == "forward" and any(a <= begun_ns < b for a, b in windows):
+            if span["operationName"] == DECODE_TO_PREFILL and any(a <= begun_ns < b for a, b in windows):
                 tags = {tag["key"]: tag["value"] for tag in span["tags"]}
                 forward = Forward(
                     int(tags["dualpath.bytes"]),
-                    float(tags["dualpath.bandwidth_bytes_per_s"]),
+                    int(tags["dualpath.bytes"]) / (max(span["duration"], 1) / 1e6),
                     int(tags["dualpath.transfers"]),
                     int(tags["dualpath.blocks"]),
                 )

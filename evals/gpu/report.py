@@ -8,12 +8,13 @@ from typing import Any, NamedTuple
 
 from dualpath_sgl.evals.gpu.goodput import PLAIN, RAW_READS, Goodput
 from dualpath_sgl.evals.gpu.loads import DUALPATH, LONE_POLICIES, RESIDENT_POLICY, Cell, LoadPlan, cell_name
+from scheduler_svc.telemetry.span_names import DECODE_TO_PREFILL, STORE_TO_DECODE, STORE_TO_PREFILL
 
 UPSTREAM = "basic"
 STAGES = (
-    ("prefill", "storage.read"),
-    ("decode", "storage.read"),
-    ("prefill", "forward"),
+    ("prefill", STORE_TO_PREFILL),
+    ("decode", STORE_TO_DECODE),
+    ("prefill", DECODE_TO_PREFILL),
     ("prefill", "load_back"),
     ("prefill", "prefill_forward"),
     ("prefill", "prefill_transfer_kv_cache"),

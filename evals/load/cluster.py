@@ -23,6 +23,7 @@ from dualpath_sgl.launch.supervision.cluster import Cluster
 from dualpath_sgl.launch.supervision.direct_http import fetch
 from dualpath_sgl.launch.topology.network import Network
 from dualpath_sgl.launch.topology.plan import STORE, Kind
+from scheduler_svc.telemetry.span_names import DECODE_TO_PREFILL
 from scheduler_svc.wire.protocol import Role, Status
 
 STORED_BYTES = "master_allocated_bytes"
@@ -266,12 +267,16 @@ def _cpu_s(pid: int) -> float:
 
 
 def forward_rates(cluster: Cluster, begun_ns: int, ended_ns: int) -> list[tuple[int, float]]:
-    """(bytes, bytes per second) of the `forward` spans that began in the given time (since 1970)."""
+    """(bytes, bytes per second) of the forwards that began in the given time (since 1970)."""
     found = []
     for trace in jaeger.traces(jaeger.read_lines(cluster.spans_path)):
         for span in trace["spans"]:
-            if span["operationName"] != "forward" or not begun_ns <= span["startTime"] * 1000 < ended_ns:
+            if (
+                span["operationName"] != DECODE_TO_PREFILL
+                or not begun_ns <= span["startTime"] * 1000 < ended_ns
+            ):
                 continue
             tags = {tag["key"]: tag["value"] for tag in span["tags"]}
-            found.append((int(tags["dualpath.bytes"]), float(tags["dualpath.bandwidth_bytes_per_s"])))
+            byte_count = int(tags["dualpath.bytes"])
+            found.append((byte_count, byte_count / (max(span["duration"], 1) / 1e6)))
     return found

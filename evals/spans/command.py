@@ -75,7 +75,7 @@ def show(
     --json prints one object; null is unknown. Of a request:
 
     - trace, request (false: a probe), mode, room (text), session, turn
-    - path: none, prefill, decode, split or relay
+    - path: none, prefill, decode, split, resident or relay
     - prompt_tokens, cached_tokens, output_tokens, ttft_s, duration_s
     - store_read_bytes, forwarded_bytes, relayed_bytes, fallbacks (list),
       spans, services

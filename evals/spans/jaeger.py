@@ -2,7 +2,10 @@
 
 Jaeger's form: `{"data": [{"traceID", "spans": [...], "processes": {...}}]}`, times in
 microseconds since 1970, one process per service and resource.  Open it in Jaeger's UI under
-Search -> JSON file.
+Search -> Upload.
+
+As Jaeger's own server writes it for its pages, integers that JavaScript would round are text, and a span that is
+linked to another one follows from it.
 """
 
 from __future__ import annotations
@@ -20,6 +23,7 @@ logger = logging.getLogger(__name__)
 
 _KINDS = {1: "internal", 2: "server", 3: "client", 4: "producer", 5: "consumer"}
 _STATUS_ERROR = 2
+_EXACT_IN_JAVASCRIPT = 2**53 - 1
 
 
 def convert(spans_files: Iterable[Path], out: Path, skipped: list[str] | None = None) -> int:
@@ -50,8 +54,9 @@ def traces(requests: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
         for resource in request.get("resourceSpans", ()):
             attributes = _tags(resource.get("resource", {}).get("attributes", ()))
             for scope in resource.get("scopeSpans", ()):
+                name = scope.get("scope", {}).get("name")
                 for span in scope.get("spans", ()):
-                    by_trace.setdefault(span["traceId"], _Trace(span["traceId"])).add(span, attributes)
+                    by_trace.setdefault(span["traceId"], _Trace(span["traceId"])).add(span, attributes, name)
     found = [trace.document() for trace in by_trace.values()]
     return sorted(found, key=lambda trace: trace["spans"][0]["startTime"])
 
@@ -65,7 +70,7 @@ class _Trace:
         self._parents: dict[str, str] = {}
         self._processes: dict[str, tuple[str, dict[str, Any]]] = {}
 
-    def add(self, span: dict[str, Any], resource: list[dict[str, Any]]) -> None:
+    def add(self, span: dict[str, Any], resource: list[dict[str, Any]], scope: str | None) -> None:
         start_ns, end_ns = int(span["startTimeUnixNano"]), int(span["endTimeUnixNano"])
         tags = _tags(span.get("attributes", ()))
         if kind := _KINDS.get(span.get("kind", 0)):
@@ -74,15 +79,17 @@ class _Trace:
             tags.append(_tag("error", "bool", True))
             if message := status.get("message"):
                 tags.append(_tag("otel.status_description", "string", message))
-        for link in span.get("links", ()):
-            tags.append(_tag("otel.link", "string", f"{link['traceId']}:{link['spanId']}"))
+        if scope:
+            tags.append(_tag("otel.scope.name", "string", scope))
         if parent := span.get("parentSpanId"):
             self._parents[span["spanId"]] = parent
         self._spans[span["spanId"]] = {
             "traceID": self._id,
             "spanID": span["spanId"],
             "operationName": span.get("name", ""),
-            "references": [],
+            "references": [
+                _reference("FOLLOWS_FROM", link["traceId"], link["spanId"]) for link in span.get("links", ())
+            ],
             "startTime": start_ns // 1000,
             "duration": max(0, end_ns - start_ns) // 1000,
             "tags": tags,
@@ -105,7 +112,7 @@ class _Trace:
         for span_id, parent in self._parents.items():
             span = self._spans[span_id]
             if parent in self._spans:
-                span["references"] = [{"refType": "CHILD_OF", "traceID": self._id, "spanID": parent}]
+                span["references"].insert(0, _reference("CHILD_OF", self._id, parent))
             else:
                 warning = f"parent span {parent} was not received"
                 span["warnings"] = [warning]
@@ -128,6 +135,10 @@ class _Trace:
         return self._processes[key][0]
 
 
+def _reference(kind: str, trace_id: str, span_id: str) -> dict[str, str]:
+    return {"refType": kind, "traceID": trace_id, "spanID": span_id}
+
+
 def _tag(key: str, kind: str, value: Any) -> dict[str, Any]:
     return {"key": key, "type": kind, "value": value}
 
@@ -144,7 +155,8 @@ def _value(value: dict[str, Any]) -> tuple[str, Any]:
         case {"boolValue": flag}:
             return "bool", flag
         case {"intValue": number}:
-            return "int64", int(number)
+            exact = abs(int(number)) <= _EXACT_IN_JAVASCRIPT
+            return "int64", int(number) if exact else str(int(number))
         case {"doubleValue": number}:
             # JSON has no NaN and no infinity.
             return ("float64", number) if math.isfinite(number) else ("string", str(number))

@@ -91,7 +91,12 @@ class _Resource(_Message):
     attributes: list[_Attribute] = []
 
 
+class _Scope(_Message):
+    name: str = ""
+
+
 class _ScopeSpans(_Message):
+    scope: _Scope = _Scope()
     spans: list[Any] = []
     """Judged one by one."""
 

@@ -12,8 +12,9 @@ from rich.console import Console
 from dualpath_sgl.evals.spans.traces import Span, Trace
 from dualpath_sgl.terminal.columns import Column, print_columns
 from dualpath_sgl.terminal.units import duration
+from scheduler_svc.telemetry import span_names
 
-CLIENT_SPAN, ROUTER_SPAN, PLAN_SPAN, LOAD_SPAN = "dualpath.request", "route", "plan", "relay.load"
+CLIENT_SPAN = "dualpath.request"
 SHORTEST_ID = 8
 """Digits of a trace id in the list, at the least."""
 ROOMY_CONSOLE = 100
@@ -30,7 +31,7 @@ class RequestFacts(BaseModel):
     mode: str | None
     """Mode of the evaluation that it belongs to."""
     path: str | None
-    """As planned: none, prefill, decode or split; relay where the prefill engine's client loaded."""
+    """As planned: none, prefill, decode, split, or resident (nobody reads the store); relay where the prefill engine's client loaded."""
     room: str | None
     """In decimal digits; more of them than a number in JSON is sure to keep."""
     session: str | None
@@ -52,18 +53,24 @@ class RequestFacts(BaseModel):
 
     @classmethod
     def of(cls, trace: Trace) -> RequestFacts:
-        named = {span.operationName: span for span in reversed(trace.spans)}
-        client, plan = named.get(CLIENT_SPAN), named.get(PLAN_SPAN)
-        first = client or named.get(ROUTER_SPAN)
-        own = {**(named[ROUTER_SPAN].own if ROUTER_SPAN in named else {}), **(client.own if client else {})}
+        client, router, plan, whole = (
+            _first(trace, name)
+            for name in (CLIENT_SPAN, span_names.ROUTE, span_names.PLAN, span_names.REQUEST)
+        )
+        first = client or router or whole
+        own = {**(router.own if router else {}), **(client.own if client else {})}
         engines = [span.attributes for span in trace.spans if "gen_ai.usage.prompt_tokens" in span.attributes]
-        reads = {"storage.read": 0, "forward": 0}
+        moved = dict.fromkeys((*span_names.STORE_READS, span_names.DECODE_TO_PREFILL), 0)
         for span in trace.spans:
-            if span.operationName in reads:
-                reads[span.operationName] += _number(span.own.get("bytes")) or 0
-        loads = [span.own for span in trace.spans if span.operationName == LOAD_SPAN]
+            if span.operationName in moved:
+                moved[span.operationName] += _number(span.own.get("bytes")) or 0
+        read = sum(moved[name] for name in span_names.STORE_READS)
+        loads = [span.own for span in trace.spans if span.operationName in span_names.RELAY_LOADS]
         fallbacks = [
-            str(span.own["fallback.reason"]) for span in trace.spans if "fallback.reason" in span.own
+            str(span.own["fallback.reason"])
+            for span in trace.spans
+            if "fallback.reason" in span.own
+            and not span_names.is_named(span.operationName, span_names.REQUEST)
         ]
 
         def counted(name: str, usage: str) -> int | None:
@@ -84,8 +91,8 @@ class RequestFacts(BaseModel):
             output_tokens=counted("output.tokens", "completion"),
             ttft_s=own["ttft_s"] if isinstance(own.get("ttft_s"), float) else None,
             duration_s=(first.duration if first else trace.duration) / 1e6,
-            store_read_bytes=reads["storage.read"] + sum(_number(own.get("bytes")) or 0 for own in loads),
-            forwarded_bytes=reads["forward"],
+            store_read_bytes=read + sum(_number(own.get("bytes")) or 0 for own in loads),
+            forwarded_bytes=moved[span_names.DECODE_TO_PREFILL],
             relayed_bytes=sum(_number(own.get("relay.bytes")) or 0 for own in loads),
             fallbacks=list(dict.fromkeys(fallbacks)),
             spans=len(trace.spans),
@@ -156,6 +163,11 @@ def _shared(left: str, right: str) -> int:
     return next(
         (at for at, (one, other) in enumerate(zip(left, right, strict=False)) if one != other), len(left)
     )
+
+
+def _first(trace: Trace, name: str) -> Span | None:
+    """The first span of that name, alone or before a path."""
+    return next((span for span in trace.spans if span_names.is_named(span.operationName, name)), None)
 
 
 def _room(spans: Sequence[Span]) -> str | None:

@@ -41,7 +41,7 @@ def trace_document(trace: Trace) -> TraceDocument:
         tree=[
             SpanDocument(
                 id=span.spanID,
-                parent=next((found.spanID for found in span.references if found.spanID in ids), None),
+                parent=next((parent for parent in span.parents if parent in ids), None),
                 name=span.operationName,
                 service=trace.service(span),
                 start_s=(span.startTime - trace.begin) / 1e6,

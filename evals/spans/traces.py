@@ -27,6 +27,7 @@ class Tag(BaseModel):
 
 class Reference(BaseModel):
     spanID: str
+    refType: str = "CHILD_OF"
 
 
 class Span(BaseModel):
@@ -50,6 +51,10 @@ class Span(BaseModel):
         return {
             tag.key.removeprefix(OWN_PREFIX): tag.value for tag in self.tags if tag.key.startswith(OWN_PREFIX)
         }
+
+    @property
+    def parents(self) -> list[str]:
+        return [found.spanID for found in self.references if found.refType == "CHILD_OF"]
 
     @property
     def end(self) -> int:
@@ -94,7 +99,7 @@ class Trace(BaseModel):
         children: dict[str | None, list[Span]] = {}
         ordered = sorted(self.spans, key=lambda span: span.startTime)
         for span in ordered:
-            parents = [found.spanID for found in span.references if found.spanID in ids]
+            parents = [parent for parent in span.parents if parent in ids]
             children.setdefault(parents[0] if parents else None, []).append(span)
         shown: set[int] = set()
         for root in (*children.get(None, []), *ordered):

@@ -18,10 +18,11 @@ from dualpath_sgl.evals.spans.requests import CLIENT_SPAN, ROOMY_CONSOLE, Reques
 from dualpath_sgl.evals.spans.traces import Span, Trace
 from dualpath_sgl.terminal.columns import fit, plain, print_line
 from dualpath_sgl.terminal.units import duration, size
+from scheduler_svc.telemetry import span_names
 
 SHORT = 1 / 200
 """Share of the trace's length; a shorter span of SGLang's is left out."""
-DETAILS = ("relay.fetch",)
+DETAILS = (span_names.STORE_TO_RELAY,)
 """Many to a load, whose own line says what they brought."""
 MOST_INDENTED = 12
 """Levels; deeper ones stand below each other."""

@@ -5,6 +5,7 @@ yaml_file.py   reads it, so that a problem can be told with its line
 hosts.py       addresses in it, checked
 machines.py    hosts, and which engine is on which
 transport.py   TCP or RDMA, for each kind of bytes
+otlp.py        where a copy of all spans goes
 security.py    keys, and what may listen beyond this host
 addresses.py   where each part is reached: all on one address, or each on links of its own
 """

@@ -26,8 +26,9 @@ from pydantic import (
 from pydantic_core import ErrorDetails
 
 from dualpath_sgl.launch.config import CLUSTERS
-from dualpath_sgl.launch.config.hosts import checked, checked_endpoint, local_address
+from dualpath_sgl.launch.config.hosts import checked, local_address
 from dualpath_sgl.launch.config.machines import FixedPorts, Host, HostName, check_known, place_engines
+from dualpath_sgl.launch.config.otlp import checked_otlp
 from dualpath_sgl.launch.config.security import OPERATOR, ROUTER, Security
 from dualpath_sgl.launch.config.transport import Transport
 from dualpath_sgl.launch.config.yaml_file import YamlProblem, read
@@ -95,6 +96,15 @@ def _is_variable(name: str) -> str:
 
 ProcessText = Annotated[str, AfterValidator(_reaches_a_process)]
 """An argument of a command line, or the value of an environment variable."""
+
+
+def _is_header(name: str) -> str:
+    if not re.fullmatch(r"[A-Za-z0-9!#$%&'*+.^_`|~-]+", name):
+        raise ValueError("is no name of a header")
+    return name
+
+
+HeaderName = Annotated[str, AfterValidator(_is_header)]
 Variable = Annotated[str, AfterValidator(_is_variable)]
 
 
@@ -227,8 +237,22 @@ class Router(_Section):
 class Tracing(_Section):
     enabled: bool = True
     """Record spans in the run directory."""
-    otlp_endpoint: Annotated[str, AfterValidator(checked_endpoint)] | None = None
-    """`host:port` of an OTLP/gRPC receiver (Jaeger: 4317) that gets a copy of every span."""
+    sample_ratio: float = Field(1.0, ge=0, le=1)
+    """Share of requests that are traced, of those without a `traceparent`; a caller's flag always counts."""
+    otlp_endpoint: Annotated[str, AfterValidator(checked_otlp)] | None = None
+    """Receiver (a Jaeger, say) that gets a copy of every span: `HOST:4317` or `grpcs://HOST:PORT` for OTLP/gRPC,
+    `http://HOST:4318` or `https://HOST:PORT` for OTLP/HTTP."""
+    otlp_headers: dict[HeaderName, ProcessText] = {}
+    """Sent with each copy, such as a token."""
+    otlp_ca_file: Path | None = None
+    """Certificates (PEM) to trust instead of the system's."""
+
+    @field_validator("otlp_ca_file")
+    @classmethod
+    def _is_a_file(cls, path: Path | None) -> Path | None:
+        if path is not None and not path.is_file():
+            raise ValueError("is no file; name one with certificates in PEM form")
+        return path
 
 
 class Network(_Section):

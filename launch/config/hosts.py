@@ -9,8 +9,6 @@ import socket
 
 import psutil
 
-from scheduler_svc.wire.addresses import is_ipv6
-
 EXAMPLE = "give one address or name of this machine, such as 127.0.0.1"
 _LABEL = r"(?!-)[A-Za-z0-9_-]{1,63}(?<!-)"
 _NAME = re.compile(rf"(?=.{{1,253}}$){_LABEL}(\.{_LABEL})*")
@@ -46,21 +44,6 @@ def local_address(host: str) -> str:
                 if error.errno != errno.EADDRNOTAVAIL:
                     raise
     raise ValueError(f"is no address of this machine; it has {', '.join(_addresses())}")
-
-
-def checked_endpoint(endpoint: str) -> str:
-    """`endpoint` if it is HOST:PORT.  Raises ValueError with the remedy."""
-    host, _, port = endpoint.rpartition(":")
-    bare = host[1:-1] if host.startswith("[") and host.endswith("]") else host
-    try:
-        if is_ipv6(bare) is (bare == host) or not re.fullmatch(r"[0-9]{1,5}", port):
-            raise ValueError
-        if not 1 <= int(port) <= 65535:
-            raise ValueError
-        checked(bare)
-    except ValueError:
-        raise ValueError("give HOST:PORT with a port of 1 to 65535, such as 127.0.0.1:4317") from None
-    return endpoint
 
 
 def _addresses() -> list[str]:

@@ -8,4 +8,5 @@ run_dir.py      the run directory: one supervisor at a time
 relays.py       the relays of a cluster
 store_node.py   the part that owns the memory of the store
 collector.py    the part that receives spans
+otlp_copy.py    sends a copy of them elsewhere
 """

@@ -15,6 +15,7 @@ from typing import Any
 from dualpath_sgl.launch.config import security
 from dualpath_sgl.launch.config.addresses import Addresses, EngineAddresses
 from dualpath_sgl.launch.config.cluster import ClusterConfig, Group, Mode, RouterKind, bits_per_s
+from dualpath_sgl.launch.config.otlp import HEADERS_VARIABLE
 from dualpath_sgl.launch.config.transport import PD_OVER_RDMA
 from dualpath_sgl.launch.processes.environment import inherited
 from dualpath_sgl.launch.processes.relays import RelaySpec
@@ -47,6 +48,8 @@ HTTP_ENV = {"SGLANG_TIMEOUT_KEEP_ALIVE": "3600"}
 # SGLang sends one in 5 s; a prefill engine restarted in less than two of them stays unnoticed, and
 # requests wait 300 s for its old ports.  2 s is SGLang's minimum, and no engine restarts in 4 s.
 PD_ENV = {"SGLANG_DISAGGREGATION_HEARTBEAT_INTERVAL": "2"}
+# Level 3, SGLang's default, adds a span for each token.
+TRACE_LEVEL_ENV = {"SGLANG_TRACE_LEVEL": "2"}
 BOOTSTRAP_TIMEOUT = "SGLANG_DISAGGREGATION_BOOTSTRAP_TIMEOUT"
 CPU_FLAGS = (
     "--device=cpu",
@@ -151,6 +154,23 @@ def collector_command(
         f"--port={ports.collector}",
         f"--out={spans_path}",
         *([f"--forward={forward}"] if forward else []),
+        *([f"--forward-ca={config.tracing.otlp_ca_file}"] if config.tracing.otlp_ca_file else []),
+    )
+
+
+def collector_environment(config: ClusterConfig, base: Mapping[str, str]) -> dict[str, str]:
+    """`base`: a part's environment."""
+    headers = config.tracing.otlp_headers
+    return dict(base) | ({HEADERS_VARIABLE: json.dumps(headers)} if headers else {})
+
+
+def tracing_environment(config: ClusterConfig) -> dict[str, str]:
+    """Who is traced, for processes in which traces begin, and how much SGLang says."""
+    ratio = config.tracing.sample_ratio
+    return TRACE_LEVEL_ENV | (
+        {"OTEL_TRACES_SAMPLER": "parentbased_traceidratio", "OTEL_TRACES_SAMPLER_ARG": repr(ratio)}
+        if ratio < 1
+        else {}
     )
 
 
@@ -319,6 +339,8 @@ def engine_environment(
     }
     if own.storage_device:
         environment["MOONCAKE_DEVICE"] = own.storage_device
+    if config.tracing.enabled:
+        environment |= tracing_environment(config)
     if config.mode in SCHEDULED:
         environment |= {
             **_patience(config),

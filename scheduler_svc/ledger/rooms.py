@@ -21,9 +21,9 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
-from scheduler_svc.ledger.engines import EngineState, RankState
+from scheduler_svc.ledger.engines import EngineState, RankKey, RankState
 from scheduler_svc.ledger.intervals import Range, intersection, union
-from scheduler_svc.wire.protocol import Done, Plan, Role
+from scheduler_svc.wire.protocol import MAX_COUNT, MAX_RANKS, Done, Loaded, Plan, Role
 
 MAX_ROOMS = 100_000
 MAX_RECORDS = 2_000_000
@@ -122,6 +122,8 @@ class Side:
 class Room:
     room: int
     opened_s: float
+    tells: tuple[RankKey, ...] = ()
+    """Ranks that want a `Loaded`."""
     closed_s: float = math.inf
     """Infinite while it is open."""
     sides: dict[Role, Side] = field(default_factory=dict)
@@ -153,6 +155,26 @@ class Room:
     @property
     def is_done(self) -> bool:
         return len(self.sides) == 2 and self.sides[Role.PREFILL].is_done and self.sides[Role.DECODE].is_done
+
+    def loaded(self) -> Loaded:
+        """Of a room that is done."""
+        read = dict.fromkeys(Role, 0)
+        forwarded = 0
+        for role, side in self.sides.items():
+            for done in side.done.values():
+                moved = Moved.by(done)
+                read[role] += moved.store_read_bytes
+                forwarded += moved.forwarded_bytes
+        return Loaded(
+            room=self.room,
+            path=self.plan.shown_path if self.plan else None,
+            split_page=self.plan.split_page if self.plan else None,
+            hit_pages=self.plan.hit_pages if self.plan else None,
+            prefill_read_bytes=min(read[Role.PREFILL], MAX_COUNT),
+            decode_read_bytes=min(read[Role.DECODE], MAX_COUNT),
+            forwarded_bytes=min(forwarded, MAX_COUNT),
+            fallbacks=self.fallbacks[:MAX_RANKS],
+        )
 
     def release_all(self) -> None:
         for side in self.sides.values():

@@ -13,6 +13,7 @@ from opentelemetry.exporter.otlp.proto.grpc.trace_exporter import OTLPSpanExport
 from opentelemetry.sdk.resources import SERVICE_NAME, Resource
 from opentelemetry.sdk.trace import TracerProvider
 from opentelemetry.sdk.trace.export import BatchSpanProcessor
+from opentelemetry.sdk.trace.id_generator import IdGenerator
 from opentelemetry.trace import Span, Tracer, set_span_in_context
 from opentelemetry.trace.propagation.tracecontext import TraceContextTextMapPropagator
 
@@ -30,14 +31,18 @@ _providers: list[TracerProvider] = []
 
 
 def init_tracing(
-    service_name: str, otlp_endpoint: str | None, attributes: Mapping[str, str | int] | None = None
+    service_name: str,
+    otlp_endpoint: str | None,
+    attributes: Mapping[str, str | int] | None = None,
+    ids: IdGenerator | None = None,
 ) -> Tracer:
     """A tracer that exports to `otlp_endpoint` (OTLP over gRPC, e.g. `http://127.0.0.1:4317`).
 
     Without an endpoint spans get ids, so that context propagates, and are dropped.  `attributes`
-    go on the resource.  TLS only for an `https://` endpoint.
+    go on the resource; `ids` makes the spans' ids.  TLS only for an `https://` endpoint.
     """
-    provider = TracerProvider(resource=Resource.create({SERVICE_NAME: service_name, **(attributes or {})}))
+    resource = Resource.create({SERVICE_NAME: service_name, **(attributes or {})})
+    provider = TracerProvider(resource=resource, id_generator=ids)
     if otlp_endpoint is not None:
         insecure = not otlp_endpoint.startswith("https://")
         exporter = OTLPSpanExporter(

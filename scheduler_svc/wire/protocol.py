@@ -8,6 +8,7 @@ any time.  The life of one request:
     PE rank -> Report         scheduler -> Plan, to every rank of PE and DE that reported
     DE rank -> Report
     both    -> Done                                           (no answer)
+                              scheduler -> Loaded, to those whose Report or Place asked for it
 
 Relays say in a `RelayHeartbeat` what they have to do, and prefill engine ranks in relay mode are told in
 `Helpers` which of them may help: on connecting, and whenever that changes.
@@ -282,6 +283,8 @@ class Place(Wire, frozen=True, tag="place", kw_only=True):
     version: Version = 1
     oldest_version: Version = 1
     """As in `Heartbeat`."""
+    tell_loaded: bool = False
+    """The router wants a `Loaded` when the room is done (for its trace)."""
 
 
 class Placement(Wire, frozen=True, tag="placement"):
@@ -304,6 +307,8 @@ class Report(Wire, frozen=True, tag="report", kw_only=True):
     hit_pages: Count | None = None
     """K, only from a PE: stored prefix in pages, at least `local_pages`."""
     traceparent: Traceparent | None = None
+    tell_loaded: bool = False
+    """The rank wants a `Loaded` when the room is done (for its trace)."""
     prompt_hash: Digest | None = None
     """Over the prompt's tokens and its cache namespace.  Where PE and DE give different ones, or different
     `prompt_tokens`, they mean different prompts and the plan forwards nothing."""
@@ -332,6 +337,13 @@ class Plan(Wire, frozen=True, tag="plan", kw_only=True):
     decode_endpoints: Annotated[tuple[Endpoint, ...], Meta(max_length=MAX_RANKS)] = ()
     """Page server of every DE rank, in rank order."""
     policy: Name
+
+    @property
+    def shown_path(self) -> str:
+        """For people: `resident` where the DE holds all that the PE needs, so that nobody reads the store."""
+        if self.path is Path.PREFILL and self.split_page >= self.hit_pages:
+            return "resident"
+        return self.path.value
 
     def __post_init__(self) -> None:
         for endpoint in self.decode_endpoints:
@@ -368,6 +380,21 @@ class Done(Wire, frozen=True, tag="done", kw_only=True):
     loaded_pages: Count = 0
     """Pages added to the rank's host pool for this request."""
     lanes: Annotated[tuple[LaneRecord, ...], Meta(max_length=MAX_LANES)] = ()
+
+
+class Loaded(Wire, frozen=True, tag="loaded", kw_only=True):
+    """To a rank or router that asked for it: what became of a room on all ranks of both sides."""
+
+    room: Room
+    path: Name | None = None
+    """As people are told it (`Plan.shown_path`); None without a plan, like the next two."""
+    split_page: Count | None = None
+    hit_pages: Count | None = None
+    prefill_read_bytes: Count = 0
+    """From the store."""
+    decode_read_bytes: Count = 0
+    forwarded_bytes: Count = 0
+    fallbacks: Annotated[tuple[Text, ...], Meta(max_length=MAX_RANKS)] = ()
 
 
 class Ping(Wire, frozen=True, tag="ping"):
@@ -461,7 +488,7 @@ class Error(Wire, frozen=True, tag="error"):
 
 
 Request = Heartbeat | RelayHeartbeat | Place | Report | Done | StatusRequest | Ping
-Reply = Accepted | Placement | Plan | Helpers | Status | Pong | Error
+Reply = Accepted | Placement | Plan | Loaded | Helpers | Status | Pong | Error
 Message = TypeVar("Message")
 
 _request: msgspec.json.Decoder[Request] = msgspec.json.Decoder(Request)

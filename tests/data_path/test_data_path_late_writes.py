@@ -368,7 +368,7 @@ def test_a_cancelled_load_that_hangs_keeps_back_the_pages_under_way_too(world):
 def test_pages_that_are_free_again_before_the_load_ends_go_back_with_it():
     rank = Rank(pages=8)
     load = rank.load(4)
-    load.open_part("peer", 0)
+    load.open_part("peer", 0, load.pages)
     over = load.withhold(1, 3)
     load.close_part()
     over()

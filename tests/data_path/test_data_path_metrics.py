@@ -61,7 +61,7 @@ def work(lane: str, first: int, end: int, queue_s: float = 0.0, busy_s: float = 
     """What a lane did, as `PageLoad.lane_work` has it."""
     from dualpath_sgl.lanes.page_load import LaneWork
 
-    made = LaneWork(lane, first)
+    made = LaneWork(lane, first, end)
     made.begin()
     made.moved(end - first, (end - first) * PAGE_BYTES)
     made.queued_ns, made.ended_ns = made.begun_ns - int(queue_s * 1e9), made.begun_ns + int(busy_s * 1e9)

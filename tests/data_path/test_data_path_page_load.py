@@ -78,7 +78,7 @@ def test_the_final_acknowledgement_comes_once_after_the_last_part_let_go(parts, 
     done: list[int] = []
     load = rank().load(4, on_lanes_done=lambda load: done.append(load.prefix))
     for part in range(parts):
-        load.open_part(random.choice(["peer", "store"]), part)
+        load.open_part(random.choice(["peer", "store"]), part, 4)
     for _ in range(parts):
         load.close_part()
         assert not done and not acknowledgements(rank().controller)
@@ -91,7 +91,7 @@ def test_the_final_acknowledgement_waits_for_the_hold():
     held = []
     order = []
     load = rank().load(2, hold=held.append, on_lanes_done=lambda load: order.append("lanes done"))
-    load.open_part("store", 0)
+    load.open_part("store", 0, load.pages)
     load.close_part()
     load.land(0, 2)
     load.close_part()
@@ -112,7 +112,7 @@ def test_the_final_acknowledgement_is_the_last_one():
 
 def test_a_cancelled_load_says_so_and_still_ends_once():
     load = rank().load(3)
-    load.open_part("store", 0)
+    load.open_part("store", 0, load.pages)
     assert not load.cancelled
     load.operation.mark_terminate()
     assert load.cancelled
@@ -127,7 +127,7 @@ def test_pages_that_land_from_many_threads_are_all_counted():
     begin = threading.Barrier(6)
 
     def lane(number: int) -> None:
-        load.open_part("store", number)
+        load.open_part("store", number, 60)
         begin.wait()
         for page in range(number, 60, 6):
             load.land(page, page + 1)
@@ -166,7 +166,7 @@ def test_a_failing_end_of_lanes_callback_does_not_keep_the_final_acknowledgement
 
 def test_a_lanes_work_counts_from_the_prompt_and_makes_valid_records():
     load = rank().load(5, first_page=7)
-    work = load.open_part("store", 2)
+    work = load.open_part("store", 2, 5)
     assert (work.first_page, work.end_page) == (9, 9)
     idle = work.record()
     assert (idle.bytes, idle.busy_s) == (0, 0)

@@ -262,7 +262,7 @@ def test_a_part_that_waits_for_another_source_keeps_the_load_open(decode, prefil
     finals_seen = []
 
     def on_missing(load: PageLoad, first: int, end: int, _reason: str) -> None:
-        load.open_part("store", first)
+        load.open_part("store", first, end)
         finals_seen.append(any(ack.completed_req for ack in acknowledgements(prefill.controller)))
 
     other = PeerLane(server.endpoint, prefill.forwarder, FINGERPRINT, LONG_S, on_missing)

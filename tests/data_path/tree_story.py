@@ -99,7 +99,7 @@ class SchedulerChannel:
         self.connected = True
         self.sent: list[Report | Done] = []
 
-    def serve(self, load, on_plan, on_no_plan) -> None:
+    def serve(self, load, on_plan, on_no_plan, on_loaded=None) -> None:
         self.load = load
         self._on_plan, self._on_no_plan = on_plan, on_no_plan
 

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import json
 import secrets
 import time
+from collections.abc import Callable
 
 import pytest
 from scrapes import samples, total, wait_for
@@ -19,6 +19,8 @@ from dualpath_sgl.evals.agents.sessions import (
     reads,
     settled_status,
 )
+from dualpath_sgl.evals.spans import jaeger
+from dualpath_sgl.evals.spans.traces import Trace, parse
 from dualpath_sgl.launch.supervision.cluster import Cluster
 from scheduler_svc.wire.protocol import Path, Role
 
@@ -126,29 +128,81 @@ def test_idle_engines_report_their_whole_device_memory_as_free(cluster, config, 
         time.sleep(0.1)
 
 
-def test_one_trace_shows_every_stage_of_a_request_on_the_decode_path(cluster, sessions):
+STAGES = {
+    "load", "plan wait", "plan decode", "store to decode wait", "store to decode", "decode to prefill wait",
+    "decode to prefill", "load_back", "restore", "persist", "request decode",
+}  # fmt: skip
+"""Of a request on the decode path with something to read, to compute, to send and to persist; SGLang's come on top."""
+
+
+@pytest.fixture
+def long_prompt(cluster, sessions) -> list[int]:
+    """New tokens behind a stored prefix; of another length than any other prompt."""
     cluster.set_policy("decode")
-    session = sessions[0]
-    session.play(cluster.url, 0)
+    sessions[0].play(cluster.url, 0)
     forget_caches(cluster)
-    trace_id = secrets.token_hex(16)
-    # New tokens behind a stored prefix: something to read, to compute, to send and to persist.
-    prompt = session.prompt(1) + [index % 250 for index in range(64)]
-    generate(cluster.url, prompt, f"00-{trace_id}-{secrets.token_hex(8)}-01")
-    wanted = {
-        "plan", "storage.read", "forward", "load_back", "prefill", "kv_send", "restore", "persist",
-    }  # fmt: skip
+    return sessions[0].prompt(1) + [secrets.randbelow(250) for _ in range(77)]
+
+
+def test_one_trace_shows_every_stage_of_a_request_on_the_decode_path(cluster, long_prompt):
+    trace_id, span_id = secrets.token_hex(16), secrets.token_hex(8)
+    generate(cluster.url, long_prompt, f"00-{trace_id}-{span_id}-01")
+    missing = f"parent span {span_id} was not received"
+    until_traced(
+        cluster, lambda trace: trace.traceID == trace_id, lambda roots: {*roots.values()} == {missing}
+    )
+
+
+def test_a_request_that_brings_no_trace_is_one_tree_with_its_path_on_the_root(cluster, long_prompt):
+    """SGLang's Rust router makes no trace, so both engines make the same one of the room."""
+    generate(cluster.url, long_prompt)
+    trace = until_traced(
+        cluster,
+        lambda trace: prompt_tokens(trace) == len(long_prompt),
+        lambda roots: roots == {"request decode": None},
+    )
+    root = next(span for span in trace.spans if not span.parents)
+    assert {trace.service(span) for span in trace.spans} == {"prefill-0", "decode-0", "scheduler", "dualpath"}
+    own = root.own
+    assert own["path"] == "decode" and own["split.pages"] == own["hit.pages"] > 0
+    assert own["prefill.read_bytes"] == 0 < own["decode.read_bytes"] == own["forwarded_bytes"]
+    by_id = {span.spanID: span for span in trace.spans}
+    for span in trace.spans:
+        if span.operationName.startswith(("store to", "decode to", "plan wait")):
+            load = by_id[span.parents[0]]
+            assert load.operationName == "load"
+            assert load.startTime <= span.startTime <= span.end <= load.end
+
+
+def test_probes_and_warm_ups_leave_no_trace(cluster):
+    """Theirs has no room; each engine was asked for its health while it started."""
+    requests = [span for trace in recorded(cluster) for span in trace.spans if " Req " in span.operationName]
+    assert requests and all("bootstrap_room" in span.attributes for span in requests)
+
+
+def recorded(cluster: Cluster) -> list[Trace]:
+    return parse(jaeger.traces(jaeger.read_lines(cluster.spans_path)))
+
+
+def prompt_tokens(trace: Trace) -> int | None:
+    counts = (span.attributes.get("gen_ai.usage.input_tokens") for span in trace.spans)
+    return next((count for count in counts if count is not None), None)
+
+
+def until_traced(
+    cluster: Cluster, is_it: Callable[[Trace], bool], has_its_roots: Callable[[dict[str, str | None]], bool]
+) -> Trace:
+    """The trace, once all STAGES and every parent have come.
+
+    `has_its_roots` gets the names of spans without a parent here, and what the trace says of its absence.
+    """
     deadline_s = time.monotonic() + 30
-    while wanted - (seen := span_names(cluster, trace_id)):
-        assert time.monotonic() < deadline_s, f"no span {wanted - seen}; seen {seen}"
+    while True:
+        trace = next(filter(is_it, recorded(cluster)), None)
+        spans = trace.spans if trace is not None else []
+        seen = {span.operationName for span in spans}
+        roots = {span.operationName: span.attributes.get("warning") for span in spans if not span.parents}
+        if trace is not None and seen >= STAGES and has_its_roots(roots):
+            return trace
+        assert time.monotonic() < deadline_s, f"no span {STAGES - seen}; seen {seen}; roots {roots}"
         time.sleep(0.5)
-
-
-def span_names(cluster: Cluster, trace_id: str) -> set[str]:
-    names = set()
-    for line in cluster.spans_path.read_text().splitlines():
-        if trace_id in line:
-            for resource in json.loads(line)["resourceSpans"]:
-                for scope in resource["scopeSpans"]:
-                    names |= {span["name"] for span in scope["spans"] if span["traceId"] == trace_id}
-    return names

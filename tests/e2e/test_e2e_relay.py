@@ -85,7 +85,7 @@ def test_a_request_s_trace_says_who_loaded(cluster):
     # Loads stand in the trace of SGLang's request, beside the stages that SGLang runs.
     assert all(facts["prompt_tokens"] and facts["services"] > 1 for facts in helped)
     shown = dualpath(cluster, "trace", "show", helped[0]["trace"])
-    for told in ("by relays", "own ", "relay-0", "load_back", "kv_send"):
+    for told in ("by relays", "own ", "relay-0", "load_back", "relay to prefill"):
         assert told in shown, shown
 
 

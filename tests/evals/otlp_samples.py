@@ -29,7 +29,7 @@ REQUESTS = [
         "prefill-0",
         span(
             CHILD,
-            "storage.read",
+            "store to prefill",
             1_000_010,
             1_000_060,
             parentSpanId=ROOT,

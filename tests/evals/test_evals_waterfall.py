@@ -26,7 +26,7 @@ WIDTHS = (80, 120, 200)
 @pytest.fixture
 def traces():
     other = otlp("client", span("aaaaaaaaaaaaaaaa", "dualpath.request", 5, 9) | {"traceId": OTHER})
-    planned = span("eeeeeeeeeeeeeeee", "plan", 1_000_001, 1_000_002, parentSpanId="00f067aa0ba902b7")
+    planned = span("eeeeeeeeeeeeeeee", "plan decode", 1_000_001, 1_000_002, parentSpanId="00f067aa0ba902b7")
     planned["attributes"] = [{"key": "dualpath.path", "value": {"stringValue": "decode"}}]
     return parse(jaeger.traces([*REQUESTS, otlp("scheduler", planned), other]))
 
@@ -59,7 +59,7 @@ def test_each_span_has_a_line_with_service_offset_bar_and_key_attributes(traces)
     bar = request.count("━")
     assert request.startswith("request") and bar >= 32
     assert plan.startswith("├─plan") and "scheduler" in plan and "path decode" in plan
-    assert read.startswith("└─storage.read") and "error short read" in read
+    assert read.startswith("└─store to prefill") and "error short read" in read
     assert read.count("━") == bar // 2 and "0.05 ms" in read
     assert send.startswith("kv_send") and "was not received" in send
 
@@ -77,9 +77,12 @@ def test_a_split_request_is_readable_at_any_width(demo, width):
     drawn = [line for line in lines if "━" in line]
     root, plan = drawn[0], next(line for line in drawn if "plan " in line)
     assert "path split" in root and "path split" in plan and "/" in plan
-    reads = [line for line in drawn if "storage.read" in line]
-    assert {line.split("storage.read")[1].split()[0] for line in reads} == {"prefill-0", "decode-0"}
-    for line in (*reads, *(line for line in drawn if "├─forward " in line)):
+    ways = ("store to prefill", "store to decode", "decode to prefill")
+    moved = [next(line for line in drawn if way in line) for way in ways]
+    assert [line.split(way)[1].split()[0] for way, line in zip(ways, moved, strict=True)] == [
+        "prefill-0", "decode-0", "prefill-0",
+    ]  # fmt: skip
+    for line in moved:
         assert " MB " in line and "MB/s" in line and "wait " in line, line
 
 
@@ -108,9 +111,9 @@ def test_names_have_no_process_numbers_and_no_request_ids(demo):
     assert "pid" not in text and "host" not in text and "[TP 0]" not in text
 
 
-def load(span_id: str, begin_us: int, end_us: int, **attributes: int | str | float) -> dict:
+def load(name: str, span_id: str, begin_us: int, end_us: int, **attributes: int | str | float) -> dict:
     kinds = {int: "intValue", str: "stringValue", float: "doubleValue"}
-    made = span(span_id, "relay.load", begin_us, end_us, parentSpanId=ROOT)
+    made = span(span_id, name, begin_us, end_us, parentSpanId=ROOT)
     values = {f"dualpath.{key.replace('__', '.')}": value for key, value in attributes.items()}
     made["attributes"] = [{"key": key, "value": {kinds[type(value)]: value}} for key, value in values.items()]
     return made
@@ -120,6 +123,7 @@ def load(span_id: str, begin_us: int, end_us: int, **attributes: int | str | flo
 def relayed():
     """Two calls of one request: three lanes bring the first one, nobody helps with the second."""
     first = load(
+        "relay to prefill",
         CHILD,
         1_000_010,
         1_200_000,
@@ -130,6 +134,7 @@ def relayed():
         bandwidth_bytes_per_s=120e6,
     )
     second = load(
+        "own read to prefill",
         "b7ad6b7169203332",
         1_200_000,
         1_600_000,
@@ -139,7 +144,7 @@ def relayed():
         bandwidth_bytes_per_s=40e6,
         fallback__reason="no relay answers",
     )
-    fetch = span("b7ad6b7169203333", "relay.fetch", 1_000_020, 1_100_000, parentSpanId=CHILD)
+    fetch = span("b7ad6b7169203333", "store to relay", 1_000_020, 1_100_000, parentSpanId=CHILD)
     client = span(ROOT, "dualpath.request", 1_000_000, 2_000_000)
     return find(
         parse(
@@ -156,13 +161,15 @@ def test_a_request_whose_loads_relays_took_part_in_is_readable_at_any_width(rela
     assert "path relay" in lines[1]
     assert "40.0 MB read from the store  16.0 MB by relays" in lines[2]
     assert "fallback no relay answers" in lines[2]
-    first, second = (line for line in lines if "relay.load" in line)
+    first, second = (line for line in lines if "to prefill" in line)
     assert "24.0 MB" in first and "120 MB/s" in first and "40.0 MB/s" in second
     if width > 80:
-        assert "own 8.00 MB  relay-0 12.0 MB  relay-1 4." in first
+        assert "own 8.00 MB  relay-0 1" in first
         assert "fallback no relay" in second
-    assert not any("relay.fetch" in line for line in lines)
-    assert any("relay.fetch" in line for line in printed(waterfall.show, relayed, width=width, verbose=True))
+    assert not any("store to relay" in line for line in lines)
+    assert any(
+        "store to relay" in line for line in printed(waterfall.show, relayed, width=width, verbose=True)
+    )
 
 
 @pytest.mark.parametrize("width", WIDTHS)
@@ -171,8 +178,8 @@ def test_a_fallback_s_reason_is_told_at_any_width(demo, width):
     lines = printed(waterfall.show, find(demo, facts.trace), width=width)
     told = f"fallback {facts.fallbacks[0]}"
     assert told in next(line for line in lines if "read from the store" in line)
-    read = next(line for line in lines if "storage.read" in line)
-    assert "MB/s" in read and (told[:20] in read or width == 80)
+    read = next(line for line in lines if "store to " in line)
+    assert "MB/s" in read and (told[:16] in read or width == 80)
 
 
 def test_a_unique_beginning_finds_a_trace(traces):
@@ -255,7 +262,7 @@ def test_the_command_prints_the_waterfall_and_explains_what_it_cannot_read(tmp_p
     file.write_text(json.dumps({"data": documents}))
     shown = called(TRACE[:12], "--file", str(file))
     assert shown.exit_code == 0, shown.output
-    assert "storage.read" in shown.output
+    assert "store to prefill" in shown.output
     file.write_text("{}")
     assert called(TRACE, "--file", str(file)).exit_code == 2
 
@@ -264,7 +271,7 @@ def test_what_a_running_cluster_has_recorded_is_shown_too(tmp_path):
     (tmp_path / "spans.jsonl").write_text("".join(json.dumps(request) + "\n" for request in REQUESTS))
     for where in (("--run-dir", str(tmp_path)), ("--file", str(tmp_path / "spans.jsonl"))):
         shown = called(TRACE, *where)
-        assert shown.exit_code == 0 and "storage.read" in shown.output
+        assert shown.exit_code == 0 and "store to prefill" in shown.output
 
 
 @pytest.mark.parametrize(

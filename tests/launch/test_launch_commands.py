@@ -6,9 +6,12 @@ import pytest
 
 from dualpath_sgl.launch.config.addresses import Addresses, on_network, on_one_host
 from dualpath_sgl.launch.config.cluster import ClusterConfig
+from dualpath_sgl.launch.config.otlp import HEADERS_VARIABLE
 from dualpath_sgl.launch.processes.commands import (
     EngineSpec,
     Ports,
+    collector_command,
+    collector_environment,
     engine_command,
     engine_environment,
     engine_specs,
@@ -146,6 +149,29 @@ def test_gpu_engines_take_disjoint_gpus():
     made = commands(config)
     assert "--base-gpu-id" not in made["prefill-0"]
     assert "--base-gpu-id=2" in made["decode-0"] and "--base-gpu-id=4" in made["decode-1"]
+
+
+def test_a_share_of_requests_is_traced_by_opentelemetrys_own_sampler_and_tokens_are_not():
+    whole, part = (environment(cluster(tracing={"sample_ratio": ratio}), {}) for ratio in (1, 0.25))
+    assert whole["SGLANG_TRACE_LEVEL"] == "2" and "OTEL_TRACES_SAMPLER" not in whole
+    assert part["OTEL_TRACES_SAMPLER"] == "parentbased_traceidratio"
+    assert float(part["OTEL_TRACES_SAMPLER_ARG"]) == 0.25
+
+
+def test_a_copy_of_spans_goes_where_the_file_says_and_a_token_is_on_no_command_line(tmp_path):
+    ca_file = tmp_path / "ca.pem"
+    ca_file.touch()
+    tracing = {
+        "otlp_endpoint": "grpcs://h:1",
+        "otlp_headers": {"token": "secret"},
+        "otlp_ca_file": str(ca_file),
+    }
+    config = cluster(tracing=tracing)
+    argv = collector_command(config, HERE, PORTS, tmp_path / "spans.jsonl")
+    assert {"--forward=grpcs://h:1", f"--forward-ca={ca_file}"} <= set(argv)
+    assert "secret" not in " ".join(argv)
+    assert json.loads(collector_environment(config, {})[HEADERS_VARIABLE]) == {"token": "secret"}
+    assert collector_environment(cluster(), {"A": "b"}) == {"A": "b"}
 
 
 def test_tracing_off_starts_no_exporter():

@@ -104,7 +104,10 @@ def test_what_no_description_needs_is_refused_with_its_place(tmp_path, text, ans
         ("store: {read_rate: 999999999gbit}", "from 1kbit to 100000gbit"),
         ("store: {read_rate: 0.000000001kbit}", "from 1kbit to 100000gbit"),
         ("store: {read_rate: ٤mbit}", "store.read_rate: got"),
-        ("tracing: {otlp_endpoint: 'h:99999999'}", "tracing.otlp_endpoint: got 'h:99999999'; give HOST:PORT"),
+        (
+            "tracing: {otlp_endpoint: 'h:99999999'}",
+            "tracing.otlp_endpoint: got 'h:99999999'; a host and a port",
+        ),
         ("tracing: {otlp_endpoint: 'h:0'}", "tracing.otlp_endpoint: got 'h:0'"),
         ("tracing: {otlp_endpoint: 'h:٤٣١٧'}", "tracing.otlp_endpoint: got"),
         ("tracing: {otlp_endpoint: '--help:1'}", "tracing.otlp_endpoint: got '--help:1'"),

@@ -15,7 +15,8 @@ from dualpath_sgl.launch.config.cluster import (
     at_its_address,
     load,
 )
-from dualpath_sgl.launch.config.hosts import checked_endpoint, local_address
+from dualpath_sgl.launch.config.hosts import local_address
+from dualpath_sgl.launch.config.otlp import checked_otlp
 from dualpath_sgl.launch.processes.commands import (
     Ports,
     engine_command,
@@ -125,12 +126,12 @@ def test_ports_are_free_on_an_ipv6_address_too():
 
 @pytest.mark.parametrize("endpoint", ["localhost:4317", "127.0.0.1:1", "[::1]:65535", "jaeger.example:4317"])
 def test_an_endpoint_is_a_host_and_a_port(endpoint):
-    assert checked_endpoint(endpoint) == endpoint
+    assert checked_otlp(endpoint) == endpoint
 
 
 @pytest.mark.parametrize(
-    "endpoint", ["h", "h:", ":1", "h:0", "h:65536", "h:1x", "::1:1", "[h]:1", "[::1]", "http://h:1", "h:1\n"]
+    "endpoint", ["h", "h:", ":1", "h:0", "h:65536", "h:1x", "::1:1", "[h]:1", "[::1]", "h:1\n"]
 )
 def test_what_is_no_endpoint_is_refused_with_an_example(endpoint):
-    with pytest.raises(ValueError, match=r"HOST:PORT .* such as 127\.0\.0\.1:4317"):
-        checked_endpoint(endpoint)
+    with pytest.raises(ValueError, match=r"give HOST:PORT or grpcs://HOST:PORT"):
+        checked_otlp(endpoint)

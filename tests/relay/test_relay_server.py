@@ -456,7 +456,7 @@ def test_a_fetch_is_a_span_of_its_loads_trace(start):
     client.fetch("a", "b")
     client.hears(Ready)
     (span,) = relay.spans.get_finished_spans()
-    assert span.name == "relay.fetch"
+    assert span.name == "store to relay"
     assert format(span.context.trace_id, "032x") == "1" * 32
     assert span.attributes["dualpath.bytes"] == 2 * KIB
 

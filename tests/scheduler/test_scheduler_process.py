@@ -113,7 +113,7 @@ def test_its_spans_reach_an_otlp_endpoint():
             process.terminate()
             assert process.wait(WAIT_S) == 0
         service, span = endpoint.next_span()
-    assert (service, span.name) == ("dualpath-scheduler", "plan")
+    assert (service, span.name) == ("dualpath-scheduler", f"plan {attributes(span)['dualpath.path']}")
     assert span.trace_id.hex() == CALLER.split("-")[1]
     assert attributes(span)["dualpath.policy"] == "split"
 

@@ -19,13 +19,14 @@ from scheduler_vocabulary import (
 )
 
 from scheduler_svc.events import LaneInputs, PlanDecided, ReadEnded
-from scheduler_svc.ledger.engines import ENGINE_EXPIRY_S
+from scheduler_svc.ledger.engines import ENGINE_EXPIRY_S, RankKey
 from scheduler_svc.ledger.rooms import CLOSED_LINGER_S, ROOM_TTL_S
 from scheduler_svc.planning import PLAN_DEADLINE_S
 from scheduler_svc.state import MAX_FALLBACK_REASONS, Result
 from scheduler_svc.wire.protocol import (
     Error,
     ErrorCode,
+    Loaded,
     Path,
     Place,
     Placement,
@@ -118,7 +119,49 @@ def test_the_event_of_a_plan_carries_the_callers_trace_and_both_times():
     (event,) = result.events
     lanes = LaneInputs(0, 0, 0.0, 0.0, None, None)
     plan = plan_of(result)
-    assert event == PlanDecided(plan, "from-prefill", 1.0, 1.25, "always the decode side", lanes)
+    assert event == PlanDecided(plan, "from-decode", 1.0, 1.25, "always the decode side", lanes)
+
+
+def test_a_rank_that_asked_hears_once_what_became_of_a_room_on_both_sides():
+    state = cluster("decode")
+    state.handle(prefill_report(1, 0, 10), 0.0)
+    state.handle(decode_report(1, 0, tell_loaded=True), 0.0)
+    assert state.handle(done(1, "p0", reason="no host memory"), 1.0).told == ()
+    last = done(1, "d0", lane("store", 0, 10))
+    told = Loaded(
+        room=1,
+        path="decode",
+        split_page=10,
+        hit_pages=10,
+        decode_read_bytes=10 * PAGE_BYTES,
+        fallbacks=("no host memory",),
+    )
+    assert state.handle(last, 1.1).told == ((RankKey("d0", 0), told),)
+    assert state.handle(last, 1.2).told == ()
+
+
+def test_a_router_that_asked_when_it_placed_a_request_hears_what_became_of_it():
+    state = cluster("decode")
+    rooms = [
+        state.handle(Place(request_id=str(asks), prompt_tokens=160, tell_loaded=asks), 0.0).reply.room
+        for asks in (True, False)
+    ]
+    results = []
+    for room in rooms:
+        state.handle(prefill_report(room, 0, 10), 0.0)
+        state.handle(decode_report(room, 0), 0.0)
+        state.handle(done(room, "p0", lane("peer", 0, 10)), 1.0)
+        results.append(state.handle(done(room, "d0", lane("store", 0, 10)), 1.0))
+    size = 10 * PAGE_BYTES
+    assert results[0].loaded == Loaded(
+        room=rooms[0],
+        path="decode",
+        split_page=10,
+        hit_pages=10,
+        decode_read_bytes=size,
+        forwarded_bytes=size,
+    )
+    assert results[1].loaded is None
 
 
 # Predictions

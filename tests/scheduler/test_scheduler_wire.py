@@ -105,6 +105,11 @@ replies = st.one_of(
             st.builds(protocol.Helper, name=names, endpoint=endpoints, share=st.floats(0, 1)), max_size=3
         ).map(tuple),
     ),
+    st.builds(
+        protocol.Loaded, room=rooms, path=st.none() | names, split_page=st.none() | counts,
+        hit_pages=st.none() | counts, prefill_read_bytes=counts, decode_read_bytes=counts, forwarded_bytes=counts,
+        fallbacks=st.lists(names, max_size=2).map(tuple),
+    ),
     st.just(protocol.Pong()),
     st.builds(
         protocol.Error, code=st.sampled_from(protocol.ErrorCode), message=names, room=st.none() | rooms,
@@ -130,7 +135,7 @@ def test_the_round_trips_cover_every_message_type():
         "Heartbeat", "RelayHeartbeat", "Place", "Report", "Done", "StatusRequest", "Ping",
     }  # fmt: skip
     assert {kind.__name__ for kind in answered} == {
-        "Accepted", "Placement", "Plan", "Helpers", "Status", "Pong", "Error",
+        "Accepted", "Placement", "Plan", "Loaded", "Helpers", "Status", "Pong", "Error",
     }  # fmt: skip
 
 

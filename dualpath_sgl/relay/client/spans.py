@@ -7,12 +7,12 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 
-from opentelemetry.trace import Span, Tracer
+from opentelemetry.trace import Span, Status, StatusCode, Tracer
 
 from dualpath_sgl.relay.client.prefetch.call import Call
+from scheduler_svc.telemetry import span_names
 from scheduler_svc.telemetry.tracing import context_from, traceparent_of
 
-SPAN = "relay.load"
 OWN = ""
 """The engine's own client, where others have a relay's name."""
 
@@ -40,7 +40,7 @@ def of_load(tracer: Tracer | None, call: Call) -> Iterator[Told]:
         yield told
         return
     begun_s = time.monotonic()
-    span = tracer.start_span(SPAN, context=context_from(call.traceparent))
+    span = tracer.start_span(span_names.RELAY_TO_PREFILL, context=context_from(call.traceparent))
     told.traceparent = traceparent_of(span)
     try:
         yield told
@@ -52,6 +52,8 @@ def of_load(tracer: Tracer | None, call: Call) -> Iterator[Told]:
 def _write(span: Span, call: Call, told: Told, took_s: float) -> None:
     total = sum(told.brought.values())
     own = told.brought.get(OWN, 0)
+    if own == total:
+        span.update_name(span_names.OWN_TO_PREFILL)
     span.set_attributes(
         {
             "dualpath.objects": told.objects,
@@ -73,3 +75,5 @@ def _write(span: Span, call: Call, told: Told, took_s: float) -> None:
         span.set_attribute("dualpath.reason", reason)
     if told.fallback is not None:
         span.set_attribute("dualpath.fallback.reason", told.fallback)
+        span.set_attribute("error.type", "dualpath.fallback")
+        span.set_status(Status(StatusCode.ERROR, told.fallback))
