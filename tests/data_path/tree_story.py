@@ -105,6 +105,8 @@ class SchedulerChannel:
 
     def stop(self) -> None: ...
 
+    def left(self) -> None: ...
+
     def send(self, message: Report | Done) -> None:
         self.sent.append(message)
 
