@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import signal
+import socket
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -26,6 +27,8 @@ if TYPE_CHECKING:
     from scheduler_svc.wire.protocol import Status
 
 DEFAULT_RUN_DIR = Path("runs/current")
+LISTENS_S = 1.0
+"""How long is waited for a receiver of traces to take a connection, once."""
 
 console = Console(highlight=False, soft_wrap=True)
 
@@ -91,6 +94,8 @@ def up(
                 console.print(f"{engine.name}  {engine.url}")
         look = escape(f"dualpath status --run-dir {run_dir}")
         console.print(f"router  [bold]{cluster.url}[/]   look: {look}   stop: Ctrl-C")
+        if description.tracing.enabled and description.tracing.otlp_endpoint:
+            console.print(escape(_traces(description.tracing.otlp_endpoint)))
         cluster.wait()
     except KeyboardInterrupt:
         console.print("stopping")
@@ -312,6 +317,18 @@ def _load(path: Path) -> ClusterConfig:
         return load(path)
     except ConfigError as error:
         _fail(str(error))
+
+
+def _traces(endpoint: str) -> str:
+    """Where a copy of them goes, and whether anybody is there."""
+    from dualpath_sgl.launch.config.otlp import parsed
+
+    there = parsed(endpoint)
+    try:
+        socket.create_connection((there.host, there.port), LISTENS_S).close()
+    except OSError:
+        return f"traces  nothing listens at {there.target} yet; what waits is sent when it does"
+    return f"traces  {there.target}"
 
 
 def _traced_to(endpoint: str, description: ClusterConfig) -> ClusterConfig:

@@ -1,9 +1,13 @@
 """Command lines: what each mode starts, and what must never leak."""
 
 import json
+import socket
 
 import pytest
+from typer.testing import CliRunner
 
+from dualpath_sgl.launch import cli
+from dualpath_sgl.launch.config import CLUSTERS
 from dualpath_sgl.launch.config.addresses import Addresses, on_network, on_one_host
 from dualpath_sgl.launch.config.cluster import ClusterConfig
 from dualpath_sgl.launch.config.otlp import HEADERS_VARIABLE
@@ -339,3 +343,20 @@ def test_a_relay_can_start_with_what_it_is_given(monkeypatch):
     for name, value in relay(config, addresses=on_one_host("10.1.2.3")).items():
         monkeypatch.setenv(name, value)
     assert relay_settings.load().trusted_network
+
+
+def test_up_says_once_whether_anybody_takes_the_traces():
+    with socket.create_server(("127.0.0.1", 0)) as receiver:
+        there = f"127.0.0.1:{receiver.getsockname()[1]}"
+        assert cli._traces(there) == f"traces  {there}"
+    assert cli._traces(f"http://{there}").startswith(f"traces  nothing listens at {there}")
+
+
+def test_a_mistaken_otlp_endpoint_ends_up_before_anything_starts(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    config = CLUSTERS / "cpu-1p1d.yaml"
+    refused = CliRunner().invoke(cli.app, ["up", "-c", str(config), "--otlp", "jaeger:4318"])
+    assert refused.exit_code == 1 and not (tmp_path / "runs").exists()
+    assert "--otlp 'jaeger:4318'" in refused.output and "write http:// before it" in " ".join(
+        refused.output.split()
+    )
