@@ -100,7 +100,7 @@ def show(trace: Trace, console: Console, verbose: bool = False) -> None:
     print_line(console, layout.line(*(Text(title, style="dim") for title in titles)))
     for line in lines:
         what = [] if verbose else notes(line.span)
-        if line is lines[0] and facts.path and not verbose:
+        if line is lines[0] and facts.path and not verbose and "path" not in line.span.own:
             what.insert(0, Text(f"path {facts.path}"))
         drawn = layout.line(
             plain(line.guide + _label(line)),
