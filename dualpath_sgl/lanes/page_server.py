@@ -12,7 +12,7 @@ from __future__ import annotations
 import logging
 import threading
 import time
-from collections import OrderedDict
+from collections import Counter, OrderedDict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
@@ -38,7 +38,7 @@ WAITING_S = 0.5
 WITHDRAWN_REMEMBERED = 4096
 """Rooms.  A PE that asks for one of them is told so at once and need not wait for a plan to arrive."""
 EARLY_PULLS = 1024
-"""Pulls for rooms that are not offered (yet); the oldest goes when there are more."""
+"""Pulls for rooms that are not offered (yet); when there are more, the oldest goes of whoever has most."""
 MOST_UNFINISHED_BYTES = 2 * peer_protocol.MAX_MESSAGE_BYTES
 """Beyond this without an end of the message a connection is cut."""
 MESSAGES_AT_A_TIME = 256
@@ -112,6 +112,8 @@ class PageServer(threading.Thread):
         """Guards the two above; held for as long as one room's next message takes to make."""
         self._pullers: OrderedDict[int, _Puller] = OrderedDict()
         """By room; the server's own thread."""
+        self._pulls_of: Counter[bytes] = Counter()
+        """`_pullers` by who pulls."""
         self._wake: Mailbox[int] = Mailbox()
         """Rooms of which there is news."""
         self._noise = LimitedLog(logger)
@@ -289,6 +291,7 @@ class PageServer(threading.Thread):
             self._send(identity, Ended(room=pull.room, end_page=pull.first_page, reason=refusal))
             return
         now_s = time.monotonic()
+        self._pulls_of[identity] += pull.room not in self._pullers
         self._pullers[pull.room] = _Puller(identity, pull, now_s, pull.first_page, now_s)
         if len(self._pullers) > EARLY_PULLS + len(self._offers):
             self._drop_oldest_early_pull()
@@ -304,10 +307,21 @@ class PageServer(threading.Thread):
         return None
 
     def _drop_oldest_early_pull(self) -> None:
-        early = next((room for room in self._pullers if room not in self._offers), None)
-        if early is not None:
-            puller = self._pullers.pop(early)
-            self._send(puller.identity, Ended(room=early, end_page=puller.next_page, reason="not offered"))
+        ((busiest, _),) = self._pulls_of.most_common(1)
+        early = [room for room in self._pullers if room not in self._offers]
+        of_busiest = (room for room in early if self._pullers[room].identity == busiest)
+        dropped = next(of_busiest, early[0] if early else None)
+        if dropped is not None:
+            puller = self._pullers[dropped]
+            self._forget_puller(dropped)
+            self._send(puller.identity, Ended(room=dropped, end_page=puller.next_page, reason="not offered"))
+
+    def _forget_puller(self, room: int) -> None:
+        puller = self._pullers.pop(room, None)
+        if puller is not None:
+            self._pulls_of[puller.identity] -= 1
+            if not self._pulls_of[puller.identity]:
+                del self._pulls_of[puller.identity]
 
     def _may_speak(self, identity: bytes, room: int, offer: _Offer | None) -> bool:
         """Whether `identity` may end `room`: neither another lane's nor another prompt's."""
@@ -331,7 +345,7 @@ class PageServer(threading.Thread):
         # Answered before the withdrawal unpins anything.
         self._send(identity, Released(room=room, valid=offer is not None and offer.served == identity))
         if self._may_speak(identity, room, offer):
-            self._pullers.pop(room, None)
+            self._forget_puller(room)
             self.withdraw(room)
 
     def _expire(self) -> None:
@@ -361,7 +375,7 @@ class PageServer(threading.Thread):
         self._send(puller.identity, message)
         puller.news_s = now_s
         if isinstance(message, Ended):
-            del self._pullers[room]
+            self._forget_puller(room)
             return
         puller.next_page += len(message.pointers) // len(message.sizes)
         self._wake.put(room)  # there may be more, after the other rooms' turn
