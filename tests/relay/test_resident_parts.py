@@ -119,24 +119,32 @@ def test_what_a_decode_engine_holds_is_nobody_elses():
     assert load.claim("relay", LIMITS).indices == [2]
     assert load.claim_own(LIMITS, only_leftovers=False) == [3]
     assert load.claim("relay", LIMITS) is None and load.claim_own(LIMITS, only_leftovers=False) == []
-    assert load.claim("d0", LIMITS).indices == [0]
+    assert load.claim_held("d0", LIMITS).indices == [0]
+
+
+def test_a_decode_engine_that_comes_in_the_middle_is_asked_for_nothing():
+    load = load_of(["d0", "", ""])
+    assert load.claim_held("d1", LIMITS) is None
+    assert load.give_back(load.claim("relay", LIMITS))
+    assert load.claim_held("d1", LIMITS) is None
+    assert load.claim("relay", LIMITS).indices == [1]
 
 
 def test_once_it_is_lost_anybody_may_have_it():
     load = load_of(["d0", "d0"])
-    claim = load.claim("d0", LIMITS)
+    claim = load.claim_held("d0", LIMITS)
     assert load.give_back(claim)
     assert not load.reserve_only(["d0"])
     assert load.reserve_only([])
-    assert load.claim("d0", LIMITS) is None
+    assert load.claim_held("d0", LIMITS) is None
     assert load.claim("relay", LIMITS).indices == [0]
     assert load.claim_own(LIMITS, only_leftovers=False) == [1]
 
 
 def test_what_it_does_not_hold_any_more_is_open_and_not_asked_of_it_again():
     load = load_of(["d0"])
-    claim = load.claim("d0", LIMITS)
+    claim = load.claim_held("d0", LIMITS)
     assert load.begin_landing(claim)
     load.land(claim, [], [0])
-    assert load.claim("d0", LIMITS) is None
+    assert load.claim_held("d0", LIMITS) is None
     assert load.claim("relay", LIMITS).indices == [0]

@@ -78,7 +78,7 @@ class Load:
     ) -> None:
         """`helper_of`: who shall bring each object, or `ANYBODY`; None when that holds for all.
 
-        `holders`: those of them that claim only what is theirs, and share it with nobody.
+        `holders`: those of them that hold it, and share it with nobody.
         """
         self.keys = keys
         self.destinations = destinations
@@ -96,9 +96,7 @@ class Load:
         for index in range(len(keys)):
             part = helper_of[index] if helper_of is not None else ANYBODY
             self._parts.setdefault(part, deque()).append(index)
-        self._holders = frozenset(holders)
-        self._reserved = self._holders
-        """Whose part nobody else may have."""
+        self._reserved = frozenset(holders)
         self._returned: deque[int] = deque()
         self._own: deque[int] = deque()
         """For the own client alone."""
@@ -112,6 +110,11 @@ class Load:
         """Of open objects."""
         return self._left_bytes
 
+    @property
+    def reserved(self) -> frozenset[str]:
+        """Holders whose part nobody else may have."""
+        return self._reserved
+
     def reserve_only(self, holders: Collection[str]) -> bool:
         """What belongs to others than these holders is anybody's from now on; whether that is news."""
         with self._change:
@@ -120,16 +123,21 @@ class Load:
             return any(self._parts.get(holder) for holder in freed)
 
     def claim(self, relay: str, limits: Limits) -> Claim | None:
-        """The next batch for a helper, from the front; None when nothing is open for it."""
+        """The next batch for a relay, from the front; None when nothing is open for it."""
         with self._change:
-            if self._closed:
-                return None
-            indices = self._take(relay, limits)
-            if not indices:
-                return None
-            claim = Claim(relay, indices, sum(self.sizes[i] for i in indices), time.monotonic())
-            self._claims.add(claim)
-            return claim
+            return self._claimed(relay, self._take(relay, limits))
+
+    def claim_held(self, holder: str, limits: Limits) -> Claim | None:
+        """The next batch of what a decode engine holds, from the front; None when nothing of it is open."""
+        with self._change:
+            return self._claimed(holder, self._take(holder, limits, only_held=True))
+
+    def _claimed(self, helper: str, indices: list[int]) -> Claim | None:
+        if not indices:
+            return None
+        claim = Claim(helper, indices, sum(self.sizes[i] for i in indices), time.monotonic())
+        self._claims.add(claim)
+        return claim
 
     def claim_own(self, limits: Limits, only_leftovers: bool) -> list[int]:
         """The next batch for the own client, from the back.
@@ -137,7 +145,7 @@ class Load:
         `only_leftovers`: of objects that relays shall read it takes what they do not bring.
         """
         with self._change:
-            return self._take(None, limits, only_leftovers)
+            return self._take(None, limits, only_leftovers=only_leftovers)
 
     def begin_landing(self, claim: Claim) -> bool:
         """Whether its bytes may be written to their destinations; then `land` must follow."""
@@ -224,12 +232,16 @@ class Load:
         self._left_bytes += sum(self.sizes[i] for i in indices)
         self._change.notify_all()
 
-    def _take(self, relay: str | None, limits: Limits, only_leftovers: bool = False) -> list[int]:
+    def _take(
+        self, relay: str | None, limits: Limits, *, only_leftovers: bool = False, only_held: bool = False
+    ) -> list[int]:
+        if self._closed and relay is not None:
+            return []
         wanted = max(LEAST_BATCH_BYTES, min(limits.batch_bytes, self._left_bytes // (2 * limits.lanes)))
         taken: list[int] = []
         size = characters = 0
         while len(taken) < wire.MOST_OBJECTS:
-            source, from_front = self._source(relay, only_leftovers)
+            source, from_front = self._source(relay, only_leftovers, only_held)
             if not source:
                 break
             index = source[0] if from_front else source[-1]
@@ -252,11 +264,11 @@ class Load:
     def _suits_relays(self, index: int, most_bytes: int) -> bool:
         return 0 < self.sizes[index] <= most_bytes and 0 < len(self.keys[index]) <= wire.MOST_KEY_CHARACTERS
 
-    def _source(self, relay: str | None, only_leftovers: bool) -> tuple[deque[int], bool]:
+    def _source(self, relay: str | None, only_leftovers: bool, only_held: bool) -> tuple[deque[int], bool]:
         """Where the next object comes from, and whether from its front."""
         if relay is None and self._own:
             return self._own, True
-        if relay in self._holders:
+        if relay is not None and only_held:
             return self._parts.get(relay, NOTHING) if relay in self._reserved else NOTHING, True
         if self._returned:
             return self._returned, True

@@ -267,8 +267,9 @@ class RelayLane(threading.Thread):
         just then: on a thread and with a transfer engine of its own.
         """
         answers = False
-        transport, room = None, self._bounce.take(1)
+        transport = room = None
         try:
+            room = self._bounce.take(1)
             transport = self._transports.take()
             answers = (
                 room is not None
@@ -305,9 +306,11 @@ class RelayLane(threading.Thread):
             return
         limits = self._limits(self._batch_size.wanted_bytes)
         limits = limits._replace(most_bytes=min(limits.most_bytes, welcome.most_bytes))
+        holds = self.helper.kind is Kind.RESIDENT
         for load in self._loads():
+            claim_next = load.claim_held if holds else load.claim
             while self._wants_more(welcome):
-                claim = load.claim(self.helper.label, limits)
+                claim = claim_next(self.helper.label, limits)
                 if claim is None:
                     break
                 if not self._ask_for(load, claim):

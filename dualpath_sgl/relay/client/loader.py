@@ -171,7 +171,7 @@ class Loader:
         if holder_of is not None:
             others = helper_of or [ANYBODY] * len(keys)
             helper_of = [holder or other for holder, other in zip(holder_of, others, strict=True)]
-        return Load(keys, blocks, helper_of, holders)
+        return Load(keys, blocks, helper_of, set(holder_of or ()) - {ANYBODY})
 
     def _relay_of(self, keys: Sequence[str], blocks: Sequence[Blocks], relays: list[str]) -> list[str]:
         assert self._is_shared is not None
@@ -274,7 +274,8 @@ class Loader:
     def _limits(self, wanted_bytes: int) -> Limits:
         """Of a helper: all of them find room in bounce memory."""
         relays = len(self.lanes_up())
-        share = self._bounce.byte_count // (HELD * max(1, relays + len(self.lanes_up(Kind.RESIDENT))))
+        holders = frozenset().union(*(load.reserved for load in list(self._open)))
+        share = self._bounce.byte_count // (HELD * max(1, relays + len(holders)))
         batch_bytes = min(wanted_bytes, max(share, self._options.batch_bytes))
         return Limits(batch_bytes, self._bounce.most_bytes, 1 + relays)
 
@@ -287,7 +288,7 @@ class Loader:
                 if helper not in self._lanes:
                     self._begin_lane(helper)
             for helper, lane in self._lanes.items():
-                lane.share = self._relays.share(helper.name)
+                lane.share = self._relays.share(helper.label)
 
     def _begin_lane(self, helper: Helper) -> None:
         try:
