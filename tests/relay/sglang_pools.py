@@ -22,6 +22,7 @@ from sglang.srt.mem_cache.memory_pool_host import (
     DeepSeekV4StateHostPool,
     LogicalHostPool,
 )
+from sglang.srt.mem_cache.pool_host.base import host_memory_budget_scope
 from sglang.srt.mem_cache.pool_host.dsa import DSAIndexerHostPoolBuilder, DSAIndexerPoolHost
 from sglang.srt.mem_cache.pool_host.host_pool_decl import HostPoolDecl, HostPoolStorageInfo
 from sglang.srt.mem_cache.pool_host.mamba import MambaPoolHost
@@ -38,9 +39,12 @@ from dualpath_sgl.relay.client.store import RelayStore
 PAGE_TOKENS, POOL_PAGES, LAYERS, PAGES = 16, 40, 4, 12
 """`PAGES` of a pool are stored and come back into others of its pages."""
 INDEXER_BYTES = 132
+POOLS_BYTES = 2**30
+"""Of host memory, at the most: else SGLang wants 10 GiB to stay free."""
 CPU = torch.device("cpu")
 
 
+@host_memory_budget_scope(POOLS_BYTES)
 def mha(
     layout: str, layers: int = LAYERS, v_head_dim: int = 64, dtype: torch.dtype = torch.float32
 ) -> MHATokenToKVPoolHost:
@@ -65,6 +69,7 @@ def mha(
     return cls(info, **_shape(layout, layers))
 
 
+@host_memory_budget_scope(POOLS_BYTES)
 def keys_only(anchor: MHATokenToKVPoolHost) -> MHATokenToKOnlyPoolHost:
     """Of an indexer whose keys are kept as they are (MiniMax-M3)."""
     device = SimpleNamespace(
@@ -80,6 +85,7 @@ def keys_only(anchor: MHATokenToKVPoolHost) -> MHATokenToKOnlyPoolHost:
     return MHATokenToKOnlyPoolHost(device, anchor, anchor.layout, pin_memory=False)
 
 
+@host_memory_budget_scope(POOLS_BYTES)
 def mla(layout: str, layers: int = LAYERS) -> MLATokenToKVPoolHost:
     buffers = tuple(torch.zeros(PAGE_TOKENS, 1, 576) for _ in range(layers))
     info = MLABufferInfo(
@@ -120,6 +126,7 @@ class _Indexer(DSAIndexerPoolHost):
         return 0, LAYERS
 
 
+@host_memory_budget_scope(POOLS_BYTES)
 def indexer(anchor: MLATokenToKVPoolHost) -> DSAIndexerPoolHost:
     device = SimpleNamespace(
         store_dtype=torch.uint8,
@@ -142,6 +149,7 @@ def indexer(anchor: MLATokenToKVPoolHost) -> DSAIndexerPoolHost:
     return _Indexer(decl, anchor, pin_memory=False)
 
 
+@host_memory_budget_scope(POOLS_BYTES)
 def mamba(slots: int = 8, layers: int = 3) -> MambaPoolHost:
     info = MambaStateBufferInfo(
         temporal=torch.zeros(layers, slots, 4, 64, 64),
@@ -150,6 +158,7 @@ def mamba(slots: int = 8, layers: int = 3) -> MambaPoolHost:
     return MambaPoolHost(info, 2.0, 0, device_capacity=slots, pin_memory=False, layout="page_first_direct")
 
 
+@host_memory_budget_scope(POOLS_BYTES)
 def dsv4(name: str, bytes_a_page: int, layers: int, layout: str) -> DeepSeekV4PagedHostPool:
     device = [torch.zeros(1, bytes_a_page, dtype=torch.uint8) for _ in range(layers)]
     return DeepSeekV4PagedHostPool(
@@ -157,6 +166,7 @@ def dsv4(name: str, bytes_a_page: int, layers: int, layout: str) -> DeepSeekV4Pa
     )
 
 
+@host_memory_budget_scope(POOLS_BYTES)
 def dsv4_states(name: str, layers: int, layout: str) -> DeepSeekV4StateHostPool:
     """What layers that compress have of tokens that fill no page of theirs yet: a ring for each page of SWA."""
     ring_tokens = 8
@@ -169,6 +179,7 @@ def dsv4_states(name: str, layers: int, layout: str) -> DeepSeekV4StateHostPool:
     return DeepSeekV4StateHostPool(name, states, POOL_PAGES, PAGE_TOKENS, layout=layout, pin_memory=False)
 
 
+@host_memory_budget_scope(POOLS_BYTES)
 def dsv4_anchor(layout: str) -> LogicalHostPool:
     return LogicalHostPool(POOL_PAGES * PAGE_TOKENS, PAGE_TOKENS, layout)
 
