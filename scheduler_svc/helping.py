@@ -1,4 +1,4 @@
-"""Prefill engines in relay mode are told who may help them: on connecting, and when that changes."""
+"""Prefill engines that others can help are told by whom: on connecting, and when that changes."""
 
 from __future__ import annotations
 
@@ -7,27 +7,38 @@ from typing import NamedTuple
 from scheduler_svc.ledger.engines import EngineState, EngineTable, RankKey
 from scheduler_svc.ledger.relays import RelayTable
 from scheduler_svc.policies.help_policy import Help, Reader, Ring, help_for
-from scheduler_svc.wire.protocol import LEADER_RANK, Helper, Helpers
+from scheduler_svc.wire.protocol import (
+    LEADER_RANK,
+    Helper,
+    Helpers,
+    Mode,
+    RankInfo,
+    RelayInfo,
+    Resident,
+)
 
 PERIOD_S = 0.5
 """Between two looks at shares."""
 SOON_S = 0.05
-"""Between two looks when relays came or went, or engines connected."""
+"""Between two looks when somebody who helps came or went, or engines connected."""
 
 
 SETTLE_S = 3.0
-"""After its start the scheduler tells nobody anything for so long: relays come back to a restarted one within a
-second or two, and until it knows them all again the engines' last lists are better than its own."""
+"""After its start the scheduler tells nobody anything for so long: relays and engines come back to a restarted
+one within a second or two, and until it knows them all again the engines' last lists are better than its own."""
+
+ALL = Help(1.0)
+"""Where there is no relay to be shared."""
 
 
 class HelpTold(NamedTuple):
-    """What prefill engines in relay mode have been told, counted."""
+    """What prefill engines have been told of relays, counted."""
 
     helped: int = 0
     hidden: int = 0
     """Their loads hide behind computing."""
     alone: int = 0
-    """There is no relay."""
+    """In mode relay, and there is none."""
 
 
 class Helping:
@@ -37,21 +48,31 @@ class Helping:
         self._settled_s = started_s + SETTLE_S
         self._engines = engines
         self._relays = relays
-        self._ring = Ring(())
-        self._ring_of = 0
-        """`RelayTable.changes` that the ring was made of."""
-        self._lists: dict[tuple[int, Help], Helpers] = {}
-        """By place on the ring: equal lists are one object, made and encoded once."""
+        self._changes = (0, 0)
+        """Of relays and of objects, that the rings were made of."""
+        self._ring: Ring[RelayInfo] = Ring(())
+        self._residents: dict[str, Ring[Resident]] = {}
+        """By name of objects."""
+        self._lists: dict[tuple[int, Help, str | None, int], Helpers] = {}
+        """By places on the rings: equal lists are one object, made and encoded once."""
         self._told: dict[RankKey, Helpers] = {}
-        self._is_news = False
-        """A rank has connected since the last look."""
+        self._news: set[str] = set()
+        """Engines of which a rank has connected since the last look."""
         self._looked_s = float("-inf")
         self.told = HelpTold()
 
-    def connected(self, key: RankKey) -> None:
-        """The rank has a new connection: it may have missed what was told it."""
-        self._told.pop(key, None)
-        self._is_news = True
+    @property
+    def residents(self) -> int:
+        """Decode engine ranks that are told of."""
+        return sum(map(len, self._residents.values()))
+
+    def heard(self, info: RankInfo, is_new: bool) -> None:
+        """A rank lives.  `is_new`: on another connection, and it may have missed what was told it."""
+        key = RankKey(info.engine_id, info.rank)
+        if is_new:
+            self._told.pop(key, None)
+        if key not in self._told:
+            self._news.add(info.engine_id)
 
     def gone(self, key: RankKey) -> None:
         self._told.pop(key, None)
@@ -60,41 +81,62 @@ class Helping:
         """What ranks are to be told now."""
         if now_s < self._settled_s:
             return []
-        changed = self._relays.changes != self._ring_of
-        if now_s - self._looked_s < (SOON_S if changed or self._is_news else PERIOD_S):
+        changes = self._relays.changes, self._engines.object_changes
+        is_soon = changes != self._changes or bool(self._news)
+        if now_s - self._looked_s < (SOON_S if is_soon else PERIOD_S):
             return []
-        self._looked_s, self._is_news = now_s, False
-        if changed:
-            self._ring, self._ring_of = Ring(self._relays.serving()), self._relays.changes
-            self._lists.clear()
-        engines = self._engines.asking_relays()
-        helps = help_for(_reader(engine) for engine in engines)
+        self._looked_s = now_s
+        news, self._news = self._news, set()
+        # Without relays there are no shares: what was told stays true until somebody comes or goes.
+        is_the_same = changes == self._changes and not self._ring
+        if changes != self._changes:
+            self._look_around(changes)
+        engines = self._engines.helped()
+        helps = help_for(map(_reader, engines)) if self._ring else {}
+        self.told = self._count(engines, helps)
         due: list[tuple[RankKey, Helpers]] = []
-        counts = [0, 0, 0]
         for engine in engines:
-            helpers = self._helpers(engine.engine_id, helps[engine.engine_id])
-            counts[2 if not helpers.relays else 1 if helpers.reason else 0] += 1
-            for rank in engine.ranks:
+            if is_the_same and engine.engine_id not in news:
+                continue
+            help_ = helps.get(engine.engine_id, ALL)
+            for rank, state in engine.ranks.items():
                 key = RankKey(engine.engine_id, rank)
+                helpers = self._helpers(engine.engine_id, help_, state.info.objects)
                 if self._told.get(key) != helpers:
                     self._told[key] = helpers
                     due.append((key, helpers))
-        self.told = HelpTold(*counts)
         return due
 
     def in_words(self, engine_id: str) -> str:
         """What an engine has been told."""
         told = self._told.get(RankKey(engine_id, LEADER_RANK), Helpers())
-        return f"{len(told.relays)} relays" + (f", not asked: {told.reason}" if told.reason else "")
+        relays = f"{len(told.relays)} relays" + (f", not asked: {told.reason}" if told.reason else "")
+        return relays + (f"; {len(told.residents)} decode engines by key" if told.residents else "")
 
-    def _helpers(self, engine_id: str, help_: Help) -> Helpers:
+    def _look_around(self, changes: tuple[int, int]) -> None:
+        self._changes = changes
+        self._ring = Ring(self._relays.serving())
+        self._residents = {objects: Ring(found) for objects, found in self._engines.residents().items()}
+        self._lists.clear()
+
+    def _count(self, engines: list[EngineState], helps: dict[str, Help]) -> HelpTold:
+        if not self._ring:
+            return HelpTold(alone=sum(engine.mode is Mode.RELAY for engine in engines))
+        hidden = sum(help_.reason is not None for help_ in helps.values())
+        return HelpTold(len(engines) - hidden, hidden)
+
+    def _helpers(self, engine_id: str, help_: Help, objects: str | None) -> Helpers:
         first = self._ring.first(engine_id)
-        helpers = self._lists.get((first, help_))
+        holding = self._residents.get(objects) if objects is not None else None
+        first_holding = holding.first(engine_id) if holding is not None else 0
+        at = first, help_, objects, first_holding
+        helpers = self._lists.get(at)
         if helpers is None:
             relays = self._ring.from_(first)
-            helpers = self._lists[first, help_] = Helpers(
+            helpers = self._lists[at] = Helpers(
                 tuple(Helper(relay.name, relay.endpoint, help_.share) for relay in relays),
                 help_.reason if relays else None,
+                tuple(holding.from_(first_holding)) if holding is not None else (),
             )
         return helpers
 

@@ -77,8 +77,14 @@ class Metrics:
         )
         self.prefill_engines_by_help = Gauge(
             "dualpath_scheduler_prefill_engines",
-            "Prefill engines in relay mode, by help: helped, hidden (loading hides behind computing), alone.",
+            "Prefill engines that relays may help, by help: helped, hidden (loading hides behind computing), "
+            "alone (in mode relay, and there is none).",
             ["help"],
+            registry=registry,
+        )
+        self.residents = Gauge(
+            "dualpath_scheduler_residents",
+            "Decode engine ranks that give away by key what they hold.",
             registry=registry,
         )
         self.helpers_told = Counter(

@@ -302,6 +302,7 @@ class Server:
         serving = len(relays.serving())
         for state, count in (("serving", serving), ("draining", len(relays) - serving)):
             self._metrics.relays.labels(state).set(count)
+        self._metrics.residents.set(self._cluster.helping.residents)
         for help_, count in told._asdict().items():
             self._metrics.prefill_engines_by_help.labels(help_).set(count)
 

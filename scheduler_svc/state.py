@@ -182,7 +182,7 @@ class Cluster:
         return expired
 
     def helpers_due(self, now_s: float) -> list[tuple[RankKey, Helpers]]:
-        """What prefill engines in relay mode are to be told now; ask for it after each burst of messages."""
+        """What prefill engines are to be told now of who may help; ask for it after each burst of messages."""
         return self.helping.due(now_s)
 
     def _expire(self, now_s: float) -> None:
@@ -215,8 +215,8 @@ class Cluster:
             )
         except EngineConflict as conflict:
             raise Refused(ErrorCode.CONFLICT, str(conflict)) from None
-        if message.hello and engine.mode is Mode.RELAY and engine.role is Role.PREFILL:
-            self.helping.connected(RankKey(engine.engine_id, engine.rank))
+        if engine.role is Role.PREFILL and (engine.helped or engine.mode is Mode.RELAY):
+            self.helping.heard(engine, message.hello)
         events = (RankFaults(engine.engine_id, faults),) if faults else ()
         return Result(Accepted(version) if message.hello else None, events=events)
 

@@ -26,6 +26,7 @@ from scheduler_svc.wire.protocol import (
     EngineStatus,
     Mode,
     RankInfo,
+    Resident,
     Role,
     Workload,
 )
@@ -136,6 +137,8 @@ class EngineState:
     page_endpoints: tuple[str, ...] = ()
     """Page servers in rank order; shorter than tp_size when a rank has none."""
     mode: Mode = Mode.DECODE_SIDE
+    is_helped: bool = False
+    """A PE whose ranks want to know who may help."""
 
     def reshape(self) -> None:
         """To be called when a rank came, went or described itself anew."""
@@ -148,6 +151,9 @@ class EngineState:
             max(state.versions[1] for _, state in ranks),
         )
         self.mode = ranks[0][1].info.mode
+        self.is_helped = self.role is Role.PREFILL and any(
+            state.info.helped or state.info.mode is Mode.RELAY for _, state in ranks
+        )
         self.page_size = ranks[0][1].info.page_size
         self.page_bytes = sum(state.info.page_bytes for _, state in ranks)
         endpoints = (state.info.page_endpoint for _, state in ranks)
@@ -222,6 +228,11 @@ def _sum(counts: Iterable[int]) -> int:
     return min(sum(counts), MAX_COUNT)
 
 
+def _of_objects(info: RankInfo) -> tuple[str | None, str | None]:
+    """What it says of objects that are taken by key: their name, and where it gives them away."""
+    return info.objects, info.fetch_endpoint
+
+
 class EngineWatcher(Protocol):
     """Keeps an index over the engines that can be given requests."""
 
@@ -270,6 +281,8 @@ class EngineTable:
         """Totals of expired engines, for their return."""
         self._watcher: EngineWatcher = _Nobody()
         self._faults = Faults()
+        self.object_changes = 0
+        """Grows whenever it may be another rank that has, or wants, objects of some name."""
 
     def watch(self, watcher: EngineWatcher, faults: Faults) -> None:
         """Tell `watcher` about every engine from now on; call it while the table is empty."""
@@ -293,8 +306,11 @@ class EngineTable:
             state = self._live.get(info.engine_id) or self._enter(info)
             rank = state.ranks[info.rank] = RankState(info, load, now_s, versions, sender)
             self._held[sender] += 1
+            self.object_changes += info.objects is not None
             state.reshape()
         elif rank.info != info or rank.versions != versions:
+            if _of_objects(rank.info) != _of_objects(info):
+                self.object_changes += 1
             rank.info, rank.versions = info, versions
             state.reshape()
         if rank.sender != sender:
@@ -385,6 +401,7 @@ class EngineTable:
         if rank is None:
             return
         self._gone.append(key)
+        self.object_changes += rank.info.objects is not None
         self._let_go(rank.sender)
         state = self._live[key.engine_id]
         del state.ranks[key.rank]
@@ -457,11 +474,24 @@ class EngineTable:
             except Exception:
                 self._unannounced(engine)
 
-    def asking_relays(self) -> list[EngineState]:
-        """Prefill engines in relay mode."""
-        return [
-            state for state in self._live.values() if state.mode is Mode.RELAY and state.role is Role.PREFILL
-        ]
+    def helped(self) -> list[EngineState]:
+        """Prefill engines that want to know who may help."""
+        return [state for state in self._live.values() if state.is_helped]
+
+    def residents(self) -> dict[str, list[Resident]]:
+        """By name of objects, who has some: of each decode engine the first rank.
+
+        Where all ranks have the same objects, it is the first one that writes all of them.
+        """
+        found: dict[str, list[Resident]] = {}
+        for state in self._live.values():
+            names: set[str] = set()
+            for rank, one in sorted(state.ranks.items()) if state.role is Role.DECODE else ():
+                objects, endpoint = _of_objects(one.info)
+                if objects is not None and endpoint is not None and objects not in names:
+                    names.add(objects)
+                    found.setdefault(objects, []).append(Resident(state.engine_id, endpoint, rank))
+        return found
 
     def by_kind(self) -> Counter[tuple[Role, Mode]]:
         """How many there are."""

@@ -1,7 +1,7 @@
 """The choices themselves: pure functions and objects of what engines report.
 
 path_request.py        what a path policy may know
-help_policy.py         which relays help which prefill engine
+help_policy.py         who helps which prefill engine
 path_policies.py       which side reads which pages
 lane_model.py          when a request's two storage lanes end
 placement_policies.py  which pair of engines serves a request

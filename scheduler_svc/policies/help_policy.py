@@ -1,8 +1,9 @@
-"""Who may help whom, and how much: relays and prefill engines.  Pure, like the other policies.
+"""Who may help whom, and how much: relays, decode engines that hold objects, and prefill engines.  Pure, like
+the other policies.
 
-**Who.**  Every relay may help every engine.  Where there are more than `MOST_RELAYS`, an engine is given
-that many neighbours on a ring of hashed names: engines use different ones, all ranks of an engine the same,
-and a relay that joins or leaves changes few lists.
+**Who.**  Every relay may help every engine, and every decode engine rank that has a rank's objects that rank.
+Where there are more than `MOST` of a kind, an engine is given that many neighbours on a ring of hashed names:
+engines use different ones, all ranks of an engine the same, and one that joins or leaves changes few lists.
 
 **Share.**  Relays are fair by themselves: they see what each engine has left.  A share keeps one engine
 from filling a relay's queue while others wait.  With `q` bytes to be read by an engine and `r` the rate of
@@ -27,12 +28,10 @@ import math
 from bisect import bisect_left
 from collections.abc import Iterable, Sequence
 from hashlib import blake2b
-from typing import NamedTuple
+from typing import Generic, NamedTuple, Protocol, TypeVar
 
-from scheduler_svc.wire.protocol import RelayInfo
-
-MOST_RELAYS = 16
-"""An engine rank has a thread and bounce memory for each."""
+MOST = 16
+"""Of a kind: an engine rank has a thread and bounce memory for each."""
 STEP = 1 / 8
 """Finer differences are not worth a message."""
 STALE_S = 1.0
@@ -60,22 +59,34 @@ class Help(NamedTuple):
 HIDES = Help(0.0, "loading hides behind computing")
 
 
-class Ring:
-    """Relays in the order of their hashes."""
+class _Named(Protocol):
+    @property
+    def name(self) -> str: ...
 
-    def __init__(self, relays: Iterable[RelayInfo]) -> None:
-        placed = sorted((_place(relay.name), relay.name, relay) for relay in relays)
+
+Named = TypeVar("Named", bound=_Named)
+
+
+class Ring(Generic[Named]):
+    """Helpers of one kind in the order of their hashes."""
+
+    def __init__(self, helpers: Iterable[Named]) -> None:
+        """Each has a name of its own."""
+        placed = sorted((_place(helper.name), helper.name, helper) for helper in helpers)
         self._places = [place for place, _, _ in placed]
-        self._relays = [relay for _, _, relay in placed]
+        self._helpers = [helper for _, _, helper in placed]
+
+    def __len__(self) -> int:
+        return len(self._helpers)
 
     def first(self, engine_id: str) -> int:
         """Where the list of this engine begins; 0 for all while they may have all."""
-        return bisect_left(self._places, _place(engine_id)) if len(self._relays) > MOST_RELAYS else 0
+        return bisect_left(self._places, _place(engine_id)) if len(self._helpers) > MOST else 0
 
-    def from_(self, first: int) -> list[RelayInfo]:
+    def from_(self, first: int) -> list[Named]:
         """The list that begins there."""
-        count = min(MOST_RELAYS, len(self._relays))
-        return [self._relays[(first + step) % len(self._relays)] for step in range(count)]
+        count = min(MOST, len(self._helpers))
+        return [self._helpers[(first + step) % len(self._helpers)] for step in range(count)]
 
 
 def _place(name: str) -> bytes:

@@ -10,8 +10,9 @@ any time.  The life of one request:
     both    -> Done                                           (no answer)
                               scheduler -> Loaded, to those whose Report or Place asked for it
 
-Relays say in a `RelayHeartbeat` what they have to do, and prefill engine ranks in relay mode are told in
-`Helpers` which of them may help: on connecting, and whenever that changes.
+Relays say in a `RelayHeartbeat` what they have to do, decode engine ranks in their heartbeats where they give
+away what they hold.  Prefill engine ranks that can use them are told in `Helpers` which of both may help: on
+connecting, and whenever that changes.
 
 Before that each rank has said which versions it speaks, in a `Heartbeat` that asks for an answer:
 `Accepted`, or an `Error` that says why not and what to do.  A rank without `Accepted` on its present
@@ -70,7 +71,7 @@ LEADER_RANK = 0
 MAX_LANES = 16
 """Records of one load; three are usual."""
 MAX_HELPERS = 64
-"""Relays in one list."""
+"""Relays in one list, and as many ranks of decode engines."""
 
 TRACEPARENT = r"^[0-9a-f]{2}-[0-9a-f]{32}-[0-9a-f]{16}-[0-9a-f]{2}(-[!-~]*)?\Z"
 """W3C Trace Context; later versions may append."""
@@ -153,11 +154,20 @@ class RankInfo(Wire, frozen=True, kw_only=True):
     page_bytes: Annotated[int, Meta(ge=1, le=2**40)]
     """Bytes of one page on this rank, all layers, K and V."""
     mode: Mode = Mode.DECODE_SIDE
+    helped: bool = False
+    """Relays may help this PE rank, as they may in mode relay."""
+    objects: Digest | None = None
+    """Names how this rank calls its objects in the store, and their sizes: a PE rank takes objects by key from
+    DE ranks that say the same.  None: it takes and gives none."""
+    fetch_endpoint: Endpoint | None = None
+    """ZeroMQ address where this DE rank gives away, by key, what lies in its host memory."""
 
     def __post_init__(self) -> None:
         check_http_url(self.url)
         if self.page_endpoint is not None:
             check_endpoint(self.page_endpoint)
+        if self.fetch_endpoint is not None:
+            check_endpoint(self.fetch_endpoint)
 
 
 class Workload(Wire, frozen=True):
@@ -258,12 +268,25 @@ class Helper(Wire, frozen=True):
         check_endpoint(self.endpoint)
 
 
+class Resident(Wire, frozen=True):
+    """A DE rank that gives away by key what lies in its host memory."""
+
+    name: Name
+    """The engine's."""
+    endpoint: Endpoint
+    rank: Rank = 0
+
+    def __post_init__(self) -> None:
+        check_endpoint(self.endpoint)
+
+
 class Helpers(Wire, frozen=True, tag="helpers"):
-    """To a prefill engine rank: these relays may help, and no others, until the next such message."""
+    """To a prefill engine rank: these may help, and no others, until the next such message."""
 
     relays: Annotated[tuple[Helper, ...], Meta(max_length=MAX_HELPERS)] = ()
     reason: Text | None = None
-    """Why none of them is to be asked for anything now, for people."""
+    """Why no relay is to be asked for anything now, for people."""
+    residents: Annotated[tuple[Resident, ...], Meta(max_length=MAX_HELPERS)] = ()
 
 
 class Accepted(Wire, frozen=True, tag="accepted"):

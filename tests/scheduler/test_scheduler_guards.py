@@ -548,7 +548,8 @@ def test_the_longest_page_of_a_status_fits_into_a_message():
         described = engine(
             f"d{number:03d}{wide}", fingerprint=wide, url=f"https://{host}:30000",
             page_endpoint=f"tcp://{host}:30000", rank=1023, tp_size=1024, bootstrap_port=65535,
-            page_size=2**20, page_bytes=2**40,
+            page_size=2**20, page_bytes=2**40, helped=True, objects="\U0001f4a5" * 64,
+            fetch_endpoint=f"tcp://{host}:30000",
         )  # fmt: skip
         assert state.handle(Heartbeat(engine=described, load=full, version=2), 0.0).reply is None
     for number in range(MAX_FALLBACK_REASONS + 5):

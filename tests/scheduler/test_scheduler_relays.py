@@ -20,7 +20,7 @@ from test_scheduler_strangers import keys, refused, secured, until  # noqa: F401
 
 from scheduler_svc.helping import PERIOD_S, SETTLE_S, SOON_S
 from scheduler_svc.ledger.relays import RELAY_EXPIRY_S, STATUS_RELAYS, RelayTable
-from scheduler_svc.policies.help_policy import HIDES, MOST_RELAYS, STALE_S, Reader, Ring, help_for
+from scheduler_svc.policies.help_policy import HIDES, MOST, STALE_S, Reader, Ring, help_for
 from scheduler_svc.policies.path_policies import path_policy
 from scheduler_svc.policies.placement_policies import placement_policy
 from scheduler_svc.state import Cluster
@@ -252,7 +252,7 @@ def test_with_many_relays_an_engine_gets_some_and_one_more_relay_changes_few_lis
     engines = [f"p{number}" for number in range(200)]
     before, after = Ring(relays[:-1]), Ring(relays)
     lists = {name: before.from_(before.first(name)) for name in engines}
-    assert {len({one.name for one in found}) for found in lists.values()} == {MOST_RELAYS}
+    assert {len({one.name for one in found}) for found in lists.values()} == {MOST}
     used = [one.name for found in lists.values() for one in found]
     assert max(map(used.count, set(used))) < len(engines), "not all engines ask the same ones"
     changed = [name for name in engines if after.from_(after.first(name)) != lists[name]]

@@ -12,7 +12,7 @@ from dualpath_sgl.evals.sim.model.models import DS_27B
 from dualpath_sgl.evals.sim.model.setup import MODES, Mode, Setup
 from dualpath_sgl.evals.sim.model.workload import Lengths, table2_trajectories, workload
 from scheduler_svc.policies import path_policies
-from scheduler_svc.policies.help_policy import MOST_RELAYS
+from scheduler_svc.policies.help_policy import MOST
 from scheduler_svc.policies.path_policies import PathChoice
 
 READING_MODES = [name for name, mode in MODES.items() if not mode.oracle]
@@ -211,4 +211,4 @@ def test_an_engine_loads_one_request_after_another():
 def test_with_many_relays_an_engine_is_helped_by_those_on_its_list():
     simulation, _ = simulate(setup("relay", nodes=(1, 40)), load([trajectory(2)], 1))
     helped = sum(1 for link in simulation.decode_links if link.read_bytes)
-    assert helped == MOST_RELAYS
+    assert helped == MOST
