@@ -5,6 +5,7 @@ is who may help.  The rest is for placement: how busy the rank is, and which req
 
     relay_hooks.py -> control/prefill_work.py, control/decode_work.py -> Report and Done of a room, heartbeats
     control/channel.py -> Helpers -> relay/client/relays.py
+    relay/client/store.py -> where the rank gives objects away, or which ones it takes
 
 Only the leader rank reports rooms.  It waits for no plan, so `Done` follows at once: a decode-side engine at the
 other end then knows that nothing will be forwarded.
@@ -14,6 +15,8 @@ from __future__ import annotations
 
 import logging
 from typing import TYPE_CHECKING, Any
+
+import msgspec
 
 from dualpath_sgl.control.channel import ControlChannel
 from dualpath_sgl.control.decode_work import DecodeWork
@@ -83,6 +86,7 @@ class RelayEngine:
             bootstrap_port=args.disaggregation_bootstrap_port if role is Role.PREFILL else None,
             mode=Mode.RELAY,
         )
+        self._info = self._described()
         key_files = None
         if settings.key_file is not None and settings.scheduler_key_file is not None:
             key_files = settings.key_file, settings.scheduler_key_file
@@ -100,7 +104,7 @@ class RelayEngine:
         return self._info.role
 
     def start(self) -> None:
-        self.control.serve(self.workload, _no_plan, _no_plan, told.take)
+        self.control.serve(self._heartbeat, _no_plan, _no_plan, told.take)
         rank = metrics.start(self._info)
         if rank is not None:
             Sampler(
@@ -190,6 +194,22 @@ class RelayEngine:
             compute_rate_tokens_per_s=min(load.compute_rate_tokens_per_s, MAX_RATE),
             held=load.sequences,
             faults=faults.count(),
+        )
+
+    def _heartbeat(self) -> Workload:
+        """On the control channel's thread."""
+        described = self._described()
+        if described != self._info:  # its storage came, or went
+            self._info = described
+            self.control.send(described)
+        return self.workload()
+
+    def _described(self) -> RankInfo:
+        backend = storage_backend(self._scheduler)
+        return msgspec.structs.replace(
+            self._info,
+            objects=getattr(backend, "objects", None),
+            fetch_endpoint=getattr(backend, "fetch_endpoint", None),
         )
 
     def _read_rate(self) -> float:

@@ -25,6 +25,7 @@ from dualpath_sgl.pools import layout, weights
 from dualpath_sgl.pools.integrity import PoolCheck
 from dualpath_sgl.pools.key_tag import TAG
 from dualpath_sgl.prefill import PrefillSide
+from dualpath_sgl.relay.client.relays import told
 from dualpath_sgl.restore import RestoreGuard
 from dualpath_sgl.room_reports import RoomReports
 from dualpath_sgl.spans import request_span, stages
@@ -46,7 +47,8 @@ logger = logging.getLogger(__name__)
 class Runtime:
     """One per SGLang scheduler process: builds and wires what a rank is made of."""
 
-    def __init__(self, settings: Settings, config: HiCacheStorageConfig, pool: Any) -> None:
+    def __init__(self, settings: Settings, config: HiCacheStorageConfig, pool: Any, is_told: bool) -> None:
+        """`is_told`: relays that the scheduler tells of may help."""
         from sglang.srt.runtime_context import get_disagg, get_server_args
 
         dp_rank, dp_size = dp_place()
@@ -95,6 +97,7 @@ class Runtime:
             fingerprint=self.fingerprint,
             page_size=pool.page_size,
             page_bytes=self.page_bytes,
+            helped=is_told and role is Role.PREFILL,
         )
         key_files = None
         if settings.key_file is not None and settings.scheduler_key_file is not None:
@@ -163,7 +166,11 @@ class Runtime:
         if self.server is not None:
             self.server.start()
         self.control.serve(
-            self.workload.now, self.side.on_plan, self.side.on_no_plan, on_loaded=self._on_loaded
+            self.workload.now,
+            self.side.on_plan,
+            self.side.on_no_plan,
+            told.take,
+            on_loaded=self._on_loaded,
         )
         if self._metrics is not None:
             Sampler(
@@ -252,14 +259,14 @@ def _buffers(pool: Any) -> list[Any]:
 _current: Runtime | None = None
 
 
-def start(settings: Settings, config: HiCacheStorageConfig, pool: Any) -> Runtime:
+def start(settings: Settings, config: HiCacheStorageConfig, pool: Any, is_told: bool) -> Runtime:
     """The process's runtime: built when SGLang first attaches the storage, and kept if it does so again.
 
-    Raises RuntimeError when another host pool has one already.
+    `is_told`: as of `Runtime`.  Raises RuntimeError when another host pool has one already.
     """
     global _current
     if _current is None:
-        runtime = Runtime(settings, config, pool)
+        runtime = Runtime(settings, config, pool, is_told)
         runtime.start()
         _current = runtime
     elif _current.pool is not pool:

@@ -17,7 +17,7 @@ from sglang.srt.mem_cache.hicache_storage import HiCacheStorageConfig, PoolName
 from dualpath_sgl import runtime
 from dualpath_sgl.hooks import assert_applied
 from dualpath_sgl.pools import weights
-from dualpath_sgl.relay.client.store import RelayStore
+from dualpath_sgl.relay.client.store import RelayStore, is_decode_engine
 from dualpath_sgl.start import facts
 from dualpath_sgl.start.checks import Facts
 from dualpath_sgl.start.config import settings
@@ -74,9 +74,11 @@ class DualPathStorage(RelayStore):
         super().register_mem_pool_host(mem_pool_host)
         if mode is Mode.DECODE_SIDE:
             self.calls_may_overlap = False  # lanes of the runtime read, not SGLang's thread
-            if self._options.helpers:  # in what a prefill engine reads itself they take part
-                self.open_relays()
-            runtime.start(settings(), self.storage_config, mem_pool_host).loader = self.loader
+            if not self.is_told or not is_decode_engine():
+                # In what a prefill engine reads itself they take part.
+                self.open_relays(are_expected=not self.is_told)
+            engine = runtime.start(settings(), self.storage_config, mem_pool_host, self.is_told)
+            engine.loader = self.loader
 
 
 def _both(some: Facts, others: Facts) -> Facts:

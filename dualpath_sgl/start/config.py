@@ -45,7 +45,8 @@ class Settings(BaseSettings):
     device: str = ""
     """RDMA device of the forwarding engine, on the compute network."""
     page_port: int = Field(0, ge=0, le=65535)
-    """Of a decode engine's rank 0: its page server, the next ranks' on the next ports; 0 takes free ones."""
+    """Of a decode engine's rank 0: where prefill engines ask for pages; the next ranks' are the next ports; 0 takes
+    free ones."""
     otlp_endpoint: str | None = None
     """OTLP/gRPC receiver of this engine's spans; none: no spans are made."""
     plan_timeout_s: Positive = PLAN_TIMEOUT_S

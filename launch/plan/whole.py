@@ -157,7 +157,7 @@ class _Planner:
 
     def _engine(self, engine: EngineSpec, before: tuple[str, ...]) -> Process:
         config, addresses, ports = self._config, self._site.addresses, self._site.ports
-        argv = commands.engine_command(config, addresses, engine, ports, self._site.relays)
+        argv = commands.engine_command(config, addresses, engine, ports)
         listens = [_one("http", engine.port), MOONCAKE_PORTS, PD_PORTS]
         if engine.bootstrap_port is not None:
             listens.append(_one("bootstrap", engine.bootstrap_port))

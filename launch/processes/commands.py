@@ -18,7 +18,6 @@ from dualpath_sgl.launch.config.cluster import ClusterConfig, Group, Mode, Route
 from dualpath_sgl.launch.config.otlp import HEADERS_VARIABLE
 from dualpath_sgl.launch.config.transport import PD_OVER_RDMA
 from dualpath_sgl.launch.processes.environment import inherited
-from dualpath_sgl.launch.processes.relays import RelaySpec
 from dualpath_sgl.limits.read_limit import READ_RATE_KEY
 from dualpath_sgl.relay.client.options import OPTIONS_KEY
 from scheduler_svc.wire.addresses import authority, in_url, is_ipv6
@@ -256,13 +255,8 @@ def placing_flags(config: ClusterConfig, addresses: Addresses, ports: Ports) -> 
 
 
 def engine_command(
-    config: ClusterConfig,
-    addresses: Addresses,
-    engine: EngineSpec,
-    ports: Ports,
-    relays: Sequence[RelaySpec] = (),
+    config: ClusterConfig, addresses: Addresses, engine: EngineSpec, ports: Ports
 ) -> list[str]:
-    """`relays`: those that a prefill engine is told of by its flags, with decode-side loads."""
     host = addresses.engine(engine.name).compute
     flags = [*common_flags(config, engine.group, host, engine.port), f"--disaggregation-mode={engine.role}"]
     flags.append(f"--disaggregation-transfer-backend={config.transport.backend}")
@@ -270,9 +264,7 @@ def engine_command(
         flags.append(f"--disaggregation-bootstrap-port={engine.bootstrap_port}")
     decode_caches = config.mode in DECODE_CACHES
     if engine.role is Role.PREFILL or decode_caches:
-        told = relays if engine.role is Role.PREFILL and config.mode is Mode.DECODE_SIDE else ()
-        helpers = [f"{relay.name}={relay.endpoint(addresses)}" for relay in told]
-        flags += _hicache_flags(config, engine.group, helpers)
+        flags += _hicache_flags(config, engine.group)
     else:
         # A decode engine backs retracted requests up in host memory even without HiCache; sized by
         # SGLang it would want 10 GiB free.
@@ -395,17 +387,14 @@ def _host_pool_flag(group: Group) -> str:
     return f"--hicache-ratio={pool.ratio:g}" if pool.ratio is not None else f"--hicache-size={pool.size_gb}"
 
 
-def _hicache_flags(config: ClusterConfig, group: Group, helpers: list[str]) -> list[str]:
+def _hicache_flags(config: ClusterConfig, group: Group) -> list[str]:
     # SGLang's default of 256 tokens would hide short prefixes.
     extra: dict[str, Any] = {"prefetch_threshold": config.page_size}
     rate = config.store.read_rate
     backend = "mooncake"
     if config.mode in SCHEDULED:
-        relay_options: dict[str, Any] = {"relays": helpers} if helpers else {}
-        if config.device == "cpu" and (helpers or config.mode is Mode.RELAY):
-            relay_options["bounce_bytes"] = CPU_BOUNCE_BYTES
-        if relay_options:
-            extra[OPTIONS_KEY] = relay_options
+        if config.device == "cpu":
+            extra[OPTIONS_KEY] = {"bounce_bytes": CPU_BOUNCE_BYTES}
     elif rate is not None:
         backend = "dynamic"
         extra |= LIMITED_BACKEND

@@ -50,7 +50,7 @@ from dualpath_sgl.pools.host_tree import held_on_host
 from dualpath_sgl.pools.integrity import unevictable_pages
 from dualpath_sgl.pools.prompt_hash import prompt_hash
 from dualpath_sgl.start import config
-from scheduler_svc.wire.protocol import Done, Path, Plan, Report
+from scheduler_svc.wire.protocol import Done, Helpers, Path, Plan, Report
 
 logger = logging.getLogger(__name__)
 
@@ -99,9 +99,9 @@ class SchedulerChannel:
         self.connected = True
         self.sent: list[Report | Done] = []
 
-    def serve(self, load, on_plan, on_no_plan, on_loaded=None) -> None:
+    def serve(self, load, on_plan, on_no_plan, on_helpers, on_loaded=None) -> None:
         self.load = load
-        self._on_plan, self._on_no_plan = on_plan, on_no_plan
+        self._on_plan, self._on_no_plan, self._on_helpers = on_plan, on_no_plan, on_helpers
 
     def stop(self) -> None: ...
 
@@ -117,6 +117,10 @@ class SchedulerChannel:
     def bring_none(self, room: int) -> None:
         """The scheduler will make no plan for the room."""
         self._call(self._on_no_plan, room)
+
+    def tell(self, helpers: Helpers) -> None:
+        """Who may help."""
+        self._call(self._on_helpers, helpers)
 
     def _call(self, handler: Callable[[Any], None], argument: Any) -> None:
         def call() -> None:

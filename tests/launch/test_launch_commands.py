@@ -283,12 +283,12 @@ def test_each_decode_engine_has_a_relay_in_mode_relay_and_none_in_the_others():
     assert relays(cluster(mode="decode-side")) == []
 
 
-def test_with_decode_side_loads_prefill_engines_may_have_relays_too():
-    config = cluster(mode="decode-side", relays={"count": 1})
-    engines = engine_specs(config, lambda: 7)
-    prefill, decode = (engine_command(config, HERE, engine, PORTS, relays(config)) for engine in engines)
-    assert extra_config(prefill)["relay"]["relays"] == ["relay-0=tcp://127.0.0.1:200"]
-    assert "relay" not in extra_config(decode)
+@pytest.mark.parametrize("mode", ["decode-side", "relay"])
+def test_no_flag_names_relays_for_the_scheduler_tells_of_them(mode):
+    config = cluster(mode=mode, relays={"count": 1})
+    prefill = engine_command(config, HERE, engine_specs(config, lambda: 7)[0], PORTS)
+    assert "relays" not in extra_config(prefill)["relay"]
+    assert relay(config)["DUALPATH_RELAY_SCHEDULER"]
 
 
 def test_relays_beyond_the_decode_engines_have_links_of_their_own():

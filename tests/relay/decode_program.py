@@ -12,5 +12,5 @@ if __name__ == "__main__":
     for seed in seeds:
         tree.compute(prompt(int(pages), int(seed)))
         tree.settles()
-    print(f"serves at {tree.server.endpoint}", flush=True)
+    print(f"serves {tree.backend.objects} at {tree.backend.fetch_endpoint}", flush=True)
     sys.stdin.read()

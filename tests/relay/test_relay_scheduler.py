@@ -54,16 +54,23 @@ class Engine:
     """A prefill engine's client of relays, and its channel to the scheduler."""
 
     def __init__(
-        self, scene, scheduler: Scheduler, name: str = "prefill-0", keys: Path | None = None
+        self,
+        scene,
+        scheduler: Scheduler,
+        name: str = "prefill-0",
+        keys: Path | None = None,
+        objects: str | None = None,
+        **options,
     ) -> None:
+        """`objects`: that it takes by key, by their name; `options`: of its client."""
         own = PeerKeys(keys / f"peers/{name}.key_secret", keys / "peers") if keys else None
         self.prefill: Prefill = scene.prefill_of(
-            [], rate=SLOW, hello=Hello(engine=name), secure=own.towards if own else None
+            [], rate=SLOW, hello=Hello(engine=name), secure=own.towards if own else None, **options
         )
         self.load = Workload()
         info = RankInfo(
             engine_id=name, role=Role.PREFILL, url="http://127.0.0.1:1", fingerprint="relay",
-            page_size=16, page_bytes=1000, mode=Mode.RELAY,
+            page_size=16, page_bytes=1000, mode=Mode.RELAY, objects=objects,
         )  # fmt: skip
         key_files = (keys / f"peers/{name}.key_secret", keys / "scheduler.key") if keys else None
         self.channel = ControlChannel(scheduler.address, info, key_files)

@@ -131,6 +131,7 @@ def test_a_relay_that_the_scheduler_tells_of_helps_and_the_scheduler_hears_of_th
         (prefill,) = [one for one in client.status(10).engines if one.engine.role is Role.PREFILL]
     assert (prefill.engine.mode, prefill.engine.page_size) == (Mode.RELAY, PAGE)
     assert prefill.engine.page_bytes > 1
+    assert prefill.engine.objects == tree.backend.objects is not None
 
 
 def test_a_loader_follows_what_is_told_until_it_is_closed(scene):

@@ -12,6 +12,7 @@ from sglang_tree import Tree
 
 from dualpath_sgl.evals.relay.world import MIB, Child, eventually
 from dualpath_sgl.relay.client.relays import Kind
+from scheduler_svc.wire.protocol import Helpers, Resident
 
 PAGES, SEED = 40, 77
 PROGRAM = Path(__file__).with_name("decode_program.py")
@@ -19,7 +20,7 @@ PROGRAM = Path(__file__).with_name("decode_program.py")
 
 @pytest.fixture
 def decode(scene):
-    child = Child([sys.executable, str(PROGRAM), scene.store.master, str(PAGES), str(SEED)], "serves at")
+    child = Child([sys.executable, str(PROGRAM), scene.store.master, str(PAGES), str(SEED)], "serves")
     yield child
     child.end()
 
@@ -27,8 +28,7 @@ def decode(scene):
 @pytest.fixture
 def prefill(own_fresh_process, scene, decode):
     store_at(scene.store.master)
-    endpoint = decode.greeting.split()[-1]
-    options = {"decode_engines": [f"decode-0={endpoint}"], "least_call_bytes": 0, "bounce_bytes": 16 * MIB}
+    options = {"least_call_bytes": 0, "bounce_bytes": 16 * MIB}
     names = {
         "backend_name": "relay",
         "module_path": "dualpath_sgl.relay.client.store",
@@ -36,6 +36,9 @@ def prefill(own_fresh_process, scene, decode):
         "interface_v1": 1,
     }
     tree = Tree("full", PAGE_TOKENS, "dynamic", {"relay": options, **names})
+    objects, endpoint = decode.greeting.split()[1::2]
+    assert tree.backend.objects == objects and tree.backend.fetch_endpoint is None
+    tree.backend.relays.take(Helpers(residents=(Resident("decode-0", endpoint),)))
     tree.hashes(prompt(1, 0))  # SGLang compiles what hashes, which may take longer than a prefetch
     eventually(lambda: tree.backend.loader.lanes_up(Kind.RESIDENT), "the decode engine may be asked")
     return tree

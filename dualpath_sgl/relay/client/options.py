@@ -7,7 +7,7 @@ from typing import Annotated, Any
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
-from dualpath_sgl.relay.client.relays import Helper, Kind, parse_helper
+from dualpath_sgl.relay.client.relays import Helper, parse_relay
 
 OPTIONS_KEY = "relay"
 """In `--hicache-storage-backend-extra-config`."""
@@ -20,11 +20,6 @@ class Options(BaseModel):
 
     relays: tuple[str, ...] = ()
     """Who may help, each `NAME=tcp://HOST:PORT`."""
-    decode_engines: tuple[str, ...] = ()
-    """Who may hold objects in host memory, each `NAME=tcp://HOST:PORT` or `NAME#RANK=...`."""
-    port: Annotated[int, Field(ge=0, le=65535)] = 0
-    """Of a decode engine's rank 0: where it is asked what it holds, the next ranks on the next ports; 0 takes
-    free ones."""
     batch_bytes: Annotated[int, Field(ge=64 * 1024, le=2**30)] = 4 * MIB
     """What is claimed at a time, less towards the end of a load; a lane that brings it in less than 50 ms claims
     more."""
@@ -39,31 +34,18 @@ class Options(BaseModel):
 
     @field_validator("relays")
     @classmethod
-    def _relays_named_once(cls, relays: tuple[str, ...]) -> tuple[str, ...]:
-        return _named_once(relays, Kind.RELAY)
-
-    @field_validator("decode_engines")
-    @classmethod
-    def _engines_named_once(cls, engines: tuple[str, ...]) -> tuple[str, ...]:
-        return _named_once(engines, Kind.RESIDENT)
+    def _named_once(cls, relays: tuple[str, ...]) -> tuple[str, ...]:
+        names = [parse_relay(relay).name for relay in relays]
+        twice = {name for name in names if names.count(name) > 1}
+        if twice:
+            raise ValueError(
+                f"{', '.join(sorted(twice))} stands there twice; give every relay a name of its own"
+            )
+        return relays
 
     @property
     def helpers(self) -> tuple[Helper, ...]:
-        return tuple(parse_helper(relay) for relay in self.relays)
-
-    @property
-    def holders(self) -> tuple[Helper, ...]:
-        return tuple(parse_helper(engine, Kind.RESIDENT) for engine in self.decode_engines)
-
-
-def _named_once(texts: tuple[str, ...], kind: Kind) -> tuple[str, ...]:
-    names = [parse_helper(text, kind).label for text in texts]
-    twice = {name for name in names if names.count(name) > 1}
-    if twice:
-        raise ValueError(
-            f"{', '.join(sorted(twice))} stands there twice; give every helper a name of its own"
-        )
-    return texts
+        return tuple(parse_relay(relay) for relay in self.relays)
 
 
 def options(extra_config: Mapping[str, Any]) -> Options:

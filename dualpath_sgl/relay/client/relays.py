@@ -1,4 +1,4 @@
-"""Who may help: relays, from a prefill engine's flags or from the scheduler, and decode engines that hold objects."""
+"""Who may help: relays and decode engines that hold objects, from the scheduler, or relays from an engine's flags."""
 
 from __future__ import annotations
 
@@ -41,7 +41,6 @@ class Relays:
         self._lock = threading.Lock()
         self._helpers = tuple(helpers)
         self._shares: Mapping[str, float] = MappingProxyType({})
-        self._kept: tuple[Helper, ...] = ()
         self._followers: list[Callable[[tuple[Helper, ...]], None]] = []
 
     @property
@@ -50,24 +49,18 @@ class Relays:
 
     def take(self, helpers: Helpers) -> None:
         """What the scheduler says."""
-        self.replace(
-            [Helper(relay.name, relay.endpoint) for relay in helpers.relays],
-            {relay.name: relay.share for relay in helpers.relays},
-        )
+        relays = [Helper(relay.name, relay.endpoint) for relay in helpers.relays]
+        residents = [Helper(one.name, one.endpoint, Kind.RESIDENT, one.rank) for one in helpers.residents]
+        self.replace([*relays, *residents], {relay.name: relay.share for relay in helpers.relays})
 
-    def keep(self, holders: tuple[Helper, ...]) -> None:
-        """These may help whatever the scheduler says, which knows of relays only."""
-        self._kept = holders
-        self.replace([helper for helper in self._helpers if helper.kind is Kind.RELAY], self._shares)
-
-    def share(self, name: str) -> float:
-        """Of what the relay of that name may be asked ahead, this engine's part; 0: it is asked for nothing."""
-        return self._shares.get(name, 1.0)
+    def share(self, label: str) -> float:
+        """Of what the helper of that label may be asked ahead, this engine's part; 0: it is asked for nothing."""
+        return self._shares.get(label, 1.0)
 
     def replace(self, helpers: Iterable[Helper], shares: Mapping[str, float] = MappingProxyType({})) -> None:
-        """From now on these may help and no others.  `shares` by name, 1 where there is none."""
+        """From now on these may help and no others.  `shares` by label, 1 where there is none."""
         with self._lock:
-            self._helpers, self._shares = (*helpers, *self._kept), shares
+            self._helpers, self._shares = tuple(helpers), shares
             for follower in self._followers:
                 follower(self._helpers)
 
@@ -86,13 +79,10 @@ told = Relays()
 """By the scheduler, to this process; whenever its storage is attached."""
 
 
-def parse_helper(text: str, kind: Kind = Kind.RELAY) -> Helper:
-    """`NAME=tcp://HOST:PORT`, for a decode engine's rank above 0 `NAME#RANK=...`.  Raises ValueError."""
+def parse_relay(text: str) -> Helper:
+    """`NAME=tcp://HOST:PORT`.  Raises ValueError."""
     name, equals, endpoint = text.partition("=")
     if not name or not equals:
-        raise ValueError(f"{kind} {text!r} is not NAME=tcp://HOST:PORT")
+        raise ValueError(f"relay {text!r} is not NAME=tcp://HOST:PORT")
     check_endpoint(endpoint)
-    if kind is Kind.RELAY:
-        return Helper(name, endpoint)
-    name, _, rank = name.partition("#")
-    return Helper(name, endpoint, kind, int(rank or 0))
+    return Helper(name, endpoint)

@@ -43,9 +43,6 @@ from scheduler_svc.wire.protocol import Mode
 
 logger = logging.getLogger(__name__)
 
-DECODE_BOUNCE_BYTES = 8 * 2**20
-"""Of a decode engine that no relay helps."""
-
 
 @cache
 def _transports(host: str, protocol: str, device: str, bounce_bytes: int) -> Transports:
@@ -92,18 +89,29 @@ class RelayStore(NotingStore):
         super().__init__(storage_config, None if isinstance(pool_or_kwargs, dict) else pool_or_kwargs)
         self._destinations = Destinations()
         self.relays = Relays(self._options.helpers) if self._options.helpers else told
-        self.relays.keep(self._options.holders)
+        self.objects: str | None = None
+        """Names what this rank's objects are called, and their sizes, for those who take or give them by key."""
+        self.fetch_endpoint: str | None = None
+        """Where they are given away."""
 
-    def open_relays(self) -> None:
-        """Begin to connect to them.  Raises RuntimeError when the transfer engine does not start."""
+    @property
+    def is_told(self) -> bool:
+        """Whether who may help is what the scheduler says."""
+        return self.relays is told
+
+    def open_relays(self, are_expected: bool = True) -> None:
+        """Begin to connect to them.  Raises RuntimeError when the transfer engine does not start, OSError.
+
+        `are_expected`: else memory is taken when there is one.
+        """
         chosen, own, config = self._options, settings(), self.storage_config
         tracer = init_tracing(own.engine_id or "prefill", own.otlp_endpoint) if own.otlp_endpoint else None
         if tracer is not None:
             stages.follow(tracer)
         keys = _peer_keys(own.key_file, own.peer_keys) if own.key_file and own.peer_keys else None
-        bounce_bytes = chosen.bounce_bytes
-        if _is_decode_engine() and not chosen.helpers:
-            bounce_bytes = DECODE_BOUNCE_BYTES
+        transports = _transports(own.host, own.protocol, own.device, chosen.bounce_bytes)
+        if are_expected:
+            transports.prepare()
         self.loader = Loader(
             self._read_by_own_client,
             self.relays,
@@ -111,7 +119,7 @@ class RelayStore(NotingStore):
                 engine=own.engine_id or f"{socket.gethostname()}-{os.getpid()}",
                 rank=config.tp_rank,
             ),
-            _transports(own.host, own.protocol, own.device, bounce_bytes),
+            transports,
             self._destinations,
             chosen,
             is_shared=self._is_shared() if config.is_mla_model and config.tp_size > 1 else None,
@@ -131,21 +139,25 @@ class RelayStore(NotingStore):
         super().register_mem_pool_host(mem_pool_host)
         self._may_be_filled(mem_pool_host)
         if self.dualpath_mode is Mode.RELAY:
-            self.open_relays()
-            if _is_decode_engine():
+            is_prefill_engine = not is_decode_engine()
+            self.open_relays(are_expected=is_prefill_engine or not self.is_told)
+            if is_prefill_engine and self.is_told:
+                self.objects = self._name_objects()
+            elif not is_prefill_engine:
                 self._serve(mem_pool_host)
 
     def _serve(self, pool: Any) -> None:
         """Answer for what lies in it.  Raises what `Serving` raises."""
         own, config = settings(), self.storage_config
-        port = port_of_rank(self._options.port, config)
+        port = port_of_rank(own.page_port, config)
         keys = _peer_keys(own.key_file, own.peer_keys) if own.key_file and own.peer_keys else None
         self._serving = _serving(own.host, port, own.protocol, own.device, keys)
         if pool.kv_buffer is None:
             return
         lives = self._serving.serve(pool, self._iter_host_pool_buffers(pool))
-        if lives is not None:
+        if lives is not None and self._serving.server is not None:
             self.note_in(self._serving.index, lives)
+            self.objects, self.fetch_endpoint = self._name_objects(), self._serving.server.endpoint
 
     @property
     def served(self) -> Served | None:
@@ -161,6 +173,7 @@ class RelayStore(NotingStore):
         if self.loader is not None:
             self.loader.close()
         self.note_no_more()
+        self.objects = self.fetch_endpoint = None
         super().close()
 
     def batch_exists(self, keys: list[str], extra_info: Any = None) -> int:
@@ -195,7 +208,7 @@ class RelayStore(NotingStore):
     def _get_batch_zero_copy_impl(
         self, key_strs: list[str], buffer_ptrs: list[Any], buffer_sizes: list[Any]
     ) -> list[int]:
-        if self.loader is None:
+        if self.loader is None or (self.dualpath_mode is Mode.DECODE_SIDE and not self.relays.helpers):
             return list(self._read_by_own_client(key_strs, buffer_ptrs, buffer_sizes))
         results = self.loader.load(key_strs, buffer_ptrs, buffer_sizes)
         self.note_read(key_strs, buffer_ptrs, buffer_sizes, results)
@@ -219,7 +232,7 @@ class RelayStore(NotingStore):
             wait_politely()
 
 
-def _is_decode_engine() -> bool:
+def is_decode_engine() -> bool:
     from sglang.srt.runtime_context import get_disagg
 
     try:

@@ -10,8 +10,10 @@ import threading
 from collections.abc import Sequence
 from typing import Any
 
+import torch
 from sglang.srt.mem_cache.storage.mooncake_store.mooncake_store import MooncakeStore
 
+from dualpath_sgl.pools.layout import digest
 from dualpath_sgl.relay.resident.index import Index
 from dualpath_sgl.relay.resident.lives import Lives, Pages
 from dualpath_sgl.threads import faults
@@ -42,6 +44,23 @@ class NotingStore(MooncakeStore):  # type: ignore[misc]
         if self._index is not None:
             self._index.clear()
         self._index = self._lives = None
+
+    def _name_objects(self) -> str | None:
+        """A name that ranks have in common if, of equal pages, their objects have equal keys and sizes.
+
+        None when a page of the KV pool does not lie in objects of one piece each.
+        """
+        if getattr(self.mem_pool_host, "kv_buffer", None) is None:
+            return None
+        try:
+            one_page = torch.arange(self.mem_pool_host.page_size)
+            suffixes, addresses, sizes = MooncakeStore._batch_preprocess(self, [""], one_page)
+        except Exception:
+            faults.record("nothing is taken from decode engines by key, nor given")
+            return None
+        if isinstance(addresses[0], Sequence):
+            return None
+        return digest([self.config_prefix, suffixes, list(sizes)])
 
     def batch_set_v1(self, keys: list[str], host_indices: Any, extra_info: Any = None) -> list[bool]:
         self._call.writes = True

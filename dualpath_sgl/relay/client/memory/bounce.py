@@ -27,20 +27,22 @@ class Room(NamedTuple):
 
 
 class Bounce:
-    """One rank's, for all its lanes: any thread."""
+    """One rank's, for all its lanes: any thread.  It takes memory of the host when it is first needed."""
 
     def __init__(self, byte_count: int) -> None:
-        """Raises OSError without so much memory."""
         self.byte_count = byte_count
-        self._memory = Memory(byte_count)
+        self._memory: Memory | None = None
         self._slots = Slots(byte_count // SLOT_BYTES)
         self._kept_back: list[tuple[StillWriting, Room]] = []
         self._lock = threading.Lock()
         self.most_bytes = byte_count // MOST_SHARE
 
     def register_with(self, forwarder: Forwarder) -> None:
-        """From now on it reads into this.  Raises RuntimeError when Mooncake does not register it."""
-        forwarder.register(self._memory.address, self._memory.byte_count)
+        """From now on it reads into this.
+
+        Raises RuntimeError when Mooncake does not register it, OSError without so much memory.
+        """
+        forwarder.register(self._address(), self.byte_count)
 
     @property
     def kept_back(self) -> int:
@@ -48,11 +50,18 @@ class Bounce:
         return len(self._kept_back)
 
     def take(self, byte_count: int) -> Room | None:
-        """None while there is not so much in one piece."""
+        """None while there is not so much in one piece.  Raises OSError without so much memory."""
+        address = self._address()
         count = slots_for(byte_count, SLOT_BYTES)
         with self._lock:
             first = self._slots.take(count)
-        return None if first is None else Room(self._memory.address + first * SLOT_BYTES, first, count)
+        return None if first is None else Room(address + first * SLOT_BYTES, first, count)
+
+    def _address(self) -> int:
+        with self._lock:
+            if self._memory is None:
+                self._memory = Memory(self.byte_count)
+            return self._memory.address
 
     def give_back(self, room: Room) -> None:
         """Nothing writes into it, and nobody reads it."""

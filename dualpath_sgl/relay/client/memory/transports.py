@@ -17,15 +17,20 @@ class Transports:
     """Of one process, for any thread.  None is ever destroyed: Mooncake's destructor holds Python for a second."""
 
     def __init__(self, new: Callable[[], Forwarder], bounce_bytes: int) -> None:
-        """Raises OSError without so much memory, and what `new` and its `register` raise."""
         self._new = new
         self.bounce = Bounce(bounce_bytes)
         self._idle: list[Forwarder] = []
         self._lock = threading.Lock()
-        self.give_back(self.take())  # what is wrong shows now
+
+    def prepare(self) -> None:
+        """One will be needed: what is wrong shows now.  Raises what `take` raises."""
+        self.give_back(self.take())
 
     def take(self) -> Forwarder:
-        """One that nobody else uses, and that reads into bounce memory.  Raises RuntimeError."""
+        """One that nobody else uses, and that reads into bounce memory.
+
+        Raises OSError without so much memory, and what `new` and its `register` raise.
+        """
         with self._lock:
             if self._idle:
                 return self._idle.pop()
