@@ -19,7 +19,9 @@ class Program(NamedTuple):
 
 PROGRAMS = {
     "render": Program(
-        "dualpath_sgl.launch.render.command", "render_app", "Write what other hosts need to run a cluster."
+        "dualpath_sgl.launch.render.command",
+        "render_app",
+        "Write what other hosts, or Kubernetes, need to run a cluster.",
     ),
     "eval": Program("dualpath_sgl.evals.cli", "eval_app", "Replay agent traces and compare modes."),
     "sim": Program(

@@ -3,6 +3,7 @@
 cluster.py     the file as a pydantic model: every field, its bounds and its default
 yaml_file.py   reads it, so that a problem can be told with its line
 hosts.py       addresses in it, checked
+kubernetes.py  what a rendering for Kubernetes needs
 machines.py    hosts, and which engine is on which
 transport.py   TCP or RDMA, for each kind of bytes
 otlp.py        where a copy of all spans goes

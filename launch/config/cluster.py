@@ -27,6 +27,7 @@ from pydantic_core import ErrorDetails
 
 from dualpath_sgl.launch.config import CLUSTERS
 from dualpath_sgl.launch.config.hosts import checked, local_address
+from dualpath_sgl.launch.config.kubernetes import Kubernetes, Rdma
 from dualpath_sgl.launch.config.machines import FixedPorts, Host, HostName, check_known, place_engines
 from dualpath_sgl.launch.config.otlp import checked_otlp
 from dualpath_sgl.launch.config.security import OPERATOR, ROUTER, Security
@@ -305,7 +306,9 @@ class ClusterConfig(_Section):
     hosts: Annotated[dict[HostName, Host], Field(min_length=1)] | None = None
     """The machines of the cluster, by name; null: this one alone."""
     ports: FixedPorts = FixedPorts()
-    """Where parts listen, with `hosts`."""
+    """Where parts listen, with `hosts` and on Kubernetes."""
+    kubernetes: Kubernetes | None = None
+    """What `dualpath render kubernetes` needs; null: it is not for Kubernetes."""
     security: Security | None = None
     """Who may connect; null: only on loopback, or on a shaped `network`, whose links exist on this machine
     only."""
@@ -336,7 +339,8 @@ class ClusterConfig(_Section):
     @model_validator(mode="after")
     def _model_is_here(self) -> ClusterConfig:
         model = self.model
-        if self.hosts is None and isinstance(model, ModelDirectory) and not model.is_here:
+        is_elsewhere = self.hosts is not None or self.kubernetes is not None
+        if not is_elsewhere and isinstance(model, ModelDirectory) and not model.is_here:
             raise ValueError(f"model: path {str(model.path)!r} holds no config.json: name a model directory")
         return self
 
@@ -374,6 +378,30 @@ class ClusterConfig(_Section):
         """Host of each engine, by its name; empty without `hosts`."""
         groups = {"prefill": self.prefill, "decode": self.decode}
         return place_engines(self.hosts, groups, self.device == "cuda") if self.hosts else {}
+
+    @model_validator(mode="after")
+    def _pods_can_run_it(self) -> ClusterConfig:
+        pods = self.kubernetes
+        if pods is None:
+            return self
+        if self.hosts is not None or self.network is not None or self.host != "127.0.0.1":
+            raise ValueError("kubernetes gives every pod an address; leave out hosts, network and host")
+        if not isinstance(self.model, ModelDirectory):
+            raise ValueError(
+                "kubernetes: pods need a model that is there; give model: {kind: directory, path: ...}"
+            )
+        if self.router.kind is RouterKind.PLACING and pods.pod_network is None:
+            raise ValueError(
+                "kubernetes.pod_network must be given with router.kind placing, such as 10.244.0.0/16: engines "
+                "are known by the addresses that their pods get"
+            )
+        if self.security is None:
+            raise ValueError(
+                "kubernetes: other pods can reach every part, and nothing says who may: give security: {keys: "
+                "DIRECTORY} (made by `dualpath keys generate`), or security: {trusted_network: true} where a "
+                "network policy is enforced"
+            )
+        return self
 
     @model_validator(mode="after")
     def _strangers_stay_out(self) -> ClusterConfig:
@@ -505,6 +533,7 @@ def _fields(path: Sequence[int | str]) -> list[str]:
     }
     sections |= {"prefill": Group, "decode": Group, "network": Network, "security": Security}
     sections |= {"transport": Transport, "ports": FixedPorts, "hosts": Host}
+    sections["kubernetes"] = Rdma if path and path[-1] == "rdma" else Kubernetes
     model: type[BaseModel] = ClusterConfig
     if path:
         model = HostPool if path[-1] == "host_pool" else sections[str(path[0])]

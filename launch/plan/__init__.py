@@ -2,6 +2,6 @@
 
 process.py   one process: how it is started, when it is ready, what it needs
 site.py      what a backend knows: where parts are, and on which ports
-fixed.py     sites whose ports the description fixes: several hosts
+fixed.py     sites whose ports the description fixes: several hosts, Kubernetes
 whole.py     from a description and a site to all processes, in the order of starting
 """

@@ -5,13 +5,15 @@ from __future__ import annotations
 import itertools
 from collections import Counter
 from collections.abc import Iterable, Iterator
+from dataclasses import replace
 from pathlib import Path
 
 from dualpath_sgl.launch.config.addresses import Addresses, EngineAddresses
 from dualpath_sgl.launch.config.cluster import ClusterConfig, ConfigError, Group, Mode
 from dualpath_sgl.launch.config.machines import Host
-from dualpath_sgl.launch.config.security import ROUTER
-from dualpath_sgl.launch.plan.process import Process
+from dualpath_sgl.launch.config.otlp import parsed
+from dualpath_sgl.launch.config.security import ROUTER, Security
+from dualpath_sgl.launch.plan.process import Part, Process
 from dualpath_sgl.launch.plan.site import Site
 from dualpath_sgl.launch.plan.whole import make_plan
 from dualpath_sgl.launch.processes.commands import EngineSpec, Ports
@@ -20,6 +22,11 @@ from scheduler_svc.wire.protocol import Role
 
 ENGINE_PORTS = 300
 """Of each engine.  With DP attention SGLang listens 13 and 233 to 240 above its HTTP port, too."""
+POD_IP_VARIABLE = "POD_IP"
+POD_IP = f"$({POD_IP_VARIABLE})"
+"""What Kubernetes puts in place of it in a pod's command and environment: the pod's own address."""
+KEYS = Path("/etc/dualpath/keys")
+"""Where pods find theirs."""
 BOOTSTRAP, MEETING, PAGES = 1, 2, 100
 """Where in them its other ports are; pages take one for each rank."""
 
@@ -98,6 +105,55 @@ def host_plan(config: ClusterConfig, spans_path: Path, path: str) -> tuple[Proce
         raise ConfigError("hosts: must be given: the machines of the cluster, with their addresses")
     check_decided(config)
     return make_plan(config, several_hosts(config, spans_path, path))
+
+
+def kubernetes_plan(config: ClusterConfig) -> tuple[Process, ...]:
+    """All processes of a cluster on Kubernetes, each in a pod.  Raises ConfigError as `host_plan`."""
+    pods = config.kubernetes
+    if pods is None:
+        raise ConfigError("kubernetes: must be given, with the image at least")
+    check_decided(config)
+    ports = shared_ports(config)
+    parts: dict[str, str] = {}
+    if config.tracing.enabled and config.tracing.otlp_endpoint is not None:
+        receiver = parsed(config.tracing.otlp_endpoint)
+        if not receiver.grpc or receiver.tls or config.tracing.otlp_headers:
+            raise ConfigError(
+                "tracing: pods send spans to a plain OTLP/gRPC receiver, without headers; give otlp_endpoint "
+                "HOST:PORT of one in the cluster, which may pass them on"
+            )
+        parts["collector"], ports = receiver.host, replace(ports, collector=receiver.port)
+    tracing = config.tracing.model_copy(update={"enabled": bool(parts)})
+    keyed = config.security is not None and config.security.keys is not None
+    security = Security.model_construct(keys=KEYS, trusted_network=False) if keyed else config.security
+    config = config.model_copy(update={"tracing": tracing, "security": security})
+    stores = store_names(pods.stores)
+    for name in ("scheduler", "master", ROUTER, *stores):
+        parts[name] = name
+    groups = {Role.PREFILL: config.prefill, Role.DECODE: config.decode}
+    names = [f"{role}-{index}" for role, group in groups.items() for index in range(group.count)]
+    engines = tuple(engine_spec(config, name, config.ports.engines, 0) for name in names)
+    relays = tuple(
+        RelaySpec(name, name, config.ports.relays, config.ports.relays + 1) for name in config.relay_names
+    )
+    addresses = Addresses(
+        hub=parts["scheduler"],
+        store=parts["master"],
+        engines={
+            name: EngineAddresses(POD_IP, POD_IP, None, reached=name)
+            for name in (*names, *config.relay_names)
+        },
+        parts=parts,
+        own=POD_IP,
+    )
+    site = Site(addresses, ports, engines, relays, Path("/dev/null"), {}, {}, stores)
+    plan = make_plan(config, site)
+    # Spans go where the description says, without a collector of ours on their way.
+    return tuple(
+        replace(process, after=tuple(name for name in process.after if name != "collector"))
+        for process in plan
+        if process.part is not Part.COLLECTOR
+    )
 
 
 def check_decided(config: ClusterConfig) -> None:

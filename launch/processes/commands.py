@@ -250,6 +250,11 @@ def placing_flags(config: ClusterConfig, addresses: Addresses, ports: Ports) -> 
         # An engine that has come up is used at once.
         "--health-success-threshold=1",
         *security.router_flags(config.security),
+        *(
+            [f"--dualpath-engine-url-prefix=http://{config.kubernetes.pod_network}:{config.ports.engines}"]
+            if config.kubernetes is not None
+            else []
+        ),
         *(["--enable-trace", collector] if config.tracing.enabled else []),
     ]
 

@@ -1,4 +1,4 @@
-"""`dualpath render`: writes what other hosts need to run their part of a cluster."""
+"""`dualpath render`: writes what other hosts, or Kubernetes, need to run a cluster."""
 
 from __future__ import annotations
 
@@ -11,19 +11,14 @@ import typer
 from rich.markup import escape
 
 from dualpath_sgl.launch.config.cluster import ClusterConfig, ConfigError, load
-from dualpath_sgl.launch.plan.fixed import host_plan
+from dualpath_sgl.launch.plan.fixed import host_plan, kubernetes_plan
 from dualpath_sgl.launch.render.hosts import Options, render_hosts, state_directory
+from dualpath_sgl.launch.render.kubernetes import render_kubernetes
 from dualpath_sgl.terminal.console import errors, output
 
 SYSTEM_PATH = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
 
 render_app = typer.Typer(no_args_is_help=True, pretty_exceptions_enable=False)
-
-
-@render_app.callback()
-def _several_commands() -> None:
-    # Without a callback typer drops the name of an app's only command.
-    pass
 
 
 @render_app.command("hosts")
@@ -49,7 +44,27 @@ def hosts(
         _fail(f"{config}: {error}")
     except OSError as error:
         _fail(f"--out {out}: {error.strerror}; name another directory")
-    output().print(f"written: {out}; on each host run its install.sh as root", highlight=False)
+    output().print(
+        f"written: {out}; on each host run its install.sh as root", highlight=False, soft_wrap=True
+    )
+
+
+@render_app.command("kubernetes")
+def kubernetes(
+    config: Annotated[Path, typer.Argument(help="Cluster description (YAML) with a section kubernetes.")],
+    out: Annotated[Path, typer.Option(help="Directory that gets the objects.")],
+) -> None:
+    """Write a directory for `kubectl apply -k`: pods with probes and keys, services, network policies."""
+    description = _load(config)
+    try:
+        write(out, render_kubernetes(description, kubernetes_plan(description)))
+    except ConfigError as error:
+        _fail(f"{config}: {error}")
+    except OSError as error:
+        _fail(f"--out {out}: {error.strerror}; name another directory")
+    has_keys = description.security is not None and description.security.keys is not None
+    copy = f"cp -r {description.security.keys} {out}/keys, then " if has_keys and description.security else ""
+    output().print(f"written: {out}; next: {copy}kubectl apply -k {out}", highlight=False, soft_wrap=True)
 
 
 def write(out: Path, files: dict[str, str]) -> None:

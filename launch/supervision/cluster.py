@@ -106,6 +106,10 @@ class Cluster(PlannedSupervisor):
 
     def __init__(self, config: ClusterConfig, run_dir: Path):
         super().__init__(run_dir)
+        if config.kubernetes is not None:
+            raise ConfigError(
+                "kubernetes: is for `dualpath render kubernetes`; leave it out to start it here"
+            )
         if config.hosts is not None:
             raise ConfigError(f"hosts: names {', '.join(config.hosts)}; start each one's part: --host NAME")
         config.model.directory()  # A tiny model that is not there yet is made before anything starts.
