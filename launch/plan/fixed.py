@@ -161,7 +161,7 @@ def check_decided(config: ClusterConfig) -> None:
     if config.mode is Mode.AUTO:
         raise ConfigError(
             "mode: got 'auto'; the same flags must go to every host, so say which: decode-side or relay "
-            "(`dualpath doctor -c FILE` on an engine's host tells), basic or both"
+            "(`dualpath doctor -- FLAGS` tells), basic or both"
         )
 
 

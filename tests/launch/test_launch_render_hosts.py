@@ -2,6 +2,7 @@
 
 import configparser
 import itertools
+import os
 import re
 import shlex
 import shutil
@@ -122,6 +123,17 @@ def test_systemd_finds_nothing_to_complain_about(tmp_path):
         command = ["systemd-analyze", "verify", "--man=no", *sorted(map(str, host.iterdir()))]
         judged = subprocess.run(command, capture_output=True, text=True)
         assert (judged.returncode, judged.stderr) == (0, "")
+
+
+@pytest.mark.skipif(
+    shutil.which("nft") is None or os.geteuid() != 0, reason="needs Debian's package nftables, and root"
+)
+def test_nftables_takes_the_firewall_s_table(files, tmp_path):
+    for host in ("gpu1", "gpu2", "mem1"):
+        table = tmp_path / f"{host}.nft"
+        table.write_text(files[f"{host}/firewall.nft"])
+        # In a network namespace of its own: it is only checked, and could change nothing here.
+        subprocess.run(["unshare", "--net", "nft", "--check", "--file", str(table)], check=True)
 
 
 def test_the_installer_is_a_script_that_a_shell_can_read(files):
