@@ -136,7 +136,7 @@ class ModelDirectory(_Section):
         return (self.path / "config.json").is_file()
 
     def directory(self) -> Path:
-        return self.path.resolve()
+        return self.path.absolute()
 
 
 class Store(_Section):
@@ -340,9 +340,20 @@ class ClusterConfig(_Section):
     def _model_is_here(self) -> ClusterConfig:
         model = self.model
         is_elsewhere = self.hosts is not None or self.kubernetes is not None
-        if not is_elsewhere and isinstance(model, ModelDirectory) and not model.is_here:
+        if is_elsewhere:
+            self._check_paths_of_elsewhere()
+        elif isinstance(model, ModelDirectory) and not model.is_here:
             raise ValueError(f"model: path {str(model.path)!r} holds no config.json: name a model directory")
         return self
+
+    def _check_paths_of_elsewhere(self) -> None:
+        keys = None if self.security is None or self.hosts is None else self.security.keys
+        model = self.model.path if isinstance(self.model, ModelDirectory) else None
+        for field, path in (("model.path", model), ("security.keys", keys)):
+            if path is not None and not path.is_absolute():
+                raise ValueError(
+                    f"{field} is {str(path)!r}, which means another directory on each host; give it from / on"
+                )
 
     @model_validator(mode="after")
     def _every_part_has_a_host(self) -> ClusterConfig:

@@ -60,13 +60,13 @@ def key_files(security: Security | None, name: str) -> tuple[Path, Path] | None:
     """A peer's secret key and the scheduler's public one; None: nobody has keys."""
     if security is None or security.keys is None:
         return None
-    keys = security.keys.resolve()
+    keys = security.keys.absolute()
     return keys / PEERS / f"{name}{SECRET}", keys / f"{SERVER_NAME}{PUBLIC}"
 
 
 def scheduler_flags(security: Security | None, addresses: Addresses) -> list[str]:
     if security is not None and security.keys is not None:
-        keys = security.keys.resolve()
+        keys = security.keys.absolute()
         return [
             f"--curve-server-key-file={keys / SERVER_NAME}{SECRET}",
             f"--authorized-keys-dir={keys / PEERS}",

@@ -39,6 +39,8 @@ ROLES = {name: HOSTS[name] for name in ("prefill", "decode", "store", "scheduler
         ({"hosts": {"gpu1": {"compte": "10.2.0.3"}}}, "hosts.gpu1.compte: unknown field; did you mean 'compute'?"),
         ({"host": "127.0.0.2"}, "host is '127.0.0.2', and hosts gives every part's address; leave host out"),
         ({"network": {"storage_rate": None}}, "network makes links on this machine, and hosts names several"),
+        ({"model": {"kind": "directory", "path": "models"}}, "model.path is 'models', which means another directory"),
+        ({"security": {"keys": "keys"}}, "security.keys is 'keys', which means another directory on each host"),
         ({"security": None}, "hosts.gpu1.compute is '10.2.0.1', which other hosts can reach, and nothing says who may"),
         ({"mode": "relay", "relays": {"count": 3}}, "relays.count is 3 with 2 decode engines; say in relays.hosts"),
         ({"ports": {"router": 80}}, "ports.router: got 80; input should be greater than or equal to 1024"),
