@@ -16,6 +16,7 @@ from dualpath_sgl.launch.checks.choice import choose, groups
 from dualpath_sgl.launch.checks.doctor import FLAGS, MACHINE, Finding, Level
 from dualpath_sgl.launch.checks.flag_check import Judgement, judge
 from dualpath_sgl.launch.config.cluster import ClusterConfig, Mode, load
+from dualpath_sgl.launch.plan.fixed import host_plan
 from dualpath_sgl.launch.setup.pins import Profile, pins
 from dualpath_sgl.launch.setup.tiny_model import TinyModel, build
 
@@ -51,6 +52,13 @@ def test_the_quick_start_s_flags_for_a_gpu_cluster_pass_without_a_warning(model,
     found = judge(["--model-path", str(model), "--device=cpu", *flags], environment())
     assert (found.mode, found.refusals, found.warnings) == ("decode-side", [], [])
     assert (found.resolved["page size"], found.resolved["prefetch policy"]) == (64, "wait_complete")
+
+
+def test_the_quick_start_s_flags_are_those_that_the_launcher_gives_an_engine():
+    plan = host_plan(load(CLUSTERS / "gpu-three-hosts.yaml"), PROJECT / "spans.jsonl", "/usr/bin")
+    [argv] = [process.argv for process in plan if process.name == "prefill-0"]
+    shown = " ".join(quickstart_flags()).replace(" --", "\n--").splitlines()
+    assert {flag.replace(" ", "=", 1) for flag in shown} <= set(argv)
 
 
 def test_what_sglang_itself_refuses_is_said_in_its_words(model):
