@@ -189,7 +189,7 @@ def _installer(cluster: str) -> str:
 set -eu
 here=$(cd "$(dirname "$0")" && pwd)
 install -d -m 755 {CONFIG_DIRECTORY / cluster / "env"}
-install -m 644 "$here"/env/* {CONFIG_DIRECTORY / cluster / "env"}/
+install -m 600 "$here"/env/* {CONFIG_DIRECTORY / cluster / "env"}/
 install -m 644 "$here"/dualpath-{cluster}*.service "$here"/dualpath-{cluster}.target /etc/systemd/system/
 install -m 644 "$here"/firewall.nft {CONFIG_DIRECTORY / cluster}/
 systemctl daemon-reload
