@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import signal
 import time
 from collections import deque
 from collections.abc import Iterator
@@ -43,6 +44,9 @@ def show(
         looker = Looker(scheduler, keys, urls)
     except KeyFileError as error:
         raise CannotLook(str(error)) from None
+    # Also SIGINT: a shell starts background jobs with it ignored.
+    for stop_signal in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(stop_signal, signal.default_int_handler)
     console = output()
     with looker, suppress(KeyboardInterrupt):
         frames = _frames(looker, interval_s)
