@@ -16,6 +16,10 @@ RELEASED, LATE, EXPIRED = "released", "late", "expired"
 """Ends of a lease: only what was released in time counts for the client."""
 LEASE_ENDS = [(RELEASED,), (LATE,), (EXPIRED,)]
 
+REFUSALS = ("protocol", "no_detail", "accept", "endless")
+STEPS = ("the loop", "looking at connections", "handling a message", "a read's end", "beginning reads")
+"""In which a fault can be."""
+
 
 class Metrics:
     """One registry per relay, so that several can live in one process."""
@@ -82,6 +86,10 @@ class Metrics:
             ["step"],
             registry=registry,
         )
+        for reason in REFUSALS:
+            self.refused_connections.labels(reason)
+        for step in STEPS:
+            self.faults.labels(step)
 
     def serve(self, port: int, host: str) -> int:
         """Answer scrapes; returns the port.  Raises OSError."""
