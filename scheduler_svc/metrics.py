@@ -18,10 +18,32 @@ from scheduler_svc.events import (
 )
 from scheduler_svc.telemetry import build
 from scheduler_svc.telemetry.tally import CounterTally, HistogramTally
+from scheduler_svc.telemetry.tracing import exported_trace
 from scheduler_svc.wire.protocol import ErrorCode, Path, Role
 
 PLAN_BUCKETS_S = (0.0005, 0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0, 2.0)
 TIME_BUCKETS_S = (0.005, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0, 2.0, 5.0, 10.0, 30.0)
+REFUSALS = ("auth", "protocol", "no_detail", "accept", "endless")
+STEPS = (
+    *(
+        "the loop",
+        "looking at connections",
+        "handling a message",
+        "sending",
+        "telling who may help",
+        "observing",
+    ),
+    *(
+        "expiry",
+        "expiry of rooms",
+        "expiry of engines",
+        "expiry of relays",
+        "placement",
+        "metrics",
+        "logging",
+    ),
+)
+"""In which a fault can be."""
 ROLES = [(role.value,) for role in Role]
 
 
@@ -151,8 +173,10 @@ class Metrics:
         )
         for code in ErrorCode:
             self.errors.labels(code.value)
-        for reason in ("auth", "protocol", "no_detail", "accept", "endless"):
+        for reason in REFUSALS:
             self.refused_connections.labels(reason)
+        for step in STEPS:
+            self.faults.labels(step)
 
         self._handlers: dict[type[Event], Callable[[Any], None]] = {
             PlaceDecided: self._place,
@@ -168,7 +192,8 @@ class Metrics:
 
     def _plan(self, event: PlanDecided) -> None:
         self._plans.add(1, event.plan.path)
-        self._plan_seconds.observe(event.decided_s - event.first_report_s)
+        trace_id = exported_trace(event.traceparent)
+        self._plan_seconds.observe(event.decided_s - event.first_report_s, trace_id=trace_id)
 
     def _done(self, event: RankDone) -> None:
         if event.store_read_bytes:
@@ -182,12 +207,10 @@ class Metrics:
         self._engine_faults.add(event.faults, event.engine_id)
 
     def _read(self, event: ReadEnded) -> None:
-        role, error_s = event.role, event.error_s
-        self._read_seconds.observe(event.actual_s, role)
-        if error_s > 0:
-            self._read_error_seconds.observe(error_s, role, "late")
-        else:
-            self._read_error_seconds.observe(-error_s, role, "early")
+        role, error_s, trace_id = event.role, event.error_s, exported_trace(event.traceparent)
+        self._read_seconds.observe(event.actual_s, role, trace_id=trace_id)
+        direction = "late" if error_s > 0 else "early"
+        self._read_error_seconds.observe(abs(error_s), role, direction, trace_id=trace_id)
 
     def _fallback(self, event: FallbackSeen) -> None:
         self._fallbacks.add(1, event.reason)
@@ -197,8 +220,9 @@ class Metrics:
         self._placements.add(
             1, str(inputs.get("prefill.class", "any")), str(inputs.get("decode.rule", "any"))
         )
-        self._placement_wait_seconds.observe(event.prefill_wait_s, "prefill")
-        self._placement_wait_seconds.observe(event.decode_wait_s, "decode")
+        trace_id = exported_trace(event.traceparent)
+        self._placement_wait_seconds.observe(event.prefill_wait_s, "prefill", trace_id=trace_id)
+        self._placement_wait_seconds.observe(event.decode_wait_s, "decode", trace_id=trace_id)
         if inputs.get("prefill.saved_bytes"):
             self._session_placements.add(1, "prefill")
         if inputs.get("decode.saved_bytes"):

@@ -12,7 +12,8 @@ from contextlib import contextmanager
 from http import HTTPStatus
 
 from aiohttp import web
-from prometheus_client import CONTENT_TYPE_LATEST, CollectorRegistry, Gauge, generate_latest
+from prometheus_client import CollectorRegistry, Gauge
+from prometheus_client.exposition import choose_encoder
 
 from dualpath_sgl.router.reply import Reply
 from scheduler_svc.telemetry import build
@@ -97,9 +98,9 @@ class RouterMetrics:
         )
 
     async def scrape(self, request: web.Request) -> web.Response:
-        return web.Response(
-            body=generate_latest(self._registry), headers={"Content-Type": CONTENT_TYPE_LATEST}
-        )
+        """In the form that is asked for: exemplars need OpenMetrics."""
+        encode, content_type = choose_encoder(request.headers.get("Accept", ""))
+        return web.Response(body=encode(self._registry), headers={"Content-Type": content_type})
 
     @contextmanager
     def request(self, reply: Reply) -> Iterator[None]:
@@ -118,9 +119,9 @@ class RouterMetrics:
             self._requests.add(1, NO_STATUS if reply.status is None else f"{reply.status // 100}xx", error)
             stream = "true" if reply.streams else "false"
             ended_s = time.monotonic() if reply.ended_s is None else reply.ended_s
-            self._request_seconds.observe(ended_s - arrived_s, stream)
+            self._request_seconds.observe(ended_s - arrived_s, stream, trace_id=reply.trace_id)
             if reply.status == HTTPStatus.OK and reply.begun_s is not None:
-                self._first_byte_seconds.observe(reply.begun_s - arrived_s, stream)
+                self._first_byte_seconds.observe(reply.begun_s - arrived_s, stream, trace_id=reply.trace_id)
 
     @contextmanager
     def scheduler_asked(self) -> Iterator[None]:

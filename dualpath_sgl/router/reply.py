@@ -26,6 +26,8 @@ class Reply:
         """When the client was sent everything."""
         self.error: str | None = None
         """Kind of the error that the client was told."""
+        self.trace_id: str | None = None
+        """Of the trace that it is a part of, if that is exported."""
         self._event_is_open = False
         """What was written last is not the end of an event."""
 

@@ -31,6 +31,7 @@ from dualpath_sgl.router.pairing import Pairing, attributes_of
 from dualpath_sgl.router.reply import Reply
 from dualpath_sgl.router.request import ClientRequest
 from dualpath_sgl.router.spans import RouterSpans, failed
+from scheduler_svc.telemetry.tracing import exported_trace, traceparent_of
 
 logger = logging.getLogger(__name__)
 
@@ -63,6 +64,7 @@ class Route:
             self._metrics.request(reply),
             self._spans.route(request.headers.get("traceparent"), attributes) as span,
         ):
+            reply.trace_id = exported_trace(traceparent_of(span))
             try:
                 async with self._limit.place(), asyncio.timeout(self._request_timeout_s):
                     response = await self._answer(request, reply, span)

@@ -8,11 +8,14 @@ observation under way.
 
 from __future__ import annotations
 
+import time
 from bisect import bisect_left
 from collections.abc import Iterable, Iterator, Sequence
+from typing import Any
 
 from prometheus_client import CollectorRegistry
 from prometheus_client.core import CounterMetricFamily, HistogramMetricFamily
+from prometheus_client.samples import Exemplar
 
 MAX_SERIES = 20_000
 """Most series of one counter: engines come and go under new names for months."""
@@ -70,17 +73,23 @@ class HistogramTally:
         self._bounds = tuple(buckets)
         self._rows: dict[tuple[str, ...], list[float]] = {}
         """Count per bucket, not cumulative, then of what is above every bound; last the sum."""
+        self._exemplars: dict[tuple[tuple[str, ...], int], Exemplar] = {}
+        """The last one of a bucket."""
         for values in known if labels else [()]:
             self._rows[values] = self._new_row()
         registry.register(self)
 
-    def observe(self, value: float, *labels: str) -> None:
+    def observe(self, value: float, *labels: str, trace_id: str | None = None) -> None:
+        """`trace_id`: of an exported trace in which it happened (32 hexadecimal digits)."""
         try:
             row = self._rows[labels]
         except KeyError:
             row = self._rows[labels] = self._new_row()
-        row[bisect_left(self._bounds, value)] += 1
+        bucket = bisect_left(self._bounds, value)
+        row[bucket] += 1
         row[-1] += value
+        if trace_id is not None:
+            self._exemplars[labels, bucket] = Exemplar({"trace_id": trace_id}, value, time.time())
 
     def _new_row(self) -> list[float]:
         return [0] * (len(self._bounds) + 1) + [0.0]
@@ -90,9 +99,10 @@ class HistogramTally:
         for labels, row in self._rows.copy().items():
             *counts, total = row.copy()
             cumulative = 0.0
-            buckets: list[tuple[str, float]] = []
-            for bound, count in zip((*self._bounds, "+Inf"), counts, strict=True):
+            buckets: list[Any] = []
+            for index, (bound, count) in enumerate(zip((*self._bounds, "+Inf"), counts, strict=True)):
                 cumulative += count
-                buckets.append((str(bound), cumulative))
+                exemplar = self._exemplars.get((labels, index))
+                buckets.append((str(bound), cumulative) + ((exemplar,) if exemplar is not None else ()))
             family.add_metric(labels, buckets, total)
         yield family

@@ -14,7 +14,7 @@ from opentelemetry.sdk.resources import SERVICE_NAME, Resource
 from opentelemetry.sdk.trace import TracerProvider
 from opentelemetry.sdk.trace.export import BatchSpanProcessor
 from opentelemetry.sdk.trace.id_generator import IdGenerator
-from opentelemetry.trace import Span, Tracer, set_span_in_context
+from opentelemetry.trace import Span, TraceFlags, Tracer, set_span_in_context
 from opentelemetry.trace.propagation.tracecontext import TraceContextTextMapPropagator
 
 EXPORT_DELAY_MS = 200
@@ -81,3 +81,10 @@ def traceparent_of(span: Span) -> str | None:
     carrier: dict[str, str] = {}
     _propagator.inject(carrier, context=set_span_in_context(span, Context()))
     return carrier.get("traceparent")
+
+
+def exported_trace(traceparent: str | None) -> str | None:
+    """The trace's id, if it is one that is sampled."""
+    if traceparent is None or not int(traceparent[53:55], 16) & TraceFlags.SAMPLED:
+        return None
+    return traceparent[3:35]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import http.client
 import json
+import secrets
 import time
 from collections import Counter
 from urllib.parse import urlsplit
@@ -18,6 +19,7 @@ from faulty_engine import (
     one_chunk_then_wait,
     wrong_request,
 )
+from prometheus_client.openmetrics.parser import text_string_to_metric_families as openmetrics_families
 from prometheus_client.parser import text_string_to_metric_families
 from router_world import STRICT_BODY_BYTES, Router, World
 
@@ -72,6 +74,20 @@ def test_a_good_request_is_counted_once_everywhere(world, router):
         "placements_total scheduler": 3,
         "scheduler_seconds_count": 3,
     }
+
+
+def test_a_slow_request_s_trace_is_named_beside_its_bucket(world, router):
+    trace_id = secrets.token_hex(16)
+    assert router.ask(headers={"traceparent": f"00-{trace_id}-{'b' * 16}-01"}).status == 200
+    settled(router)
+    text = router.get("/metrics", {"Accept": "application/openmetrics-text; version=1.0.0"}).content.decode()
+    named = {
+        family.name
+        for family in openmetrics_families(text)
+        for sample in family.samples
+        if sample.exemplar and sample.exemplar.labels == {"trace_id": trace_id}
+    }
+    assert named == {"dualpath_router_request_seconds", "dualpath_router_first_byte_seconds"}
 
 
 def test_a_streams_first_byte_is_earlier_than_its_end_and_it_is_in_flight_until_then(world, router):

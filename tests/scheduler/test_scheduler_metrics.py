@@ -5,11 +5,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 from msgspec.structs import replace
 from prometheus_client import CollectorRegistry, Histogram, generate_latest
+from prometheus_client.openmetrics import exposition as openmetrics
+from prometheus_client.openmetrics.parser import text_string_to_metric_families as openmetrics_families
 from prometheus_client.parser import text_string_to_metric_families
 from scheduler_vocabulary import cluster, decode_report, done, heartbeat, lane, prefill_report
 
 from scheduler_svc.metrics import Metrics
 from scheduler_svc.telemetry.tally import CounterTally, HistogramTally
+from scheduler_svc.telemetry.tracing import exported_trace
 from scheduler_svc.wire.protocol import Place, Workload
 
 BOUNDS = (0.0, 0.5, 2.0, 3.0)
@@ -43,6 +46,27 @@ def test_a_counter_adds_up_per_labels():
     for amount, label in ((1, "a"), (2, "b"), (3, "a")):
         counter.add(amount, label)
     assert samples(registry) == {("c_total", (("x", "a"),)): 4, ("c_total", (("x", "b"),)): 2}
+
+
+@pytest.mark.parametrize("flags, is_told", [("01", True), ("03", True), ("00", False)])
+def test_a_bucket_names_the_last_exported_trace_in_it(flags, is_told):
+    traceparent = f"00-{'a' * 32}-{'b' * 16}-{flags}"
+    registry = CollectorRegistry()
+    tally = HistogramTally(registry, "h", "text", BOUNDS, ["x"])
+    tally.observe(1.0, "v", trace_id=exported_trace(traceparent))
+    tally.observe(4.0, "v", trace_id=exported_trace(None))
+    (family,) = openmetrics_families(openmetrics.generate_latest(registry).decode())
+    told = {sample.labels["le"]: sample.exemplar.labels for sample in family.samples if sample.exemplar}
+    assert told == ({"2.0": {"trace_id": "a" * 32}} if is_told else {})
+
+
+def test_series_that_are_known_exist_before_the_first_event():
+    registry = CollectorRegistry()
+    CounterTally(registry, "c", "text", ["x"], [("a",)])
+    CounterTally(registry, "d", "text")
+    HistogramTally(registry, "h", "text", (1.0,), ["x"], [("a",)])
+    found = samples(registry)
+    assert found["c_total", (("x", "a"),)] == found["d_total", ()] == found["h_count", (("x", "a"),)] == 0
 
 
 def test_decisions_predictions_and_their_errors_are_counted():
