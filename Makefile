@@ -1,7 +1,7 @@
 # make demo    on this machine's CPU: set-up, then a real agent trace on SGLang as it is and with DualPath
 # make test    every test, the end-to-end ones on a real cluster included
 # make lint    format, lint and types (under a minute)
-# make test-slow    tests with a cluster of their own, and the steps of the Dockerfiles (ten minutes)
+# make test-slow    tests with a cluster of their own, with Prometheus, and the steps of the Dockerfiles (ten minutes)
 # make test-models  tokens of every kind of model through a relay, beside one server's (ten minutes)
 # make bench-load    loads through every path on shaped links against upstream (root, 16 GiB of memory, about 40 minutes)
 # make clients    standard clients (bench_serving, AIPerf, OpenAI, Anthropic) through both routers (ten minutes)
@@ -40,7 +40,7 @@ lint: $(VENV)/.lint
 test: setup
 	$(PY) -m pytest
 
-test-slow: setup
+test-slow: setup .cache/prometheus/.unpacked
 	$(PY) -m pytest -m slow
 
 test-models: setup
@@ -119,6 +119,15 @@ $(VENV)/.patched: $(wildcard patches/*/*.patch) launch/setup/patching.py $(VENV)
 $(VENV)/.bytecode: $(VENV)/.patched
 	@echo "== bytecode (half a minute)"
 	$(PY) -m compileall -q -j 0 -x '/(torch|tests?)/' $(VENV)/lib/python3*/site-packages
+	@touch $@
+
+# Debian's binaries for a test, unpacked and not installed: no daemon starts.
+.cache/prometheus/.unpacked:
+	@echo "== Prometheus"
+	@mkdir -p $(@D)
+	@if [ "$$(id -u)" = 0 ]; then apt-get update -qq; fi
+	cd $(@D) && apt-get download -qq prometheus prometheus-alertmanager && \
+	  for package in *.deb; do dpkg-deb -x $$package . || exit 1; done
 	@touch $@
 
 $(VENV)/.model: launch/setup/tiny_model.py $(VENV)/.installed

@@ -33,6 +33,7 @@ from dualpath_sgl.launch.config.cluster import Network as NetworkConfig
 from dualpath_sgl.launch.config.security import OPERATOR, key_files
 from dualpath_sgl.launch.plan.process import Part, Process
 from dualpath_sgl.launch.plan.site import Site, draw
+from dualpath_sgl.launch.plan.targets import TARGETS_FILE, targets
 from dualpath_sgl.launch.plan.whole import make_plan
 from dualpath_sgl.launch.processes import commands
 from dualpath_sgl.launch.processes.environment import foreign
@@ -193,6 +194,7 @@ class Cluster(PlannedSupervisor):
 
     def stop(self) -> None:
         super().stop()
+        (self.run_dir / TARGETS_FILE).unlink(missing_ok=True)
         if self.network is not None:
             self.network.remove()
             self.network = None
@@ -266,15 +268,19 @@ class Cluster(PlannedSupervisor):
         elif (problem := exposure.warning(exposure.public_addresses())) is not None:
             self._on_event(problem)
         self._launch_plan(self.plan())
+        (self.run_dir / TARGETS_FILE).write_text(json.dumps(targets(self.config, self._site), indent=1))
         self._await_requests()
         self._on_event(f"cluster ready after {time.monotonic() - begun_s:.1f} s: {self.url}")
 
     def plan(self) -> tuple[Process, ...]:
         """Its processes as they are started now, in order."""
-        site = Site(
+        return make_plan(self.config, self._site)
+
+    @property
+    def _site(self) -> Site:
+        return Site(
             self.addresses, self.ports, self._specs, self._relay_specs, self.spans_path, dict(os.environ)
         )
-        return make_plan(self.config, site)
 
     def _build_network(self, described: NetworkConfig) -> None:
         rates = Rates(

@@ -2,6 +2,7 @@
 
 import json
 import socket
+from pathlib import Path
 
 import pytest
 from typer.testing import CliRunner
@@ -11,6 +12,8 @@ from dualpath_sgl.launch.config import CLUSTERS
 from dualpath_sgl.launch.config.addresses import Addresses, on_network, on_one_host
 from dualpath_sgl.launch.config.cluster import ClusterConfig
 from dualpath_sgl.launch.config.otlp import HEADERS_VARIABLE
+from dualpath_sgl.launch.plan.site import Site
+from dualpath_sgl.launch.plan.targets import targets
 from dualpath_sgl.launch.processes.commands import (
     EngineSpec,
     Ports,
@@ -360,3 +363,32 @@ def test_a_mistaken_otlp_endpoint_ends_up_before_anything_starts(tmp_path, monke
     assert "--otlp 'jaeger:4318'" in refused.output and "write http:// before it" in " ".join(
         refused.output.split()
     )
+
+
+# -- who answers Prometheus ----------------------------------------------------------------------
+
+
+def told_to_prometheus(**fields) -> dict[str, tuple[str, str]]:
+    config = cluster(**fields)
+    specs, relays = engine_specs(config, lambda: 17), relay_specs(config, iter((18, 19)).__next__)
+    site = Site(HERE, PORTS, tuple(specs), tuple(relays), Path("spans"), {})
+    found = targets(config, site)
+    assert all(group["labels"]["cluster"] == "t" for group in found)
+    return {group["labels"]["name"]: (group["labels"]["job"], *group["targets"]) for group in found}
+
+
+def test_prometheus_is_told_of_every_part():
+    assert told_to_prometheus(router={"kind": "placing"}, relays={"count": 1}) == {
+        "prefill-0": ("dualpath-engine", "127.0.0.1:17"),
+        "decode-0": ("dualpath-engine", "127.0.0.1:17"),
+        "relay-0": ("dualpath-relay", "127.0.0.1:19"),
+        "router": ("dualpath-router", "127.0.0.1:5"),
+        "master": ("mooncake-master", "127.0.0.1:2"),
+        "scheduler": ("dualpath-scheduler", "127.0.0.1:7"),
+    }
+    assert "--metrics-port=7" in scheduler_command(cluster(), HERE, PORTS)
+
+
+def test_prometheus_finds_the_rust_router_s_own_port_and_no_scheduler_where_there_is_none():
+    found = told_to_prometheus(mode="basic")
+    assert found["router"] == ("dualpath-router", "127.0.0.1:6") and "scheduler" not in found
