@@ -159,13 +159,15 @@ class RankMetrics:
         self._fallbacks(reason).inc()
 
     def _prompt_over(self, over: Over) -> None:
+        """On SGLang's scheduler thread: what is 0 costs nothing."""
         self._prompt_pages.inc(over.prompt_pages)
         self._needed_pages.inc(over.needed_pages)
-        for source, count in over.pages.items():
-            self._pages(source).inc(count)
         path = RELAY if self._relays_read else over.path
-        for source in LOCAL_SOURCES:
-            self._kv_bytes(path, source, Outcome.OK.value).inc(over.pages[source] * self._page_bytes)
+        for source, count in over.pages.items():
+            if count:
+                self._pages(source).inc(count)
+                if source in LOCAL_SOURCES:
+                    self._kv_bytes(path, source, Outcome.OK.value).inc(count * self._page_bytes)
         if self._relays_read:
             self._requests(path, Outcome.OK.value).inc()
 

@@ -78,6 +78,14 @@ def test_the_prefill_engine_counts_what_the_relay_brought(cluster, config, sessi
     assert counted("helper_lost_total") == 0 and counted("scheduler_connected") == 1
 
 
+def test_top_shows_engines_the_relay_and_where_pages_came_from(cluster):
+    found = json.loads(dualpath(cluster, "top", "--json"))
+    told = [(engine["engine"], engine["answers"], engine["connected"]) for engine in found["engines"]]
+    assert told == [("prefill-0", True, True), ("decode-0", True, True)]
+    assert [one["relay"] for one in found["relays"]] == ["relay-0"]
+    assert found["hit_rate"] > 0 and found["pages"]["store"] > 0 and found["faults"] == 0
+
+
 def test_a_request_s_trace_says_who_loaded(cluster):
     listed = traces(cluster)
     helped = [facts for facts in listed if facts["relayed_bytes"]]
