@@ -7,29 +7,17 @@ import re
 
 import pytest
 import yaml
-from monitoring_files import DASHBOARDS, PROMETHEUS, panels, rules
-from prometheus_client import CollectorRegistry, generate_latest
+from monitoring_files import DASHBOARDS, PROMETHEUS, panels, registries, rules
+from prometheus_client import generate_latest
 
-from dualpath_sgl.metrics.rank import RankMetrics
-from dualpath_sgl.relay.metrics import Metrics as RelayMetrics
-from dualpath_sgl.router.metrics import RouterMetrics
 from scheduler_svc.metrics import Metrics
-from scheduler_svc.wire.protocol import RankInfo, Role
 
 EXPRESSIONS = {**{name: [rule["expr"]] for name, rule in rules().items()}, **panels()}
 
 
 @pytest.fixture(scope="module")
 def exported() -> set[str]:
-    rank = CollectorRegistry()
-    RankMetrics(
-        RankInfo(
-            engine_id="e", role=Role.PREFILL, url="http://h:1", fingerprint="f", page_size=1, page_bytes=1
-        ),
-        rank,
-    )
-    registries = (rank, Metrics().registry, RelayMetrics().registry, RouterMetrics()._registry)
-    text = b"".join(map(generate_latest, registries)).decode()
+    text = b"".join(map(generate_latest, registries(Metrics()).values())).decode()
     families = dict(re.findall(r"^# TYPE (dualpath_\w+) (\w+)", text, re.M))
     return {
         f"{name}{part}"
