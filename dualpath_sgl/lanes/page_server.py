@@ -116,6 +116,8 @@ class PageServer(threading.Thread):
         """`_pullers` by who pulls."""
         self._wake: Mailbox[int] = Mailbox()
         """Rooms of which there is news."""
+        self._look_s = 0.0
+        """When all pulls are looked at next, news or not."""
         self._noise = LimitedLog(logger)
         self._keys = keys
         self._socket = keys.server_socket() if keys else zmq.Context.instance().socket(zmq.ROUTER)
@@ -241,25 +243,28 @@ class PageServer(threading.Thread):
         poller.register(self._socket, zmq.POLLIN)
         poller.register(self._wake.fd, zmq.POLLIN)
         poller.register(self._connections.monitor, zmq.POLLIN)
-        look_s = 0.0
         while True:
             try:
                 poller.poll(POLL_MS)
-                news = set(self._wake.drain())
-                news.update(self._receive_some())
-                self._connections.tick()
-                self._noise.tick()
-                self._expire()
-                if time.monotonic() >= look_s:
-                    news.update(self._pullers)
-                    look_s = time.monotonic() + POLL_MS / 1000
-                for room in news:
-                    self._push(room)
+                self._turn()
             except zmq.ContextTerminated:
                 return
             except Exception:
                 faults.record("the page server goes on after a step that failed")
                 time.sleep(POLL_MS / 1000)
+
+    def _turn(self) -> None:
+        """Whatever there is to do at the moment; never waits."""
+        news = set(self._wake.drain())
+        news.update(self._receive_some())
+        self._connections.tick()
+        self._noise.tick()
+        self._expire()
+        if time.monotonic() >= self._look_s:
+            news.update(self._pullers)
+            self._look_s = time.monotonic() + POLL_MS / 1000
+        for room in news:
+            self._push(room)
 
     def _receive_some(self) -> set[int]:
         """Handle what waits, up to a limit; rooms that somebody asks for."""

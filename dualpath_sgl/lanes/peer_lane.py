@@ -197,14 +197,18 @@ class PeerLane(threading.Thread):
             logger.error("DualPath: page server address %r: %s", self._endpoint, error)
         while not self._may_end():
             self._try(poller.poll, 0 if self._readable() else POLL_MS)
-            self._try(self._take_orders)
-            self._try(self._read_wave)
-            # What the DE said during the wave, before anybody calls it silent.
-            self._try(self._listen)
-            self._try(self._give_up_overdue)
-            self._try(self._ask_after_unfinished)
-            self._noise.tick()
+            self._turn()
         self.close()
+
+    def _turn(self) -> None:
+        """Whatever there is to do at the moment; waits for nothing but one wave."""
+        self._try(self._take_orders)
+        self._try(self._read_wave)
+        # What the DE said during the wave, before anybody calls it silent.
+        self._try(self._listen)
+        self._try(self._give_up_overdue)
+        self._try(self._ask_after_unfinished)
+        self._noise.tick()
 
     def _try(self, step: Callable[..., Any], *arguments: Any) -> None:
         try:

@@ -53,6 +53,9 @@ class Fetches:
     def __len__(self) -> int:
         return len(self._begun)
 
+    def __contains__(self, name: LeaseName) -> bool:
+        return name in self._begun
+
     def clients(self) -> set[bytes]:
         return {client for client, _ in self._begun}
 

@@ -144,11 +144,7 @@ class Server:
             while not self._may_end():
                 try:
                     poller.poll(POLL_MS)
-                    for read in self._ended.drain():
-                        self._guarded(partial(self._read_ended, read), "a read's end")
-                    self._receive_some()
-                    self._guarded(self._begin_reads, "beginning reads")
-                    self._tick()
+                    self._turn()
                 except zmq.ContextTerminated:
                     return
                 except Exception:
@@ -156,6 +152,14 @@ class Server:
                     time.sleep(FAULT_PAUSE_S)
         finally:
             self._door.close()
+
+    def _turn(self) -> None:
+        """Whatever there is to do at the moment; never waits."""
+        for read in self._ended.drain():
+            self._guarded(partial(self._read_ended, read), "a read's end")
+        self._receive_some()
+        self._guarded(self._begin_reads, "beginning reads")
+        self._tick()
 
     def _guarded(self, step: Callable[[], None], name: str) -> bool:
         """False when it has failed."""
@@ -257,7 +261,7 @@ class Server:
 
     def _fetch(self, identity: bytes, fetch: Fetch) -> None:
         client = self._clients.get(identity)
-        reason = self._refusal(client, fetch)
+        reason = self._refusal(identity, client, fetch)
         if client is None or reason is not None:
             self._refuse(identity, fetch.lease, reason or Reason.UNKNOWN)
             return
@@ -269,12 +273,13 @@ class Server:
         else:
             self._queue.put(asked)
 
-    def _refusal(self, client: _Client | None, fetch: Fetch) -> Reason | None:
+    def _refusal(self, identity: bytes, client: _Client | None, fetch: Fetch) -> Reason | None:
         if client is None:
             return Reason.UNKNOWN
         if self._leaving.is_set():
             return Reason.LEAVING
-        if fetch.lease in client.leases:
+        # What a client asked for before it was forgotten may still be under way.
+        if fetch.lease in client.leases or (identity, fetch.lease) in self._fetches:
             return Reason.IN_USE
         if sum(fetch.sizes) > self._settings.most_bytes:
             return Reason.TOO_LARGE

@@ -189,19 +189,7 @@ class RelayLane(threading.Thread):
         self._socket.connect(self.helper.endpoint)
         while not self._stopping and not (self._retiring and not self._owed):
             self._try(partial(poller.poll, 0 if self._ready else POLL_MS))
-            # What was said before a connection ended counts: a relay that drains ends with its last word.
-            self._try(self._listen)
-            self._try(partial(self._follow, monitor))
-            self._try(self._take_orders)
-            self._try(self._hail)
-            self._try(self._ask)
-            self._try(self._pull)
-            # What the relay said during the pull, before anybody calls it silent.
-            self._try(self._listen)
-            self._try(self._give_up_silent)
-            self._try(self._bounce.settle)
-            self._up = self._standing.may_ask and self._share > 0
-            self._log.tick()
+            self._turn(monitor)
         self._up = False
         self._try(partial(self._lose, "is no helper any more", 0.0))
         with self._door:
@@ -212,6 +200,22 @@ class RelayLane(threading.Thread):
             self._transports.give_back(self._transport)
         stop_monitor(self._socket, monitor)
         self._socket.close()
+
+    def _turn(self, monitor: zmq.Socket[bytes]) -> None:
+        """Whatever there is to do at the moment; waits for nothing but one pull."""
+        # What was said before a connection ended counts: a relay that drains ends with its last word.
+        self._try(self._listen)
+        self._try(partial(self._follow, monitor))
+        self._try(self._take_orders)
+        self._try(self._hail)
+        self._try(self._ask)
+        self._try(self._pull)
+        # What the relay said during the pull, before anybody calls it silent.
+        self._try(self._listen)
+        self._try(self._give_up_silent)
+        self._try(self._bounce.settle)
+        self._up = self._standing.may_ask and self._share > 0
+        self._log.tick()
 
     def _try(self, step: Callable[[], object]) -> None:
         try:
