@@ -10,6 +10,7 @@ from aiohttp import web
 
 from dualpath_sgl.router import paths
 from dualpath_sgl.router.answers.middleware import Handler, errors_as_json
+from dualpath_sgl.router.fleet.body import Bodies
 from dualpath_sgl.router.fleet.cluster_calls import ClusterCalls
 from dualpath_sgl.router.fleet.engines import EngineDirectory
 from dualpath_sgl.router.fleet.errors import BadRequest
@@ -84,6 +85,7 @@ async def make_app(settings: RouterSettings) -> web.Application:
         spans,
         metrics,
         RequestLimit(settings.limit),
+        Bodies(settings.max_body_bytes),
         request_timeout_s=settings.request_timeout_s,
         max_retries=settings.max_retries,
     )

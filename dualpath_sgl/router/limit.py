@@ -1,7 +1,7 @@
 """How many requests are answered at once (`--max-concurrent-requests`).
 
-The others wait for a while, or are sent away.  The body of one that waits has not been read yet, so this
-bounds the router's memory too.
+The others wait for a while, or are sent away: at once where no more may wait, before their body is read.
+Whoever waits has sent its whole body (fleet/body.py bounds what all bodies take).
 """
 
 from __future__ import annotations
@@ -20,6 +20,14 @@ class RequestLimit:
         self._places = None if settings.at_once is None else asyncio.Semaphore(settings.at_once)
         self._waiting = 0
 
+    def check(self) -> None:
+        """Raises TooMany when one more request could not even wait."""
+        if self._places is not None and self._places.locked() and self._waiting >= self._settings.waiting:
+            raise TooMany(
+                f"{self._settings.at_once} requests are being answered and {self._waiting} wait "
+                "(--max-concurrent-requests, --queue-size); try again later"
+            )
+
     @asynccontextmanager
     async def place(self) -> AsyncIterator[None]:
         """Held while the request is answered.  Raises TooMany."""
@@ -33,11 +41,7 @@ class RequestLimit:
             self._places.release()
 
     async def _take(self, places: asyncio.Semaphore) -> None:
-        if places.locked() and self._waiting >= self._settings.waiting:
-            raise TooMany(
-                f"{self._settings.at_once} requests are being answered and {self._waiting} wait "
-                "(--max-concurrent-requests, --queue-size); try again later"
-            )
+        self.check()
         self._waiting += 1
         try:
             async with asyncio.timeout(self._settings.wait_s):

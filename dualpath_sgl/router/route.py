@@ -15,7 +15,7 @@ from aiohttp import web
 from opentelemetry.trace import Span
 
 from dualpath_sgl.router.exchange import Exchange
-from dualpath_sgl.router.fleet.body import body_of
+from dualpath_sgl.router.fleet.body import Bodies
 from dualpath_sgl.router.fleet.engines import Engine
 from dualpath_sgl.router.fleet.errors import (
     BadRequest,
@@ -31,6 +31,7 @@ from dualpath_sgl.router.pairing import Pairing, attributes_of
 from dualpath_sgl.router.reply import Reply
 from dualpath_sgl.router.request import ClientRequest
 from dualpath_sgl.router.spans import RouterSpans, failed
+from scheduler_svc.telemetry.log_limit import LimitedLog
 from scheduler_svc.telemetry.tracing import exported_trace, traceparent_of
 
 logger = logging.getLogger(__name__)
@@ -44,6 +45,7 @@ class Route:
         spans: RouterSpans,
         metrics: RouterMetrics,
         limit: RequestLimit,
+        bodies: Bodies,
         *,
         request_timeout_s: float,
         max_retries: int,
@@ -53,8 +55,10 @@ class Route:
         self._spans = spans
         self._metrics = metrics
         self._limit = limit
+        self._bodies = bodies
         self._request_timeout_s = request_timeout_s
         self._max_retries = max_retries
+        self._log = LimitedLog(logger)
 
     async def handle(self, request: web.Request) -> web.StreamResponse:
         """Cancelled when the client disconnects, which ends both halves."""
@@ -66,8 +70,13 @@ class Route:
         ):
             reply.trace_id = exported_trace(traceparent_of(span))
             try:
-                async with self._limit.place(), asyncio.timeout(self._request_timeout_s):
-                    response = await self._answer(request, reply, span)
+                self._limit.check()
+                async with (
+                    asyncio.timeout(self._request_timeout_s),
+                    self._bodies.body(request) as body,
+                    self._limit.place(),
+                ):
+                    response = await self._answer(request, body, reply, span)
             except TimeoutError:
                 response = await self._fail(reply, span, TimeLimit(self._request_timeout_s))
             except RouteError as error:
@@ -82,15 +91,17 @@ class Route:
             return response
 
     async def _fail(self, reply: Reply, span: Span, error: RouteError) -> web.StreamResponse:
-        logger.warning("%d %s: %s", error.status, error.kind, error)
+        self._log.log(logging.WARNING, f"%d {error.kind}: %s", error.status, error)
         failed(span, str(error))
         return await reply.fail(error)
 
-    async def _answer(self, http_request: web.Request, reply: Reply, span: Span) -> web.StreamResponse:
+    async def _answer(
+        self, http_request: web.Request, body: bytes, reply: Reply, span: Span
+    ) -> web.StreamResponse:
         request = ClientRequest(
             http_request.path,
             http_request.headers,
-            await body_of(http_request),
+            body,
             http_request.rel_url.raw_query_string,
         )
         reply.streams = request.streams

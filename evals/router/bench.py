@@ -85,16 +85,18 @@ def main(
 
 
 @contextmanager
-def running_cluster(pairs: int, folder: Path) -> Iterator[Cluster]:
-    """Scheduler, stand-in engines and a router that takes requests.  Raises EvalError."""
+def running_cluster(
+    pairs: int, folder: Path, *options: str, work: engines.Work | None = None
+) -> Iterator[Cluster]:
+    """Scheduler, stand-in engines and a router, with these options, that takes requests.  Raises EvalError."""
     with ExitStack() as running:
         scheduler, address = running.enter_context(running_scheduler())
-        engines, urls = running.enter_context(_running_engines(address, pairs))
-        router, url = running.enter_context(_running_router(address, urls, folder / "router.log"))
+        stand_ins, urls = running.enter_context(_running_engines(address, pairs, work))
+        router, url = running.enter_context(_running_router(address, urls, folder / "router.log", *options))
         processes = {
             "router": psutil.Process(router.pid),
             "scheduler": scheduler,
-            "engines": engines,
+            "engines": stand_ins,
             "clients": psutil.Process(),
         }
         with console.status("the router starts: it imports SGLang"):
@@ -103,10 +105,12 @@ def running_cluster(pairs: int, folder: Path) -> Iterator[Cluster]:
 
 
 @contextmanager
-def _running_engines(scheduler: str, pairs: int) -> Iterator[tuple[psutil.Process, list[tuple[Role, str]]]]:
+def _running_engines(
+    scheduler: str, pairs: int, work: engines.Work | None
+) -> Iterator[tuple[psutil.Process, list[tuple[Role, str]]]]:
     context = multiprocessing.get_context("spawn")
     here, there = context.Pipe()
-    process = context.Process(target=engines.serve, args=(scheduler, pairs, there), daemon=True)
+    process = context.Process(target=engines.serve, args=(scheduler, pairs, there, work), daemon=True)
     process.start()
     there.close()  # so that its end is noticed here
     try:
@@ -120,12 +124,12 @@ def _running_engines(scheduler: str, pairs: int) -> Iterator[tuple[psutil.Proces
 
 @contextmanager
 def _running_router(
-    scheduler: str, engines: list[tuple[Role, str]], log: Path
+    scheduler: str, engines: list[tuple[Role, str]], log: Path, *options: str
 ) -> Iterator[tuple[ManagedProcess, str]]:
     port = FreePorts("127.0.0.1").take()
     argv = [
         *(sys.executable, "-m", "sglang_router.launch_router", "--pd-disaggregation", "--mini-lb"),
-        *(f"--dualpath-scheduler={scheduler}", "--host=127.0.0.1", f"--port={port}"),
+        *(f"--dualpath-scheduler={scheduler}", "--host=127.0.0.1", f"--port={port}", *options),
     ]
     for role, url in engines:
         argv += ["--prefill", url, "9000"] if role is Role.PREFILL else ["--decode", url]

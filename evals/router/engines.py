@@ -1,4 +1,4 @@
-"""HTTP servers in the place of engines, for measuring the router: they answer `/generate` at once.
+"""HTTP servers in the place of engines, for measuring the router: they answer `/generate` at once, or after some work.
 
 They listen on loopback, all in one process, and send heartbeats to the scheduler as engines do.
 """
@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 from multiprocessing.connection import Connection
+from typing import NamedTuple
 
 import orjson
 from aiohttp import web
@@ -21,13 +22,30 @@ _EVENT = b'data: {"text": "word", "output_ids": [1], "meta_info": {"finish_reaso
 _DONE = b"data: [DONE]\n\n"
 
 
-def serve(scheduler: str, pairs: int, ready: Connection) -> None:
+class Work(NamedTuple):
+    """Of all decode engines together."""
+
+    at_once: int
+    """More requests than that wait in their engine."""
+    took_s: float
+    """One request's."""
+
+    @property
+    def requests_per_s(self) -> float:
+        return self.at_once / self.took_s
+
+
+WORK: web.AppKey[Work] = web.AppKey("work")
+SLOTS: web.AppKey[asyncio.Semaphore] = web.AppKey("slots")
+
+
+def serve(scheduler: str, pairs: int, ready: Connection, work: Work | None = None) -> None:
     """Until the process is ended.  Sends each engine's (role, URL) through `ready`, as one list."""
-    asyncio.run(_serve(scheduler, pairs, ready))
+    asyncio.run(_serve(scheduler, pairs, ready, work))
 
 
-async def _serve(scheduler: str, pairs: int, ready: Connection) -> None:
-    urls = [(role, url) for role in Role for url in await _listen(role, pairs)]
+async def _serve(scheduler: str, pairs: int, ready: Connection, work: Work | None) -> None:
+    urls = [(role, url) for role in Role for url in await listen(role, pairs, work)]
     ready.send(urls)
     with SchedulerClient(scheduler) as client:
         while True:
@@ -36,8 +54,11 @@ async def _serve(scheduler: str, pairs: int, ready: Connection) -> None:
             await asyncio.sleep(HEARTBEAT_S)
 
 
-async def _listen(role: Role, count: int) -> list[str]:
+async def listen(role: Role, count: int, work: Work | None = None) -> list[str]:
+    """URLs of so many engines, which answer at once without `work`."""
     app = web.Application(client_max_size=2**30)
+    if work is not None:
+        app[WORK], app[SLOTS] = work, asyncio.Semaphore(work.at_once)
     generate = _prefill if role is Role.PREFILL else _decode
     app.add_routes([web.post("/generate", generate), web.get("/health", _health)])
     runner = web.AppRunner(app, access_log=None)
@@ -59,6 +80,9 @@ async def _prefill(request: web.Request) -> web.Response:
 
 
 async def _decode(request: web.Request) -> web.StreamResponse:
+    if (work := request.app.get(WORK)) is not None:
+        async with request.app[SLOTS]:
+            await asyncio.sleep(work.took_s)
     if not orjson.loads(await request.read()).get("stream"):
         return web.json_response({"text": "word " * EVENTS})
     stream = web.StreamResponse(headers={"Content-Type": "text/event-stream"})

@@ -4,8 +4,9 @@
                        path is one that a pair of engines cannot serve (paths.py)
     404 not_found      no such path
     405 wrong_method   the path has others
+    408 slow_body      the client pauses too long while it sends the body
     413 too_large      the body is longer than --max-payload-size
-    429 too_many       --max-concurrent-requests are being answered
+    429 too_many       --max-concurrent-requests are being answered, or the bodies of all take too much memory
     502 engine_failed  an engine that had taken the request failed; the other half was ended
     503 no_engine      no engine of a role takes requests
     504 time_limit     the request took longer than --request-timeout-secs
@@ -47,6 +48,15 @@ class NotFound(RouteError):
 class WrongMethod(RouteError):
     def __init__(self, method: str, path: str, allowed: str) -> None:
         super().__init__(HTTPStatus.METHOD_NOT_ALLOWED, "wrong_method", f"{method} {path}: use {allowed}")
+
+
+class SlowBody(RouteError):
+    def __init__(self, idle_s: float) -> None:
+        super().__init__(
+            HTTPStatus.REQUEST_TIMEOUT,
+            "slow_body",
+            f"nothing more of the body came for {idle_s:g} s; send it again",
+        )
 
 
 class TooLarge(RouteError):
