@@ -25,6 +25,7 @@ from scheduler_svc.state import Cluster
 from scheduler_svc.telemetry.tracing import init_tracing, shutdown
 from scheduler_svc.wire.addresses import authority
 from scheduler_svc.wire.authenticator import PeerAuthenticator
+from scheduler_svc.wire.descriptors import allow_many_connections
 from scheduler_svc.wire.keys import KeyFileError
 
 MOST_PORT = 65535
@@ -83,6 +84,7 @@ def serve(
 ) -> None:
     """Choose engines and load paths for a DualPath cluster until SIGTERM or SIGINT."""
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s")
+    allow_many_connections()
     path = _named(path_policy, policy, "--policy")
     placing = _named(placement_policy, placement, "--placement")
     if (curve_server_key_file is None) != (authorized_keys_dir is None):

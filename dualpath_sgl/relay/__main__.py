@@ -20,6 +20,7 @@ from dualpath_sgl.relay.server import Server
 from dualpath_sgl.relay.settings import Settings, load
 from dualpath_sgl.relay.store import LimitedReads, MooncakeReads, PolledReads, Store, StoreRefused
 from scheduler_svc.telemetry.tracing import init_tracing, shutdown
+from scheduler_svc.wire.descriptors import allow_many_connections
 from scheduler_svc.wire.keys import KeyFileError
 from scheduler_svc.wire.protocol import RelayInfo
 from scheduler_svc.wire.reach import is_loopback
@@ -37,6 +38,7 @@ def serve(settings: Settings, on_store: Callable[[Store], Store] = lambda store:
     bound_mooncakes_patience()
     if settings.numa_node is not None:
         stay_on_node(settings.numa_node)
+    allow_many_connections()
     memory = Memory(settings.ring_bytes)
     store = _reads(settings, memory)
     if settings.read_rate_bytes_per_s is not None:

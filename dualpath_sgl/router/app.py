@@ -23,6 +23,7 @@ from dualpath_sgl.router.route import Route
 from dualpath_sgl.router.settings.admission import Admission
 from dualpath_sgl.router.settings.settings import RouterSettings
 from dualpath_sgl.router.spans import RouterSpans
+from scheduler_svc.wire.descriptors import allow_many_connections
 from scheduler_svc.wire.keys import KeyFileError
 
 if TYPE_CHECKING:
@@ -43,6 +44,7 @@ def serve(args: RouterArgs) -> None:
     except ValueError as error:
         raise SystemExit(f"router: {error}") from None
     logging.basicConfig(level=settings.log_level, format="%(asctime)s %(levelname)s %(message)s")
+    allow_many_connections()
     try:
         web.run_app(
             make_app(settings),

@@ -66,9 +66,11 @@ def explore(new: Callable[[], World], most_states: int = 10**9, settles: bool = 
         following: list[tuple[str, ...]] = []
         for path in level:
             world = _played(new, path)
-            for action in world.actions():
+            actions = list(world.actions())
+            for number, action in enumerate(actions):
                 steps += 1
-                world = _played(new, path)
+                if number:  # the first one happens where the actions were asked for
+                    world = _played(new, path)
                 way = (*path, action)
                 _guard(way, lambda world=world, action=action: world.do(action))
                 _guard(way, world.check)

@@ -6,6 +6,7 @@ The router's application and the stand-ins for engines run in this process, on o
 from __future__ import annotations
 
 import asyncio
+import resource
 from collections.abc import Callable, Coroutine
 
 import aiohttp
@@ -20,6 +21,7 @@ from dualpath_sgl.evals.router.engines import Work, listen
 from dualpath_sgl.router import app
 from dualpath_sgl.router.fleet import body
 from dualpath_sgl.router.settings.settings import HealthSettings, LimitSettings, RouterSettings
+from scheduler_svc.wire.descriptors import allow_many_connections
 from scheduler_svc.wire.protocol import Role
 
 CLIENTS = 300
@@ -121,6 +123,19 @@ def test_hundreds_that_stop_in_the_middle_take_no_place_from_the_others(said, bo
             assert (await clients.ask()).status == 200
 
     routed(story, at_once=2, waiting=10, largest=1_000_000)
+
+
+def test_more_connections_come_than_a_process_may_usually_have(own_process, bodies):
+    _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (CLIENTS, hard))
+    allow_many_connections()
+
+    async def story(clients: Clients) -> None:
+        for _ in range(CLIENTS):
+            await clients.say(b"")  # two descriptors here, this process being both ends
+        assert (await clients.ask()).status == 200
+
+    routed(story, at_once=1, waiting=0)
 
 
 async def until(condition: Callable[[], bool]) -> None:
