@@ -737,7 +737,7 @@ def test_a_de_killed_or_hung_mid_pull_leaves_the_whole_range_to_another_source(p
         stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
     )  # fmt: skip
     try:
-        lane = Lane(prefill, process.stdout.readline().strip(), timeout_s=1.0)
+        lane = Lane(prefill, process.stdout.readline().strip(), timeout_s=3.0)
         load = prefill.load(PAGES)
         lane.pull(load, room)
         eventually(lambda: load.lane_work[0].bytes == 3 * prefill.page_bytes, "what there is was read")

@@ -47,7 +47,14 @@ def prefill(own_fresh_process, scene, decode):
 def test_a_prompt_that_is_nowhere_else_comes_from_the_decode_engine(scene, prefill):
     tokens = prompt(PAGES, SEED)
     scene.store.client.remove_all(True)
-    assert prefill.prefetch(tokens) == len(tokens)
+    came: list[int] = []
+
+    def all_came() -> bool:
+        """On a busy host an answer may come too late for one load."""
+        came.append(prefill.prefetch(tokens) or 0)
+        return sum(came) == len(tokens)
+
+    eventually(all_came, "the decode engine brings it")
     counts = prefill.backend.loader.counts
     assert counts.own_objects == 0
     assert sum(lane.objects for lane in counts.residents.values()) == 2 * PAGES
