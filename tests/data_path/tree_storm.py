@@ -105,7 +105,7 @@ class Storm:
     def _spoil_callbacks(self) -> None:
         """What lanes, rooms and hooks call of ours raises now and then."""
         luck = random.Random(self.chance.random())
-        for module, name in ((room_reports, "record_lane"), (decode, "page_blocks")):
+        for module, name in ((room_reports, "record_load"), (decode, "page_blocks")):
             setattr(module, name, _raising_at_times(getattr(module, name), luck))
 
     def _watch_states(self) -> None:
