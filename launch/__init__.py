@@ -1,6 +1,7 @@
 """Describes, starts and supervises a whole cluster on one machine.
 
 cli.py        `dualpath up`, `status`, `doctor`, `patch`, `topology`
+options.py    what several commands have
 status.py     what `dualpath status` says
 top/          `dualpath top`: the same, live, with rates
 config/       what one YAML file says

@@ -9,24 +9,32 @@ import socket
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, NoReturn
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Console
 from rich.markup import escape
 
-from dualpath_sgl.launch.config.cluster import ClusterConfig, ConfigError, load
+from dualpath_sgl.launch.config.cluster import ClusterConfig, ConfigError
+from dualpath_sgl.launch.options import (
+    DEFAULT_RUN_DIR,
+    KeyFile,
+    RunDir,
+    SchedulerAddress,
+    SchedulerKeyFile,
+    fail,
+    loaded,
+)
 from dualpath_sgl.launch.processes.run_dir import RunDirError, read_state
 from dualpath_sgl.launch.setup.patching import PatchError, Report, State, Tree, stacks
 from dualpath_sgl.launch.setup.pins import Profile
 from dualpath_sgl.launch.supervision.readiness import NotReady, require_ready
-from dualpath_sgl.terminal.console import errors, output
+from dualpath_sgl.terminal.console import output
 from scheduler_svc.wire.keys import KeyFileError
 
 if TYPE_CHECKING:
     from scheduler_svc.wire.protocol import Status
 
-DEFAULT_RUN_DIR = Path("runs/current")
 LISTENS_S = 1.0
 """How long is waited for a receiver of traces to take a connection, once."""
 
@@ -38,7 +46,6 @@ app.add_typer(patch_app, name="patch")
 topology_app = typer.Typer(no_args_is_help=True, help="Shaped networks on this machine.")
 app.add_typer(topology_app, name="topology")
 
-RunDir = Annotated[Path, typer.Option("--run-dir", help="Logs and state of the cluster.")]
 Package = Annotated[str | None, typer.Option("--package", help="Only this package, e.g. sglang.")]
 
 
@@ -68,22 +75,22 @@ def up(
     from dualpath_sgl.launch.supervision.supervisor import StartTimeout
     from dualpath_sgl.launch.topology.network import NetworkError
 
-    description = _load(config)
+    description = loaded(config)
     if otlp is not None:
         description = _traced_to(otlp, description)
     try:
         require_ready(description)
     except NotReady as error:
-        _fail(str(error))
+        fail(str(error))
     # Also SIGINT: a shell starts background jobs with it ignored.
     for stop_signal in (signal.SIGINT, signal.SIGTERM):
         signal.signal(stop_signal, signal.default_int_handler)
     try:
         cluster = Cluster(description, run_dir) if host is None else HostPart(description, host, run_dir)
     except ConfigError as error:
-        _fail(f"{config}: {error}")
+        fail(f"{config}: {error}")
     except OSError as error:
-        _fail(str(error))
+        fail(str(error))
     begun_s = time.monotonic()
     try:
         cluster.start(
@@ -100,9 +107,9 @@ def up(
     except KeyboardInterrupt:
         console.print("stopping")
     except RunDirError as error:
-        _fail(f"--run-dir {error}")
+        fail(f"--run-dir {error}")
     except (ProcessDied, StartTimeout, NetworkError, OSError) as error:
-        _fail(str(error))
+        fail(str(error))
     finally:
         for stop_signal in (signal.SIGINT, signal.SIGTERM):
             signal.signal(stop_signal, signal.SIG_IGN)  # A second Ctrl-C must not cut the stopping short.
@@ -112,16 +119,9 @@ def up(
 @app.command()
 def status(
     run_dir: RunDir = DEFAULT_RUN_DIR,
-    scheduler: Annotated[
-        str | None, typer.Option(help="Ask the scheduler at this ZeroMQ address instead of a run directory.")
-    ] = None,
-    key_file: Annotated[
-        Path | None,
-        typer.Option(envvar="DUALPATH_KEY_FILE", help="A peer's .key_secret; a run directory names its own."),
-    ] = None,
-    scheduler_key_file: Annotated[
-        Path | None, typer.Option(envvar="DUALPATH_SCHEDULER_KEY_FILE", help="The scheduler's .key.")
-    ] = None,
+    scheduler: SchedulerAddress = None,
+    key_file: KeyFile = None,
+    scheduler_key_file: SchedulerKeyFile = None,
     as_json: Annotated[bool, typer.Option("--json", help="For scripts; see above.")] = False,
 ) -> None:
     """Show the processes, addresses and scheduler state of a running cluster.
@@ -144,7 +144,7 @@ def status(
     from dualpath_sgl.launch import status as told
 
     if (key_file is None) != (scheduler_key_file is None):
-        _fail("give both --key-file and --scheduler-key-file, or neither")
+        fail("give both --key-file and --scheduler-key-file, or neither")
     keys = None if key_file is None or scheduler_key_file is None else (key_file, scheduler_key_file)
     if scheduler is not None:
         answer = _ask_scheduler(scheduler, keys)
@@ -156,9 +156,9 @@ def status(
     try:
         state = read_state(run_dir)
     except RunDirError as error:
-        _fail(f"--run-dir {error}")
+        fail(f"--run-dir {error}")
     if state is None:
-        _fail(
+        fail(
             f"--run-dir {run_dir}: no cluster runs there; start one: dualpath up -c FILE --run-dir {run_dir}"
         )
     if not as_json:
@@ -191,7 +191,7 @@ def doctor(
 
     from dualpath_sgl.launch.checks import doctor as doctor_
 
-    found = doctor_.examine(_load(config) if config is not None else None, flags or (), os.environ)
+    found = doctor_.examine(loaded(config) if config is not None else None, flags or (), os.environ)
     if as_json:
         document = {"works": doctor_.works(found), "findings": [asdict(finding) for finding in found]}
         print(json.dumps(document, indent=2))
@@ -211,7 +211,7 @@ def setup(
     try:
         install(profile, lambda command: console.print(escape(f"+ {command}")))
     except SetupError as error:
-        _fail(str(error))
+        fail(str(error))
 
 
 @topology_app.callback()
@@ -229,7 +229,7 @@ def topology_clean() -> None:
     try:
         clean(removed.append)
     except NetworkError as error:
-        _fail(str(error))
+        fail(str(error))
     console.print("\n".join(f"removed {name}" for name in removed) or "nothing to remove")
 
 
@@ -272,7 +272,7 @@ def _for_each_tree(package: str | None, act: Callable[[Tree], Report], quiet: bo
             if not quiet:
                 _print_report(reports[-1])
     except PatchError as error:
-        _fail(str(error))
+        fail(str(error))
     if not reports and not quiet:
         console.print("no patches: nothing to do")
     return reports
@@ -304,19 +304,12 @@ def _ask_scheduler(address: str, keys: tuple[Path, Path] | None) -> Status:
         with SchedulerClient(address, curve_key_files=keys) as client:
             return client.status()
     except KeyFileError as error:
-        _fail(str(error))
+        fail(str(error))
     except TimeoutError as error:
         hint = "" if keys else ", or it wants keys (--key-file, --scheduler-key-file)"
-        _fail(f"scheduler: {error}: it is away{hint}; engines go on with the prefill path")
+        fail(f"scheduler: {error}: it is away{hint}; engines go on with the prefill path")
     except SchedulerError as error:
-        _fail(f"scheduler: {error}; engines go on with the prefill path")
-
-
-def _load(path: Path) -> ClusterConfig:
-    try:
-        return load(path)
-    except ConfigError as error:
-        _fail(str(error))
+        fail(f"scheduler: {error}; engines go on with the prefill path")
 
 
 def _traces(endpoint: str) -> str:
@@ -337,10 +330,5 @@ def _traced_to(endpoint: str, description: ClusterConfig) -> ClusterConfig:
     try:
         tracing = {"enabled": True, "otlp_endpoint": checked_otlp(endpoint)}
     except ValueError as error:
-        _fail(f"--otlp {endpoint!r}: {error}")
+        fail(f"--otlp {endpoint!r}: {error}")
     return description.model_copy(update={"tracing": description.tracing.model_copy(update=tracing)})
-
-
-def _fail(message: str) -> NoReturn:
-    errors.print(f"[red]error:[/] {escape(message)}")
-    raise typer.Exit(1)

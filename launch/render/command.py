@@ -5,16 +5,16 @@ from __future__ import annotations
 import os
 import sys
 from pathlib import Path
-from typing import Annotated, NoReturn
+from typing import Annotated
 
 import typer
-from rich.markup import escape
 
-from dualpath_sgl.launch.config.cluster import ClusterConfig, ConfigError, load
+from dualpath_sgl.launch.config.cluster import ConfigError
+from dualpath_sgl.launch.options import fail, loaded
 from dualpath_sgl.launch.plan.fixed import host_plan, kubernetes_plan
 from dualpath_sgl.launch.render.hosts import Options, render_hosts, state_directory
 from dualpath_sgl.launch.render.kubernetes import render_kubernetes
-from dualpath_sgl.terminal.console import errors, output
+from dualpath_sgl.terminal.console import output
 
 SYSTEM_PATH = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
 
@@ -34,16 +34,16 @@ def hosts(
     user: Annotated[str, typer.Option(help="Who the processes run as.")] = "dualpath",
 ) -> None:
     """Write systemd units, environment files, a firewall table and an installer for each host."""
-    description = _load(config)
+    description = loaded(config)
     python = python or Path(sys.executable)
     try:
         path = f"{python.parent}:{SYSTEM_PATH}"
         plan = host_plan(description, state_directory(description.name) / "spans.jsonl", path)
         write(out, render_hosts(description, plan, Options(python, user)))
     except ConfigError as error:
-        _fail(f"{config}: {error}")
+        fail(f"{config}: {error}")
     except OSError as error:
-        _fail(f"--out {out}: {error.strerror}; name another directory")
+        fail(f"--out {out}: {error.strerror}; name another directory")
     output().print(
         f"written: {out}; on each host run its install.sh as root", highlight=False, soft_wrap=True
     )
@@ -55,13 +55,13 @@ def kubernetes(
     out: Annotated[Path, typer.Option(help="Directory that gets the objects.")],
 ) -> None:
     """Write a directory for `kubectl apply -k`: pods with probes and keys, services, network policies."""
-    description = _load(config)
+    description = loaded(config)
     try:
         write(out, render_kubernetes(description, kubernetes_plan(description)))
     except ConfigError as error:
-        _fail(f"{config}: {error}")
+        fail(f"{config}: {error}")
     except OSError as error:
-        _fail(f"--out {out}: {error.strerror}; name another directory")
+        fail(f"--out {out}: {error.strerror}; name another directory")
     has_keys = description.security is not None and description.security.keys is not None
     copy = f"cp -r {description.security.keys} {out}/keys, then " if has_keys and description.security else ""
     output().print(f"written: {out}; next: {copy}kubectl apply -k {out}", highlight=False, soft_wrap=True)
@@ -75,15 +75,3 @@ def write(out: Path, files: dict[str, str]) -> None:
         path.write_text(text, encoding="utf-8")
         if path.suffix == ".sh":
             os.chmod(path, 0o755)
-
-
-def _load(path: Path) -> ClusterConfig:
-    try:
-        return load(path)
-    except ConfigError as error:
-        _fail(str(error))
-
-
-def _fail(message: str) -> NoReturn:
-    errors.print(f"[red]error:[/] {escape(message)}")
-    raise typer.Exit(1)

@@ -2,35 +2,29 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.markup import escape
 
-from dualpath_sgl.terminal.console import errors
-
-DEFAULT_RUN_DIR = Path("runs/current")
+from dualpath_sgl.launch.options import (
+    DEFAULT_RUN_DIR,
+    KeyFile,
+    RunDir,
+    SchedulerAddress,
+    SchedulerKeyFile,
+    fail,
+)
 
 
 def top(
-    run_dir: Annotated[
-        Path, typer.Option("--run-dir", help="Logs and state of the cluster.")
-    ] = DEFAULT_RUN_DIR,
-    scheduler: Annotated[
-        str | None, typer.Option(help="Ask the scheduler at this ZeroMQ address instead of a run directory.")
-    ] = None,
+    run_dir: RunDir = DEFAULT_RUN_DIR,
+    scheduler: SchedulerAddress = None,
     metrics: Annotated[
         list[str] | None,
         typer.Option(help="Metrics address of an engine (http://HOST:PORT/metrics); needs no scheduler."),
     ] = None,
-    key_file: Annotated[
-        Path | None,
-        typer.Option(envvar="DUALPATH_KEY_FILE", help="A peer's .key_secret; a run directory names its own."),
-    ] = None,
-    scheduler_key_file: Annotated[
-        Path | None, typer.Option(envvar="DUALPATH_SCHEDULER_KEY_FILE", help="The scheduler's .key.")
-    ] = None,
+    key_file: KeyFile = None,
+    scheduler_key_file: SchedulerKeyFile = None,
     interval_s: Annotated[
         float, typer.Option("--interval", min=0.2, help="Seconds between two looks.")
     ] = 1.0,
@@ -60,5 +54,4 @@ def top(
     try:
         show(run_dir, scheduler, tuple(metrics or ()), keys, interval_s, as_json)
     except CannotLook as error:
-        errors.print(f"[red]error:[/] {escape(str(error))}")
-        raise typer.Exit(1) from None
+        fail(str(error))
