@@ -313,9 +313,10 @@ class PageServer(threading.Thread):
 
     def _drop_oldest_early_pull(self) -> None:
         ((busiest, _),) = self._pulls_of.most_common(1)
-        early = [room for room in self._pullers if room not in self._offers]
-        of_busiest = (room for room in early if self._pullers[room].identity == busiest)
-        dropped = next(of_busiest, early[0] if early else None)
+        early = (room for room in self._pullers if room not in self._offers)
+        dropped = next((room for room in early if self._pullers[room].identity == busiest), None)
+        if dropped is None:  # all of the busiest one's are offered
+            dropped = next((room for room in self._pullers if room not in self._offers), None)
         if dropped is not None:
             puller = self._pullers[dropped]
             self._forget_puller(dropped)

@@ -31,8 +31,11 @@ class Sampler(threading.Thread):
         served: Callable[[], Served | None] = lambda: None,
         arrived: Callable[[], Mapping[str, int]] = dict,
     ) -> None:
-        """`arrived`: bytes by lane so far, where DualPath's lanes load.  All are called on its thread.  `connected`: the scheduler has accepted this rank.  `counts`: those of the
-        relay client, `served`: those of a decode engine that is asked by key; None without one.
+        """All are called on its thread.
+
+        `connected`: the scheduler has accepted this rank.  `counts`: those of the relay client, `served`: those of
+        a decode engine that is asked by key; None without one.  `arrived`: bytes by lane so far, where DualPath's
+        lanes load.
         """
         super().__init__(name="dualpath-metrics", daemon=True)
         self._metrics = metrics
